@@ -1,0 +1,55 @@
+"""lowrank_probe: is this fine-tuning update low-rank, of what rank, and what does a LoRA of that rank keep?
+
+>>> import lowrank_probe as lp
+>>> result = lp.spectrum("base/", "finetuned/")
+>>> result.summary[["layer_type", "r90", "null_r90", "verdict"]]
+>>> result.save("run/")
+
+The verbs are resolved on first use (PEP 562), so `import lowrank_probe` imports neither torch nor pandas.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, OutputError, ProbeError
+
+if TYPE_CHECKING:
+    from lowrank_probe.demos import demo
+    from lowrank_probe.reports import report
+    from lowrank_probe.runs import Result, load
+    from lowrank_probe.spectra import spectrum
+
+__version__ = "0.1.0"
+
+_VERBS = {
+    "spectrum": "spectra",
+    "load": "runs",
+    "Result": "runs",
+    "report": "reports",
+    "demo": "demos",
+}
+
+__all__ = [
+    "CheckpointError",
+    "MatchError",
+    "NumericsError",
+    "OutputError",
+    "ProbeError",
+    "Result",
+    "__version__",
+    "demo",
+    "load",
+    "report",
+    "spectrum",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve a public verb from the module that holds it."""
+    if name in _VERBS:
+        return getattr(import_module(f"lowrank_probe.{_VERBS[name]}"), name)
+    raise AttributeError(f"module 'lowrank_probe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

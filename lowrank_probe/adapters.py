@@ -1,0 +1,116 @@
+"""PEFT LoRA adapters: the one place that knows PEFT's file format. Reading, for now.
+
+Legend: B (m, r), A (r, n), ΔW = scaling·B·A with m out, n in; scaling = α/r, or α/√r with rsLoRA.
+Source: PEFT ≥ 0.18, `LoraConfig` and `get_peft_model_state_dict`.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from lowrank_probe.checkpoints import Checkpoint
+from lowrank_probe.errors import CheckpointError
+
+_FACTOR: Final = re.compile(
+    r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.\w+)?(?:\.weight)?$"
+)
+# Variants whose ΔW is not scaling·B·A alone, by the setting in adapter_config.json that turns them on.
+_REFUSED: Final = {
+    "use_dora": "DoRA (its ΔW also rescales every column)",
+    "target_parameters": "LoRA on bare parameters (experts)",
+    "megatron_config": "Megatron LoRA",
+    "use_qalora": "QA-LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing",
+}
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted matrix: name of the base tensor, shape (m, n), rank, scaling, and the two factors' tensor names."""
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    name_A: str  # noqa: N815
+    name_B: str  # noqa: N815
+    is_embedding: bool
+
+    def stored_shape(self, conv1d: bool) -> tuple[int, int]:
+        """The shape the base tensor must have: (n, m) for a `Conv1D`."""
+        return self.shape[::-1] if conv1d else self.shape
+
+    def read(self, adapter: Checkpoint, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """(B (m, r), A (r, n)) in their stored dtype; an embedding's factors are transposed into that form."""
+        A, B = adapter.read(self.name_A, device), adapter.read(self.name_B, device)
+        return (A.T, B.T) if self.is_embedding else (B, A)
+
+
+def read_modules(adapter: Checkpoint) -> tuple[list[LoraModule], list[str]]:
+    """The LoRA modules of an adapter, from headers and config, and the names of its other tensors (full ones, biases).
+
+    Raises `CheckpointError` naming the module: not LoRA, a variant that is more than scaling·B·A, a missing factor,
+    factors that do not fit each other, a rank that the config contradicts.
+    """
+    config = adapter.config
+    where = adapter.path / "adapter_config.json"
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{where}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+    for setting, what in _REFUSED.items():
+        if config.get(setting):
+            raise CheckpointError(f"{where}: {setting} is set: {what} is not supported")
+    factors: dict[tuple[str, bool], dict[str, str]] = {}
+    others = []
+    for name in adapter.tensors:
+        found = _FACTOR.match(name)
+        if found and not name.endswith(".bias"):
+            factors.setdefault((found["module"], found["embedding"] is not None), {})[found["factor"]] = name
+        else:
+            others.append(name)
+    if not factors:
+        raise CheckpointError(f"{adapter.path}: holds no LoRA factors (expected tensors named …lora_A.weight)")
+    return [_module(adapter, module, is_embedding, pair) for (module, is_embedding), pair in factors.items()], others
+
+
+def _module(adapter: Checkpoint, module: str, is_embedding: bool, pair: Mapping[str, str]) -> LoraModule:
+    for factor in "AB":
+        if factor not in pair:
+            other = next(iter(pair.values()))
+            raise CheckpointError(
+                f"{adapter.path}: {module} has {other} but no lora_{factor}; the adapter is incomplete"
+            )
+    A, B = adapter.tensors[pair["A"]], adapter.tensors[pair["B"]]
+    if len(A.shape) != 2 or len(B.shape) != 2:
+        raise CheckpointError(
+            f"{adapter.path}: {module}: factors {A.shape} and {B.shape} are not matrices (a convolution?)"
+        )
+    if A.shape[0] != B.shape[1]:
+        raise CheckpointError(
+            f"{adapter.path}: {module}: lora_A {A.shape} and lora_B {B.shape} do not share a rank (damaged?)"
+        )
+    rank = A.shape[0]
+    expected = _by_pattern(adapter.config.get("rank_pattern"), module, adapter.config.get("r"))
+    if expected is not None and int(expected) != rank:
+        raise CheckpointError(
+            f"{adapter.path}: {module}: lora_A has rank {rank}, adapter_config.json says {expected} (r or rank_pattern)"
+        )
+    alpha = _by_pattern(adapter.config.get("alpha_pattern"), module, adapter.config.get("lora_alpha"))
+    if alpha is None:
+        raise CheckpointError(f"{adapter.path / 'adapter_config.json'}: lora_alpha is missing")
+    scaling = float(alpha) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+    shape = (A.shape[1], B.shape[0]) if is_embedding else (B.shape[0], A.shape[1])
+    return LoraModule(f"{module}.weight", shape, rank, scaling, pair["A"], pair["B"], is_embedding)
+
+
+def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+    """PEFT's own rule: the first key that matches `(.*\\.)?(key)$` on the module's name wins."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default

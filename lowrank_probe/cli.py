@@ -1,0 +1,201 @@
+"""The command `probe`: parse, one library call, print. No arithmetic.
+
+stdout carries the result only (a table, or one JSON object); progress, warnings and errors go to stderr.
+Exit codes: 0 done, 1 a `ProbeError`, 2 wrong usage, 3 a check that was asked for did not hold, 130 interrupted.
+"""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowrank_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from lowrank_probe.runs import Result
+
+app = typer.Typer(
+    name="probe",
+    help="Is this fine-tuning update low-rank, of what rank, and what does a LoRA of that rank keep?",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory. Default: probe-runs/<tuned>-<time>/.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
+
+@app.callback()
+def _global(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    if version:
+        from lowrank_probe import __version__
+
+        print(__version__)  # noqa: T201
+        raise typer.Exit
+
+
+@app.command(epilog="Example: probe spectrum base/ finetuned/ --exclude embed_tokens")
+def spectrum(
+    base: Annotated[str, typer.Argument(help="Base checkpoint: directory or .safetensors file; or an adapter alone.")],
+    tuned: Annotated[str | None, typer.Argument(help="Fine-tuned checkpoint, or a PEFT LoRA adapter.")] = None,
+    out: Out = None,
+    include: Annotated[list[str] | None, typer.Option(help="Only tensors that match (repeatable).")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave out what matches: q_proj, layers.3, *mlp*.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these layers: 0-3 or 7.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Only the K largest singular values, certified.")] = None,
+    exact_tail: Annotated[bool, typer.Option(help="float64 SVD of each matrix: an accurate tail, slower.")] = False,
+    base_rounded: Annotated[
+        bool, typer.Option(help="Training started from a wider base than the one stored: count its rounding too.")
+    ] = False,
+    fail_on: Annotated[str | None, typer.Option(help="Exit 3 if any verdict begins with this: undecidable.")] = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+    open_report: Open = False,
+    quiet: Quiet = False,
+) -> None:
+    """Singular values, ranks and a verdict per layer type of ΔW = W_tuned − W_base."""
+    span = _layers(layers)
+    from lowrank_probe import runs, spectra
+
+    directory = out or Path("probe-runs") / f"{_slug(tuned or base)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    earlier = runs.unfinished(directory)
+    if earlier is not None:
+        _note(f"resuming the interrupted run in {directory}", quiet)
+    with _progress(quiet) as on_progress:
+        try:
+            result = spectra.spectrum(
+                base, tuned, include=include or (), exclude=exclude or (), layers=span, top=top,
+                exact_tail=exact_tail, base_rounded=base_rounded, device=device, seed=seed, resume=earlier,
+                on_progress=on_progress,
+            )  # fmt: skip
+        except spectra.Interrupted as stopped:
+            stopped.result.save(directory)
+            kept = len(stopped.result.table)
+            _note(f"interrupted: {kept} finished matrices kept in {directory}; the same command resumes", False)
+            raise typer.Exit(130) from None
+    result.save(directory)
+    _show(result, directory, as_json, quiet)
+    if open_report:
+        typer.launch(str((directory / "report.html").resolve()))
+    if fail_on and any(str(verdict).startswith(fail_on) for verdict in result.summary["verdict"]):
+        _note(f"--fail-on {fail_on}: at least one verdict is {fail_on}", False)
+        raise typer.Exit(3)
+
+
+@app.command(epilog="Example: probe report probe-runs/finetuned-20260102-030405/ --open")
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    open_report: Open = False,
+) -> None:
+    """Rebuild report.html of a run directory, and print its path."""
+    from lowrank_probe.reports import report as rebuild
+
+    print(rebuild(run, open_browser=open_report))  # noqa: T201
+
+
+@app.command(epilog="Example: probe demo --open")
+def demo(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Keep the pair and the run here. Default: the cache.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    open_report: Open = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a tiny Llama on the standard library's source, fine-tune it on other text, and probe that real pair."""
+    from lowrank_probe import demos
+
+    with _progress(quiet) as on_progress:
+        result = demos.demo(out, seed=seed, on_progress=on_progress)
+    directory = Path(result.facts["demo"]["run"])
+    _show(result, directory, as_json, quiet)
+    if open_report:
+        typer.launch(str((directory / "report.html").resolve()))
+
+
+def main() -> None:
+    """Entry point of `probe`: the one place where a `ProbeError` becomes text and an exit code."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except ProbeError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _layers(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if not found or int(found[2] or found[1]) < int(found[1]):
+        raise typer.BadParameter(f"{text!r}: expected a layer number or a range such as 0-3", param_hint="--layers")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _slug(path: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", Path(path).resolve().name).strip("-") or "run"
+
+
+def _note(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text, file=sys.stderr)  # noqa: T201
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading headers", total=None)
+
+        def advance(name: str, done: int, total: int) -> None:
+            bar.update(task, description=name, completed=done, total=total)
+
+        yield advance
+
+
+def _show(result: "Result", directory: Path, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(result.to_json())  # noqa: T201
+    else:
+        from lowrank_probe.terminal import print_summary
+
+        print_summary(result)
+    for warning in result.facts.get("warnings", []):
+        _note(f"warning: {warning}", False)
+    for note in result.facts.get("notes", []):
+        _note(f"note: {note}", quiet)
+    _note(f"report: {directory / 'report.html'}", quiet)

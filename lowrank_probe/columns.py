@@ -1,0 +1,141 @@
+"""Every column of the tables, documented once; `python -m lowrank_probe.columns` prints the README's table.
+
+A `Column` gives the quantity, its unit, its formula and its source. Unknown values are NaN, never a made-up number.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column means: one sentence with its formula, its unit, and where the definition comes from."""
+
+    meaning: str
+    unit: str = ""
+    source: str = ""
+
+
+_EY: Final = "Eckart & Young 1936; Biderman et al. 2024"
+_RV: Final = "Roy & Vetterli 2007"
+_MP: Final = "Marchenko & Pastur 1967"
+_BN: Final = "Benaych-Georges & Nadakuditi 2012"
+_BBP: Final = "Baik, Ben Arous & Péché 2005"
+
+TABLE: Final[dict[str, Column]] = {
+    "name": Column("tensor name, as in the base"),
+    "layer_type": Column("q, k, v, o, gate, up, down, embedding, … from the name"),
+    "layer": Column("layer number; missing outside the blocks"),
+    "stack": Column('"encoder", "decoder" or ""'),
+    "rows": Column("m, output features"),
+    "cols": Column("n, input features"),
+    "base_dtype": Column("dtype of the base as stored"),
+    "tuned_dtype": Column("dtype of the tuned side as stored; for an adapter that of its factors"),
+    "storage": Column("the precision the tuned values really have: a bf16 model saved as F32 says BF16"),
+    "method": Column("how σ was computed: gram, svd, krylov (top K) or factored_qr (adapter)"),
+    "compute_dtype": Column("dtype of the last arithmetic step"),
+    "n_kept": Column("number of singular values computed; fewer than min(m, n) with --top"),
+    "n_resolved": Column("leading singular values certain to 1e-6 of themselves"),
+    "sigma_error": Column("largest certified |σ̂ − σ| / σ₁ over the values kept"),
+    "energy_error": Column("certified error of every energy fraction"),
+    "fro_norm": Column("‖ΔW‖_F, from the entries in float64"),
+    "base_norm": Column("‖W_base‖_F"),
+    "relative_update": Column("‖ΔW‖_F / ‖W_base‖_F"),
+    "cosine": Column("⟨W_base, W_tuned⟩ / (‖W_base‖‖W_tuned‖); ≈ 0 for unrelated models"),
+    "spectral_norm": Column("σ₁"),
+    "nuclear_norm": Column("Σσ"),
+    "stable_rank": Column("‖ΔW‖_F² / σ₁²", source="Rudelson & Vershynin 2007"),
+    "effective_rank": Column("exp H(σ/Σσ)", source=_RV),
+    "energy_effective_rank": Column("exp H(σ²/Σσ²)", source=_RV),
+    "participation_ratio": Column("(Σσ²)² / Σσ⁴"),
+    "numerical_rank": Column("#{σ > σ₁·max(m, n)·ε(float32)}", source="LAPACK convention"),
+    "hard_threshold_rank": Column("#{σ > ω(β)·median σ}", source="Gavish & Donoho 2014"),
+    "break_even_rank": Column("mn/(m + n): above it the factors are larger than ΔW"),
+    **{
+        f"r{100 * p:.0f}": Column(f"smallest r with energy(r) ≥ {p}, of ΔW as stored", source=_EY)
+        for p in (0.5, 0.9, 0.95, 0.99)
+    },
+    **{
+        f"null_r{100 * p:.0f}": Column(f"r{100 * p:.0f} of Gaussian noise of the same shape", source=_MP)
+        for p in (0.5, 0.9, 0.95, 0.99)
+    },
+    "relative_r50": Column("r50 / null_r50; 1 = no more low-rank than noise of this shape"),
+    "relative_r90": Column("r90 / null_r90; 1 = no more low-rank than noise of this shape"),
+    **{f"energy_{r}": Column(f"Σ_{{i≤{r}}} σ² / ‖ΔW‖_F²", source=_EY) for r in (4, 8, 16, 32, 64)},
+    "unchanged_fraction": Column("share of entries with ΔW = 0 exactly"),
+    "noise_model": Column('what storage did: "none", "rounding" (independent noise) or "dead-zone" (known quantizer)'),
+    "noise_std": Column(
+        "√mean(ulp²/12): rms storage error of an entry; of the corrected entries under the dead-zone model"
+    ),
+    "noise_edge": Column(
+        "largest σ that storage rounding alone produces, simulated with each entry's own ulp", source="ours"
+    ),
+    "edge_ratio": Column("noise_edge / (noise_std·(√m + √n)): 1 for evenly rounded weights"),
+    "resolved": Column("share of ‖ΔW‖² that the stored entries resolve; below 0.5 nothing is decided", source="ours"),
+    "signal_rank": Column("#{σ > 1.05·noise_edge}", source=_BBP),
+    "denoised_fro_norm": Column("‖ΔW‖_F with the storage error taken out"),
+    **{
+        f"r{100 * p:.0f}_denoised": Column(
+            f"best estimate of the true r{100 * p:.0f}: denoised energy ≥ {p}·denoised_fro_norm²; missing: not reached",
+            source=_BN,
+        )
+        for p in (0.5, 0.9)
+    },
+    **{
+        f"r{100 * p:.0f}_{end}": Column(f"{word} end of the bracket of the true r{100 * p:.0f}", source="ours")
+        for p in (0.5, 0.9)
+        for end, word in (("low", "lower"), ("high", "upper"))
+    },
+    "decidable_signal_rank": Column("whether signal_rank can be trusted: resolved ≥ 0.5"),
+    "decidable_r50": Column("whether the r50 bracket can be trusted"),
+    "decidable_r90": Column("whether the r90 bracket can be trusted"),
+    "seconds": Column("reading and computing this matrix", unit="s"),
+}
+
+SUMMARY: Final[dict[str, Column]] = {
+    "layer_type": Column("the layer type"),
+    "n_matrices": Column("matrices analysed"),
+    "relative_update": Column("median ‖ΔW‖_F / ‖W_base‖_F"),
+    "stable_rank": Column("median stable rank"),
+    "signal_rank": Column("median signal rank; missing where undecidable"),
+    "r50_low": Column("median lower end of r50"),
+    "r50_high": Column("median upper end of r50; ∞ where open"),
+    "null_r50": Column("median null r50"),
+    "r90_low": Column("median lower end of r90"),
+    "r90_high": Column("median upper end of r90; ∞ where open"),
+    "null_r90": Column("median null r90"),
+    **{f"energy_{r}": Column(f"median energy kept by rank {r}, of ΔW as stored") for r in (4, 8, 16, 32, 64)},
+    "unchanged_fraction": Column("median share of entries that did not move"),
+    "verdict": Column("low-rank at r=…, not low-rank, or undecidable (and why)"),
+    "evidence": Column("the numbers that led to the verdict"),
+}
+
+LEDGER: Final[dict[str, Column]] = {
+    "name": Column("tensor name in the base, or in the tuned side where the base has none"),
+    "tuned_name": Column("its name in the tuned side"),
+    "status": Column(
+        "analysed, unchanged, vector, only in base, only in tuned, shape differs, tied, excluded, not a weight"
+    ),
+    "layer_type": Column("layer type from the name"),
+    "layer": Column("layer number"),
+    "base_shape": Column("shape in the base"),
+    "tuned_shape": Column("shape in the tuned side"),
+    "base_dtype": Column("dtype in the base"),
+    "tuned_dtype": Column("dtype in the tuned side"),
+    "fro_norm": Column("‖ΔW‖_F where both sides have it"),
+    "relative_update": Column("‖ΔW‖_F / ‖W_base‖_F"),
+    "note": Column("why, in words"),
+}
+
+
+def markdown() -> str:
+    """The README's table of columns."""
+    lines = ["| column | meaning | source |", "|---|---|---|"]
+    for name, column in TABLE.items():
+        unit = f" ({column.unit})" if column.unit else ""
+        lines.append(f"| `{name}` | {column.meaning.replace('|', chr(92) + '|')}{unit} | {column.source or '–'} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())  # noqa: T201

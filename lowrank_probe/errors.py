@@ -1,0 +1,30 @@
+"""The exceptions of lowrank_probe.
+
+    ProbeError              every failure that is not a bug; one line: what, expected against found, the mend
+    ├── CheckpointError     a file or directory that cannot be read as a checkpoint
+    ├── MatchError          two checkpoints that cannot be compared
+    ├── NumericsError       NaN or Inf, or an algorithm that did not deliver what it certifies
+    └── OutputError         a run directory that cannot be written
+
+Library code raises them with the bare fact; only `lowrank_probe.cli.main` turns them into text and exit code 1.
+"""
+
+
+class ProbeError(Exception):
+    """A failure with one clear line for the user: names the thing, expected against found, and the mend."""
+
+
+class CheckpointError(ProbeError):
+    """A file or directory that cannot be read as a checkpoint or adapter."""
+
+
+class MatchError(ProbeError):
+    """Two checkpoints that cannot be compared: no common tensor, or an adapter that fits nothing."""
+
+
+class NumericsError(ProbeError):
+    """NaN or Inf in a tensor, or a kernel that could not certify its result."""
+
+
+class OutputError(ProbeError):
+    """A run directory or file that cannot be written: in use, no space, not permitted."""

@@ -1,0 +1,59 @@
+"""Run facts: what was compared, with what, on what. No arithmetic."""
+
+import datetime
+import os
+import platform
+from typing import Any
+
+import torch
+
+from lowrank_probe.checkpoints import Checkpoint
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Versions, device and time of a run."""
+    import numpy
+    import pandas
+    import plotly
+
+    from lowrank_probe import __version__
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "versions": {
+            "lowrank_probe": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": numpy.__version__, "pandas": pandas.__version__, "plotly": plotly.__version__,
+        },
+        "device": {"type": str(device), "name": name, "n_threads": torch.get_num_threads()},
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def side_facts(side: Checkpoint | None) -> dict[str, Any] | None:
+    """Path, model type, tensors, bytes, and name, size and time of every file of one side."""
+    if side is None:
+        return None
+    files = []
+    for file in side.files:
+        stat = file.stat()
+        changed = datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC).isoformat(timespec="seconds")
+        files.append({"name": file.name, "n_bytes": stat.st_size, "modified": changed})
+    return {
+        "path": os.path.abspath(side.path),
+        "kind": "adapter" if side.is_adapter else "model",
+        "model_type": side.config.get("model_type"),
+        "n_tensors": len(side.tensors),
+        "n_bytes": sum(info.n_bytes for info in side.tensors.values()),
+        "files": files,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            for line in handle:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,57 @@
+"""The look of the figures, and how values and names become plotly's: palette, axes, menus, text."""
+
+import html
+from typing import Any, Final
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+INK: Final = "#7d8594"  # readable on white and on near-black
+# Okabe & Ito's colour-blind-safe set without black and yellow, which vanish on one of the two themes.
+COLOURS: Final = ("#0a84c1", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c", "#a57c1b")
+DASHES: Final = ("solid", "dashdot", "dot")
+# 0.625 lies between the verdict's thresholds 0.5 (low-rank) and 0.75 (not low-rank).
+DIVERGING: Final = ((0.0, "#0868a6"), (0.5, "#8fc3e3"), (0.625, "#ece7dc"), (0.75, "#f2b26b"), (1.0, "#c04d00"))
+UNKNOWN: Final = ((0.0, "rgba(128,128,128,.22)"), (1.0, "rgba(128,128,128,.22)"))
+
+
+def styled(figure: go.Figure, title: str, height: int) -> go.Figure:
+    """The figure with the common look: no background of its own and a mid-grey ink, for light and dark pages."""
+    figure.update_layout(
+        template="none", title={"text": title, "x": 0, "xref": "paper"}, height=height, paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)", font={"color": INK, "size": 13, "family": "system-ui, sans-serif"},
+        margin={"l": 70, "r": 20, "t": 80, "b": 50}, hoverlabel={"align": "left"},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+    )  # fmt: skip
+    line = {"gridcolor": "rgba(128,128,128,.18)", "zeroline": False, "linecolor": "rgba(128,128,128,.5)"}
+    figure.update_xaxes(**line)
+    figure.update_yaxes(**line, automargin=True)
+    return figure
+
+
+def menu(buttons: list[dict[str, Any]], active: int = 0) -> dict[str, Any]:
+    """A drop-down above the figure's right end. Plotly lights the active entry, hence the dark text on every theme."""
+    return {"buttons": buttons, "active": active, "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom",
+            "bgcolor": "#ffffff", "bordercolor": "#c5cad3", "font": {"color": "#22262e"}}  # fmt: skip
+
+
+def numbers(values: Any) -> list[float | None]:
+    """Six digits of each value, which make a smaller page than float64 in full; None for NaN and ∞."""
+    return [float(f"{v:.6g}") if np.isfinite(v) else None for v in np.asarray(values, dtype=float)]
+
+
+def log_spaced(k: int, points: int) -> NDArray[np.int64]:
+    """At most `points` distinct integers from 1 to k, log-spaced; empty for k = 0."""
+    return np.unique(np.geomspace(1, k, points).round().astype(np.int64)) if k else np.empty(0, dtype=np.int64)
+
+
+def faint(colour: str) -> str:
+    """A "#rrggbb" colour as a transparent fill."""
+    r, g, b = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({r},{g},{b},.12)"
+
+
+def text(name: str) -> str:
+    """An untrusted name as plotly text, which would read tags as markup."""
+    return html.escape(name, quote=False)

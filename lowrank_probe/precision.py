@@ -1,0 +1,171 @@
+"""What storage rounding does to ΔW: the noise edge, the unchanged fraction, and what can still be decided.
+
+Legend: m out, n in; ulp(w) the distance between neighbouring storage values at w; W_tuned = stored values.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lowrank_probe import deadzone
+from lowrank_probe.deltas import Delta
+from lowrank_probe.svd import CHUNK_ENTRIES, leading_singular_values, row_chunks
+
+# storage type → (bits of the significand after the leading one, exponent of the smallest step)
+_FORMATS: Final = {"BF16": (7, -133), "F16": (10, -24), "F32": (23, -149), "F64": (52, -1074)}
+_ORDER: Final = ("BF16", "F16", "F32", "F64")
+SIGNAL_FACTOR: Final = 1.05
+# Up to this share of unchanged entries the rounding errors of a pair behave as independent noise.
+DEAD_ZONE_FROM: Final = 0.25
+
+
+@dataclass(frozen=True)
+class StorageNoise:
+    """What storing W_tuned in `storage` did to ΔW.
+
+    model: "none" (an adapter: its factors are the update), "rounding" (independent errors, uniform in ±ulp/2) or
+    "dead-zone" (a known quantizer; then `corrected` (m, n) is ΔW plus errors of known size).
+    noise_std: rms error of an entry; noise_edge: the largest σ those errors produce alone; edge_ratio: that edge over
+    noise_std·(√m + √n); outliers: the σ of pure noise beyond that textbook edge. fro_norm: ‖ΔW‖_F without the error.
+    resolved: the share of ‖ΔW‖² that the stored entries resolve.
+    """
+
+    storage: str
+    model: str
+    unchanged_fraction: float
+    noise_std: float
+    noise_edge: float
+    edge_ratio: float
+    outliers: NDArray[np.float64]
+    fro_norm: float
+    resolved: float
+    corrected: Tensor | None = None
+
+
+def storage_of(W: Tensor) -> str:
+    """The precision the values really have: a bf16 model saved as float32 says "BF16"."""
+    if W.dtype == torch.bfloat16:
+        return "BF16"
+    if W.dtype == torch.float16:
+        return "F16"
+    for name, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float32)):
+        if W.dtype == dtype or all(torch.equal(c.to(dtype).to(c.dtype), c) for c in row_chunks(W)):
+            return name
+    return "F64"
+
+
+def ulp(W: Tensor, storage: str) -> Tensor:
+    """The distance between neighbouring values of `storage` at each entry of W, float32 (m, n); at 0, the smallest.
+
+    2^(⌊log₂|w|⌋ − bits): bf16 keeps 7 bits after the leading one, fp16 10, fp32 23.
+    """
+    bits, smallest = _FORMATS[storage]
+    # The exponent field of a float32 is 2^⌊log₂|w|⌋ once the significand is masked out.
+    power = (W.float().view(torch.int32) & 0x7F800000).view(torch.float32)
+    return (power * 2.0**-bits).clamp_(min=max(2.0**smallest, 1e-38))
+
+
+def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> StorageNoise:
+    """Measure the storage noise of one `Delta`. May overwrite `delta.dense` by the corrected update.
+
+    base_rounded: training started from a wider base than the one stored, so that the base's own rounding counts too.
+    """
+    if delta.dense is None or delta.tuned is None or delta.base is None:
+        return StorageNoise("exact", "none", math.nan, 0.0, 0.0, math.nan, np.zeros(0), delta.fro_norm, 1.0)
+    m, n = delta.shape
+    storage = storage_of(delta.tuned)
+    unchanged = float(torch.count_nonzero(delta.dense == 0)) / (m * n)
+    moved = float(torch.count_nonzero(delta.dense.any(dim=1))) / m
+    hidden = (unchanged - (1 - moved)) / moved  # unchanged share of the rows that moved at all
+    if hidden > DEAD_ZONE_FROM and not base_rounded and on_grid(delta.base, storage):
+        found = deadzone.correct(delta.dense, ulp(delta.tuned, storage))
+        if found is None:
+            return _undecidable(delta, storage, unchanged)
+        square = _mean(found.error_std, lambda part: part.float() ** 2)
+        scratch = torch.empty(m, n, device=delta.dense.device)
+        edge, outliers = noise_edge(scratch, lambda rows: found.error_std[rows].float(), "normal", seed)
+        return _noise(
+            storage, "dead-zone", unchanged, square, edge, outliers, (m, n), found.fro_norm, found.resolved, found.Y
+        )
+    sides = [(delta.tuned, storage)]
+    if base_rounded:
+        sides.append((delta.base, storage_of(delta.base)))
+    square = sum(_mean_square_ulp(W, kind) for W, kind in sides) / 12
+
+    def scale(rows: slice) -> Tensor:
+        steps = [ulp(W[rows], kind) for W, kind in sides]
+        return steps[0] if len(steps) == 1 else torch.hypot(*steps)
+
+    # ΔW itself is not needed any more: its memory serves for the draws.
+    scratch = delta.dense.view(torch.float32).reshape(-1)[: m * n].view(m, n)
+    edge, outliers = noise_edge(scratch, scale, "uniform", seed)
+    clean = max(0.0, delta.fro_norm**2 - m * n * square)
+    share = clean / delta.fro_norm**2 if delta.fro_norm > 0 else 0.0
+    return _noise(storage, "rounding", unchanged, square, edge, outliers, (m, n), math.sqrt(clean), share)
+
+
+def _noise(
+    storage: str, model: str, unchanged: float, square: float, edge: float, outliers: NDArray[np.float64],
+    shape: tuple[int, int], fro_norm: float, resolved: float, corrected: Tensor | None = None,
+) -> StorageNoise:  # fmt: skip
+    std = math.sqrt(square)
+    textbook = std * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+    ratio = edge / textbook if textbook > 0 else math.nan
+    return StorageNoise(
+        storage, model, unchanged, std, edge, ratio, outliers[outliers > textbook], fro_norm, resolved, corrected
+    )
+
+
+def _undecidable(delta: Delta, storage: str, unchanged: float) -> StorageNoise:
+    nan = math.nan
+    return StorageNoise(storage, "dead-zone", unchanged, nan, nan, nan, np.zeros(0), 0.0, 0.0)
+
+
+def on_grid(W: Tensor, storage: str) -> bool:
+    """Whether every value of W is one that `storage` can hold, as where training started from the stored base."""
+    return _ORDER.index(storage_of(W)) <= _ORDER.index(storage) and (storage_of(W), storage) != ("BF16", "F16")
+
+
+def noise_edge(
+    scratch: Tensor, scale: Callable[[slice], Tensor], law: Literal["uniform", "normal"], seed: int = 0, draws: int = 3
+) -> tuple[float, NDArray[np.float64]]:
+    """(edge, leading σ) of a matrix (m, n) of independent errors: the largest σ over `draws`, and one draw's leading σ.
+
+    scratch: (m, n) float32, overwritten by the draws. scale(rows): the errors' width in those rows, ulp for the
+    uniform law (errors in ±ulp/2), standard deviation for the normal one. Simulated with each entry's own scale,
+    because rows and columns of real weights round unevenly and the textbook edge misses by up to 3 ×. Seeded: a run
+    repeats.
+    """
+    E = scratch
+    m, n = E.shape
+    generator = torch.Generator(device=E.device).manual_seed(seed)
+    height = max(1, CHUNK_ENTRIES // n)
+    blocks = [slice(i, i + height) for i in range(0, m, height)]
+    unit = max(float(scale(rows).max()) for rows in blocks)
+    if unit == 0.0:
+        return 0.0, np.zeros(0)
+    draw_values = []
+    for _ in range(draws):
+        if law == "uniform":
+            E.uniform_(-0.5, 0.5, generator=generator)
+        else:
+            E.normal_(generator=generator)
+        for rows in blocks:
+            # Relative to the largest scale: squares of the steps of tiny weights underflow in float32.
+            E[rows].mul_(scale(rows).div_(unit))
+        draw_values.append(leading_singular_values(E, generator) * unit)
+    return max(float(values[0]) for values in draw_values), draw_values[0]
+
+
+def _mean_square_ulp(W: Tensor, storage: str) -> float:
+    return _mean(W, lambda part: ulp(part, storage) ** 2)
+
+
+def _mean(W: Tensor, function: Callable[[Tensor], Tensor]) -> float:
+    return sum(float(function(part).sum(dtype=torch.float64)) for part in row_chunks(W)) / W.numel()

@@ -1,0 +1,239 @@
+"""Tables, figures and run facts → one self-contained HTML page that works from file:// with no network.
+
+The page is `report.html.j2`, rendered with autoescape: paths, tensor names and notes come from strangers' files.
+"""
+
+import math
+import os
+import webbrowser
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from lowrank_probe import __version__
+from lowrank_probe.columns import LEDGER, TABLE, Column
+from lowrank_probe.figures import all_figures
+from lowrank_probe.runs import Result, load, plain, write_directory
+
+# Figure name → heading, and the one sentence on how to read it.
+READING: Final[dict[str, tuple[str, str]]] = {
+    "heatmap": (
+        "Where is the update low-rank?",
+        "Each cell is one layer and type: blue means far fewer directions than noise of that shape would need, orange "
+        "about as many, and a grey “?” that storage rounding leaves the number undecidable.",
+    ),
+    "bracket": (
+        "What is the true r90, layer by layer?",
+        "Each bar spans the possible values of r90, the rank that keeps 90 % of ‖ΔW‖²: well below the dashed line is "
+        "low-rank, near it no more so than noise; storage noise leaves a triangle’s top open and a “?” undecidable.",
+    ),
+    "energy_curves": (
+        "How much of the update does rank r keep?",
+        "A line is the median matrix of a type as stored (band: 10th to 90th percentile), its dashed twin noise of the "
+        "same shape: the further the line runs above its twin, the more a LoRA of that rank can keep.",
+    ),
+    "singular_values": (
+        "What does one spectrum look like?",
+        "Only the singular values above the dotted line can be told from storage rounding; a straight steep fall above "
+        "it is a low-rank update, a flat shelf is not.",
+    ),
+}
+
+MAIN: Final = (
+    "name", "layer_type", "layer", "rows", "cols", "relative_update", "stable_rank", "signal_rank", "r50_low",
+    "r50_high", "r90", "r90_low", "r90_high", "null_r90", "relative_r90", "energy_16", "unchanged_fraction",
+)  # fmt: skip
+LEDGER_MAIN: Final = ("name", "status", "layer_type", "base_shape", "tuned_shape", "note")
+
+# A column that is only as good as its flag: shown dimmed with "?" where the flag is false.
+FLAGS: Final = {
+    "signal_rank": "decidable_signal_rank",
+    **dict.fromkeys(("r50", "relative_r50", "r50_denoised", "r50_low", "r50_high"), "decidable_r50"),
+    **dict.fromkeys(("r90", "relative_r90", "r90_denoised", "r90_low", "r90_high"), "decidable_r90"),
+}
+
+
+def report(run_dir: str | os.PathLike[str], open_browser: bool = False) -> Path:
+    """Render a run directory's report.html anew from its tables; returns the page's path.
+
+    Raises `CheckpointError` where `run_dir` is no run directory, `OutputError` where the page cannot be written.
+    """
+    root = Path(run_dir).absolute()
+    page = render(load(root))
+    write_directory(root, {"report.html": lambda path: path.write_text(page, encoding="utf-8")})
+    path = root / "report.html"
+    if open_browser:
+        webbrowser.open(path.as_uri())
+    return path
+
+
+def render(result: Result) -> str:
+    """The report as one HTML page, plotly.js included: no file beside it, no network."""
+    facts = result.facts
+    cards = [_card(row) for row in result.summary.to_dict("records")]
+    figures = [
+        {"name": name, "heading": READING[name][0], "sentence": READING[name][1], "json": Markup(figure.to_json())}
+        for name, figure in all_figures(result).items()
+    ]
+    return _template().render(
+        sides=[_side(word, facts.get(key)) for word, key in (("base", "base"), ("tuned", "tuned")) if facts.get(key)],
+        dtypes=_dtypes(result.table),
+        run=_run_line(facts),
+        related=facts.get("related", True),
+        cosine=facts.get("median_cosine"),
+        interrupted=facts.get("status") == "interrupted",
+        notes=[str(note) for note in facts.get("notes") or ()],
+        headline=_headline(cards),
+        cards=cards,
+        figures=figures,
+        n_matrices=len(result.table),
+        n_tensors=len(result.ledger),
+        matrices=_payload(result.table, TABLE, MAIN),
+        ledger=_payload(result.ledger, LEDGER, LEDGER_MAIN),
+        facts=list(_flat(facts)),
+        version=_versions(facts).get("lowrank_probe", __version__),
+        plotly_js=_plotly_js() if figures else "",
+    )
+
+
+@lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
+    environment.filters["number"] = _number
+    environment.filters["percent"] = lambda value: f"{_number(100 * value)} %" if _known(value) else "–"
+    return environment.get_template("report.html.j2")
+
+
+def _plotly_js() -> Markup:
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs())
+
+
+def _card(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """One layer type for the page: its summary row, the kind of its verdict, and its bracket in % of the null."""
+    verdict = str(row["verdict"])
+    kind = next((k for k in ("low-rank", "not low-rank", "undecidable") if verdict.startswith(k)), "unrelated")
+    null, low, high = row["null_r90"], row["r90_low"], row["r90_high"]
+    bar = None
+    if _known(low) and _known(null) and null > 0 and not pd.isna(high) and kind != "unrelated":
+        start = min(99.0, 100 * low / null)
+        bar = {"start": start, "width": max(1.5, min(100.0, 100 * high / null) - start), "open": math.isinf(high)}
+    return {**row, "kind": kind.replace(" ", "-"), "bar": bar}
+
+
+def _headline(cards: list[dict[str, Any]]) -> str:
+    """The verdicts counted, in a sentence."""
+    if not cards:
+        return "No matrix was analysed."
+    counts = {kind: sum(card["kind"] == kind for card in cards) for kind in ("low-rank", "not-low-rank", "undecidable")}
+    if not any(counts.values()):
+        return "No verdict: the two sides are not a base and its fine-tune."
+    words = {"low-rank": "low-rank", "not-low-rank": "not low-rank", "undecidable": "undecidable"}
+    parts = [f"{n} {words[kind]}" for kind, n in counts.items() if n]
+    return f"Of {len(cards)} layer type{'s' if len(cards) != 1 else ''}: {', '.join(parts)}."
+
+
+def _side(word: str, side: Any) -> dict[str, str]:
+    """One side of the comparison, from its facts (a dict, or only a path)."""
+    side = side if isinstance(side, Mapping) else {"path": side}
+    path = str(side.get("path", "?"))
+    details = [str(side[key]) for key in ("kind", "model_type") if side.get(key)]
+    if side.get("n_tensors"):
+        details.append(f"{side['n_tensors']} tensors")
+    if side.get("n_bytes"):
+        details.append(_bytes(side["n_bytes"]))
+    return {"word": word, "path": path, "name": PurePosixPath(path).name or path, "details": " · ".join(details)}
+
+
+def _run_line(facts: Mapping[str, Any]) -> list[str]:
+    """When, on what and how long, as far as the facts say."""
+    device, seconds = facts.get("device"), facts.get("seconds")
+    if isinstance(device, Mapping):
+        device = device.get("name") or device.get("type")
+    if isinstance(seconds, Mapping):
+        seconds = sum(value for value in seconds.values() if _known(value))
+    date = str(facts.get("time", "")).replace("T", " ").replace("+00:00", " UTC")
+    took = f"{_number(seconds)} s" if _known(seconds) else ""
+    version = _versions(facts).get("lowrank_probe")
+    return [part for part in (date, str(device or ""), took, f"lowrank_probe {version}" if version else "") if part]
+
+
+def _versions(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    versions = facts.get("versions")
+    return versions if isinstance(versions, Mapping) else {}
+
+
+def _dtypes(table: pd.DataFrame) -> str:
+    """What the two sides are stored as, where it is one pair for all; else the most common one and "…"."""
+    pairs = table[["base_dtype", "tuned_dtype", "storage"]].astype(str).value_counts(sort=True)
+    if pairs.empty:
+        return ""
+    base, tuned, storage = pairs.index[0]
+    text = f"{base} → {tuned}" + (f" (really {storage})" if storage not in ("", "nan", "None", tuned) else "")
+    return text + (" and others" if len(pairs) > 1 else "")
+
+
+def _payload(table: pd.DataFrame, columns: Mapping[str, Column], main: tuple[str, ...]) -> dict[str, Any]:
+    """A table as the page's script reads it: described columns, and rows with ∞ as a string and unknown as null."""
+    shown = [name for name in (*main, *columns) if name in table.columns]
+    shown = list(dict.fromkeys(shown))
+    described = [
+        {
+            "key": name,
+            "title": columns[name].meaning + (f" [{columns[name].unit}]" if columns[name].unit else ""),
+            "main": name in main,
+            "numeric": bool(pd.api.types.is_numeric_dtype(table[name]) and not pd.api.types.is_bool_dtype(table[name])),
+            "flag": shown.index(FLAGS[name]) if FLAGS.get(name) in shown else None,
+        }
+        for name in shown
+    ]
+    values = [[_cell(value) for value in table[name].tolist()] for name in shown]
+    return {"columns": described, "rows": [list(row) for row in zip(*values, strict=True)]}
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float) and math.isfinite(value):
+        return int(value) if value.is_integer() and abs(value) < 1e15 else float(f"{value:.6g}")
+    return "∞" if isinstance(value, float) and value == math.inf else plain(value)
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Nested facts as (dotted key, text) lines."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _flat(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        for number, item in enumerate(value, 1):
+            yield from _flat(item, f"{key}.{number}")
+    elif isinstance(value, list | tuple):
+        yield key, ", ".join(map(str, value)) or "–"
+    elif key.endswith("n_bytes") and _known(value):
+        yield key, f"{value} ({_bytes(value)})"
+    else:
+        yield key, "–" if value is None else str(value)
+
+
+def _known(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(value: Any) -> str:
+    """Four digits for people: 0.0312, 12.5, 2088; ∞ and – as such."""
+    if not _known(value):
+        return "∞" if isinstance(value, float) and value == math.inf else "–"
+    return f"{value:,.0f}".replace(",", " ") if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"

@@ -1,0 +1,177 @@
+"""`Result`: what a run found, in memory and as a run directory.
+
+A run directory holds table.parquet and table.csv (one row a matrix), singular_values.parquet, ledger.csv, summary.csv,
+report.html and, written last, facts.json. All are written aside and renamed into place.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lowrank_probe.errors import CheckpointError, OutputError
+from lowrank_probe.verdicts import summarise
+
+SCHEMA_VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer of `spectrum`.
+
+    table: one row a matrix, columns as `columns.TABLE`. ledger: one row a tensor of either side (`columns.LEDGER`).
+    singular_values[name]: (k,) float64, descending, of ΔW as stored. denoised_values[name]: (k,) with the storage
+    noise taken out (absent where there is none to take). facts: what was compared, options, versions, device, seconds.
+    """
+
+    table: pd.DataFrame
+    ledger: pd.DataFrame
+    singular_values: dict[str, NDArray[np.float64]]
+    denoised_values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """One row a layer type with its verdict, columns as `columns.SUMMARY`."""
+        return summarise(self.table, related=bool(self.facts.get("related", True)))
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The report's plotly figures by name."""
+        from lowrank_probe.figures import all_figures
+
+        return all_figures(self)
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the run directory, facts.json last; returns its path. Raises `OutputError` naming what failed."""
+        from lowrank_probe.reports import render
+
+        text = json.dumps(plain(self.facts), indent=2, ensure_ascii=False) + "\n"
+        files: dict[str, Callable[[Path], Any]] = {
+            "table.parquet": lambda p: self.table.to_parquet(p, index=False),
+            "table.csv": lambda p: self.table.to_csv(p, index=False),
+            "summary.csv": lambda p: self.summary.to_csv(p, index=False),
+            "ledger.csv": lambda p: self.ledger.to_csv(p, index=False),
+            "singular_values.parquet": lambda p: self._long().to_parquet(p, index=False),
+            "report.html": lambda p: p.write_text(render(self), encoding="utf-8"),
+            "facts.json": lambda p: p.write_text(text, encoding="utf-8"),
+        }
+        return write_directory(Path(directory), files)
+
+    def to_json(self) -> str:
+        """One JSON object with `schema_version`: facts, summary, table and ledger; NaN and ∞ become null."""
+        payload = {
+            "schema_version": SCHEMA_VERSION,
+            "facts": self.facts,
+            "summary": self.summary.to_dict("records"),
+            "table": self.table.to_dict("records"),
+            "ledger": self.ledger.to_dict("records"),
+        }
+        return json.dumps(plain(payload), ensure_ascii=False)
+
+    def _long(self) -> pd.DataFrame:
+        parts = [
+            pd.DataFrame(
+                {
+                    "name": name,
+                    "index": np.arange(1, len(s) + 1, dtype=np.int32),
+                    "sigma": s,
+                    "sigma_denoised": self.denoised_values.get(name, np.full(len(s), math.nan)),
+                }
+            )
+            for name, s in self.singular_values.items()
+        ]
+        columns = ["name", "index", "sigma", "sigma_denoised"]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def load(directory: str | os.PathLike[str]) -> Result:
+    """Read a run directory back. Raises `CheckpointError` where it is none, or was written by a newer version."""
+    root = Path(directory)
+    if not (root / "facts.json").exists():
+        raise CheckpointError(f"{root}: not a run directory (no facts.json in it)")
+    try:
+        facts = json.loads((root / "facts.json").read_text(encoding="utf-8"))
+        if facts.get("schema_version", 0) > SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{root}: written by a newer lowrank_probe (schema {facts['schema_version']}); upgrade"
+            )
+        table = pd.read_parquet(root / "table.parquet")
+        ledger = pd.read_csv(root / "ledger.csv", keep_default_na=False, na_values=[""])
+        long = pd.read_parquet(root / "singular_values.parquet")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{root}: is not a complete run directory: {error}") from None
+    values, denoised = {}, {}
+    for name, part in long.groupby("name", sort=False):
+        values[str(name)] = part["sigma"].to_numpy(dtype=np.float64)
+        if not part["sigma_denoised"].isna().all():
+            denoised[str(name)] = part["sigma_denoised"].to_numpy(dtype=np.float64)
+    for column in ("tuned_name", "layer_type", "base_shape", "tuned_shape", "base_dtype", "tuned_dtype", "note"):
+        ledger[column] = ledger[column].fillna("").astype(str)
+    return Result(table, ledger, values, denoised, facts)
+
+
+def plain(value: Any) -> Any:
+    """The value with numpy and pandas scalars as Python's own, and NaN, NA and ∞ as None: strict JSON."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def unfinished(directory: str | os.PathLike[str]) -> Result | None:
+    """The interrupted run in a directory, or None where the directory is free (absent or empty).
+
+    Raises `OutputError` where it holds anything else, or cannot be written.
+    """
+    root = Path(directory)
+    if not root.exists():
+        return None
+    if not root.is_dir():
+        raise OutputError(f"{root}: is a file (expected a directory for --out)")
+    if not any(root.iterdir()):
+        return None
+    if (root / "facts.json").exists():
+        earlier = load(root)
+        if earlier.facts.get("status") == "interrupted":
+            return earlier
+        raise OutputError(f"{root}: already holds a finished run; choose another --out or remove it")
+    raise OutputError(f"{root}: is not empty; choose another --out")
+
+
+def write_directory(root: Path, files: dict[str, Callable[[Path], Any]]) -> Path:
+    """Write every file aside, then rename them into place in order: the last one tells that all are there.
+
+    Raises `OutputError` naming what failed; then nothing of this call stays behind.
+    """
+    fresh = not root.exists()
+    aside = root / ".part"
+    name = root.name
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        for name, write in files.items():
+            write(aside / name)
+        for name in files:
+            os.replace(aside / name, root / name)
+    except OSError as error:
+        raise OutputError(
+            f"{root}: cannot write {name}: {error.strerror or error}; free some space or choose another --out"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if fresh and root.exists() and not any(root.iterdir()):
+            root.rmdir()
+    return root

@@ -1,0 +1,77 @@
+"""Run per-matrix jobs: in worker threads on a CPU, one after the other on a GPU.
+
+Linear algebra of small matrices does not fill several cores, so matrices run beside each other, each on its share of
+the cores. How many may be in memory at once is bounded by the largest one: beside each other, matrices never hold more
+than 60 % of its entries, so that it alone sets the memory needed.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Final, TypeVar
+
+import torch
+from threadpoolctl import threadpool_limits
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
+
+MAX_WORKERS: Final = 4
+SHARE_OF_LARGEST: Final = 0.6
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def run_jobs(
+    items: Sequence[Item], entries: Callable[[Item], int], job: Callable[[Item], Done], device: torch.device
+) -> Iterator[Done]:
+    """Yield job(item) for every item as they finish, largest first; an exception of a job ends the run.
+
+    entries: the size of an item's matrix. Closing the iterator (Ctrl-C) waits for what is running and drops the rest.
+    """
+    queue = sorted(items, key=entries, reverse=True)
+    cores = torch.get_num_threads()
+    workers = _workers([entries(item) for item in queue], cores) if device.type == "cpu" else 1
+    if workers == 1:
+        for item in queue:
+            yield job(item)
+            _trim()
+        return
+    share = max(1, cores // workers)
+    limit = SHARE_OF_LARGEST * entries(queue[0])
+    running: dict[Future[Done], int] = {}
+    with (
+        threadpool_limits(share),
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool,
+    ):
+        try:
+            while queue or running:
+                # The largest that fits beside what is running.
+                for item in list(queue):
+                    if len(running) == workers:
+                        break
+                    if not running or sum(running.values()) + entries(item) <= limit:
+                        queue.remove(item)
+                        running[pool.submit(job, item)] = entries(item)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    yield future.result()
+                    _trim()
+        finally:
+            for future in running:
+                future.cancel()
+            torch.set_num_threads(cores)
+
+
+def _trim() -> None:
+    """Give what the finished matrix freed back to the system: glibc's heaps would keep it."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+def _workers(sizes: Sequence[int], cores: int) -> int:
+    """As many as fit beside each other most of the time, within the largest matrix's memory."""
+    if not sizes:
+        return 1
+    typical = sorted(sizes)[len(sizes) // 2]
+    return max(1, min(cores, MAX_WORKERS, int(SHARE_OF_LARGEST * sizes[0] / max(1, typical))))

@@ -1,0 +1,274 @@
+"""The numerical kernels: singular values with an error that is stated. Torch only; knows no model and no file.
+
+Legend: A (m, n) any real 2-D tensor, m out, n in; k = min(m, n); G = the (k, k) Gram matrix of A's short side, in
+float64; λ its eigenvalues, σ = √λ; r the number of values asked for; q the width of a search space.
+
+    full_spectrum      all k values: float64 Gram + eigvalsh ("Tier 2")
+    exact_spectrum     all k values with an accurate tail: float64 SVD of the matrix itself
+    top_spectrum       the r largest, bracketed from both sides, or None where that was not reached ("Tier 1")
+    factored_spectrum  the r values of scaling·B·A by QR of both factors: never a dense matrix
+    leading_singular_values   σ₁ … of a noise matrix by a few Lanczos steps
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+EPS64: Final = 2.0**-53
+RELATIVE_BAR: Final = 1e-6
+ENERGY_BAR: Final = 1e-6
+# Entries upcast to float64 at a time; bounds the working memory next to the matrix itself.
+CHUNK_ENTRIES: Final = 1 << 19
+
+
+@dataclass(frozen=True)
+class SingularValues:
+    """Singular values and what is certain about them.
+
+    values: (k,) float64, descending, on the host.
+    method: how they were computed; `dtype`: the arithmetic of the last step.
+    error: (k,) float64, a bound on |σ̂ᵢ − σᵢ| for each value.
+    energy_error: a bound on the error of every Σ_{i≤r} σ² / ‖A‖_F².
+    """
+
+    values: NDArray[np.float64]
+    method: str
+    dtype: str
+    error: NDArray[np.float64]
+    energy_error: float
+
+    @property
+    def resolved(self) -> int:
+        """How many leading values are certain to 1e-6 of themselves."""
+        bad = np.flatnonzero(self.error > RELATIVE_BAR * self.values)
+        return int(bad[0]) if bad.size else len(self.values)
+
+
+def fro_norm(A: Tensor) -> float:
+    """‖A‖_F = √Σ a², summed in float64 from the entries: the exact denominator of every energy."""
+    total = torch.zeros((), dtype=torch.float64, device=A.device)
+    for chunk in row_chunks(A):
+        total += torch.linalg.vector_norm(chunk.double()) ** 2
+    return math.sqrt(float(total))
+
+
+def gram(A: Tensor) -> Tensor:
+    """The float64 Gram matrix of the short side, (k, k): A·Aᵀ for m ≤ n, else Aᵀ·A. Upcast chunk by chunk."""
+    if A.shape[0] <= A.shape[1]:
+        A = A.T
+    k = A.shape[1]
+    G = torch.zeros(k, k, dtype=torch.float64, device=A.device)
+    product = torch.empty_like(G) if G.is_cpu else G
+    for chunk in row_chunks(A):
+        block = chunk.double()
+        if G.is_cpu:  # numpy sees the symmetry and does half the work (syrk)
+            np.matmul(block.numpy().T, block.numpy(), out=product.numpy())
+            G += product
+        else:
+            G.addmm_(block.T, block)
+    return G
+
+
+def _eigvalsh(G: Tensor) -> NDArray[np.float64]:
+    """Eigenvalues of a symmetric float64 matrix, descending, on the host (on a CPU numpy's LAPACK is the faster)."""
+    lam = np.linalg.eigvalsh(G.numpy()) if G.is_cpu else torch.linalg.eigvalsh(G).cpu().numpy()
+    return np.asarray(lam[::-1], dtype=np.float64)
+
+
+def full_spectrum(A: Tensor, norm: float | None = None) -> SingularValues:
+    """All singular values, σ = √eigvalsh(G) with G the float64 Gram matrix of the short side.
+
+    A: (m, n), finite; `norm`: ‖A‖_F where known. Exact to 1e-6 relative down to about 2e-5·σ₁; `error` says so for
+    each value. Raises nothing for zero or rank-deficient input.
+
+    Source: the error of λ is absolute. Rounding in G: √long·ε·λ₁ (Higham & Mary 2019, probabilistic form, factor 2),
+    eigvalsh: √k·ε·λ₁ with the usual small constant (LAPACK Users' Guide §4.7, here 4); compared with float64 SVD by
+    `benchmarks/accuracy.py`.
+    """
+    if A.numel() == 0:
+        return _nothing("gram", "float64")
+    lam = _eigvalsh(gram(A))
+    return _from_eigenvalues(lam, A.shape, norm, "gram")
+
+
+def exact_spectrum(A: Tensor) -> SingularValues:
+    """All singular values by a float64 SVD of A itself, so that the tail is accurate to ~1e-14·σ₁ absolute.
+
+    A: (m, n), finite. Slower than `full_spectrum` (about 3 × on a CPU).
+    Source: LAPACK's backward-stable bidiagonal SVD: |σ̂ − σ| ≤ p(k)·ε·σ₁, here p = 4√(m + n).
+    """
+    if A.numel() == 0:
+        return _nothing("svd", "float64")
+    A64 = A.double()
+    # cuSOLVER's Jacobi default is both slow and inaccurate; gesvd is backward stable.
+    s = torch.linalg.svdvals(A64, driver="gesvd" if A64.is_cuda else None)
+    values = s.cpu().numpy().astype(np.float64)
+    bound = 4 * math.sqrt(sum(A.shape)) * EPS64 * float(values[0])
+    sum_squares = float((values**2).sum())
+    return SingularValues(
+        values, "svd", "float64", np.full(len(values), bound), 8 * len(values) * EPS64 if sum_squares else 0.0
+    )
+
+
+def factored_spectrum(B: Tensor, A: Tensor, scaling: float) -> SingularValues:
+    """The r singular values of scaling·B·A for B (m, r), A (r, n): R-factors of B and Aᵀ, then an r×r SVD, float64.
+
+    Never forms the (m, n) product. Values beyond r are zero and are not listed.
+    """
+    R_B = torch.linalg.qr(B.double(), mode="r").R
+    R_A = torch.linalg.qr(A.double().T, mode="r").R
+    s = abs(scaling) * torch.linalg.svdvals(R_B @ R_A.T)
+    values = s.cpu().numpy().astype(np.float64)
+    # QR and the small product are backward stable: absolute error a modest multiple of ε‖B‖‖A‖.
+    scale = abs(scaling) * float(torch.linalg.matrix_norm(R_B)) * float(torch.linalg.matrix_norm(R_A))
+    bound = 8 * math.sqrt(sum(B.shape) + A.shape[1]) * EPS64 * scale
+    total = float((values**2).sum())
+    return SingularValues(
+        values,
+        "factored_qr",
+        "float64",
+        np.full(len(values), bound),
+        2 * bound * float(values.sum()) / total if total else 0.0,
+    )
+
+
+def top_spectrum(
+    A: Tensor, r: int, norm: float | None = None, *, oversample: int = 32, rounds: int = 24, seed: int = 0
+) -> SingularValues | None:
+    """The r largest singular values, certified; None where the certificate was not reached (take `full_spectrum`).
+
+    Block Krylov on the float64 Gram matrix G (k, k), q = r + oversample columns a block, Rayleigh–Ritz after every
+    round. With V the p ≥ r leading Ritz vectors, Θ their Ritz values, R = GV − VΘ and μ a proven bound on the
+    largest eigenvalue of (I − VVᵀ)G(I − VVᵀ):
+
+        θᵢ ≤ λᵢ ≤ (θᵢ + μ)/2 + √((θᵢ − μ)²/4 + ‖R‖²)       for each i ≤ r with θᵢ ≥ μ
+
+    (Mathias 1998; Li & Li 2005). μ is proven by a Cholesky factorisation of μI − (I − VVᵀ)G(I − VVᵀ) in float64 with
+    a rounding margin: it fails if a value was missed, which no residual can notice. Done when Σ_{i≤r} λᵢ is bracketed
+    within 1e-6·‖A‖_F². The values returned are the lower bounds θ, `error` the distance to the upper ones.
+
+    A: (m, n), finite, 1 ≤ r. Deterministic for a given seed.
+    """
+    k = min(A.shape)
+    if r >= k // 3 or k < 64:
+        return None
+    G = gram(A)
+    trace = float(torch.diagonal(G).sum())
+    if trace == 0.0:
+        return None
+    q = min(k, r + oversample)
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.randn(k, q, generator=generator, dtype=torch.float64).to(G.device)
+    basis = torch.linalg.qr(block).Q
+    for _ in range(rounds):
+        # One Krylov step: span{X, GX, G²X}, then keep its q best Ritz vectors (a restarted block Lanczos).
+        GX = G @ basis
+        wide = torch.linalg.qr(torch.cat([basis, GX, G @ GX], dim=1)[:, : min(k, 3 * q)]).Q
+        theta, W = torch.linalg.eigh(wide.T @ (G @ wide))
+        theta = theta.flip(0)
+        basis = wide @ W.flip(1)[:, :q]
+        residual = G @ basis - basis * theta[:q]
+        column = torch.linalg.vector_norm(residual, dim=0)
+        p = _cut(theta.cpu().numpy(), r, q)
+        off = float(torch.linalg.matrix_norm(residual[:, :p]))
+        if float(column[:r].norm()) > 1e-2 * float(theta[0]):
+            continue
+        mu = float(theta[p]) * (1 + 1e-3) + 1e-12 * trace
+        upper = _upper_bounds(theta[:r].cpu().numpy(), mu, off)
+        slack = float((upper - theta[:r].cpu().numpy()).sum())
+        if not np.isfinite(slack) or slack > 0.5 * ENERGY_BAR * trace:
+            continue
+        if not _bounded_by(G, basis[:, :p], mu):
+            continue  # something was missed: search on
+        rounding = _eigenvalue_error(float(theta[0]), A.shape)
+        lam = theta[:r].cpu().numpy()
+        values = np.sqrt(np.maximum(lam, 0.0))
+        error = (upper - lam + rounding) / np.maximum(values, 1e-300)
+        total = norm**2 if norm else trace
+        return SingularValues(values, "krylov", "float64", error, (slack + r * rounding) / total)
+    return None
+
+
+def _cut(theta: NDArray[np.float64], r: int, q: int) -> int:
+    """Where to split captured from deflated: the widest relative gap among the Ritz values r … q−1."""
+    candidates = theta[r - 1 : q]
+    gaps = candidates[:-1] - candidates[1:]
+    return r + int(np.argmax(gaps[: max(1, len(gaps) * 3 // 4)]))
+
+
+def _upper_bounds(theta: NDArray[np.float64], mu: float, off: float) -> NDArray[np.float64]:
+    gap = theta - mu
+    if np.any(gap <= 0):
+        # No gap: Weyl. Every eigenvalue moves by at most ‖R‖, and none of the rest exceeds μ.
+        return np.asarray(np.maximum(theta, mu) + off)
+    return np.asarray((theta + mu) / 2 + np.sqrt(gap**2 / 4 + off**2))
+
+
+def _bounded_by(G: Tensor, V: Tensor, mu: float) -> bool:
+    """Proof that no eigenvalue of (I − VVᵀ)G(I − VVᵀ) exceeds mu: a Cholesky factorisation that succeeds."""
+    k = G.shape[0]
+    GV = G @ V
+    deflated = G - V @ GV.T - GV @ V.T + V @ (V.T @ GV) @ V.T
+    deflated = (deflated + deflated.T) / 2
+    # Backward error of the float64 factorisation and of forming `deflated` (Demmel 1989: ≈ k·ε·‖·‖).
+    margin = 8 * k * EPS64 * (float(torch.diagonal(G).max()) + mu)
+    shifted = deflated.neg_()
+    shifted.diagonal().add_(mu - margin)
+    _, info = torch.linalg.cholesky_ex(shifted)
+    return int(info) == 0
+
+
+def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 10) -> NDArray[np.float64]:
+    """Ritz values of `steps` rounds of Golub–Kahan–Lanczos with full reorthogonalisation: σ₁(E) … from below.
+
+    For a noise matrix E (m, n), whose edge is all that is asked for: 10 steps come within 1 % of σ₁ there.
+    """
+    steps = min(steps, *E.shape)
+    v = torch.randn(E.shape[1], generator=generator, device=E.device, dtype=E.dtype)
+    V = torch.zeros(steps, E.shape[1], device=E.device, dtype=E.dtype)
+    U = torch.zeros(steps, E.shape[0], device=E.device, dtype=E.dtype)
+    for j in range(steps):
+        for _ in range(2):  # once is not enough in float32
+            v = v - V[:j].T @ (V[:j] @ v)
+        length = torch.linalg.vector_norm(v)
+        if not float(length) > 0:
+            break
+        V[j] = v / length
+        U[j] = E @ V[j]
+        v = E.T @ U[j]
+    lam = torch.linalg.eigvalsh((U @ U.T).double()).flip(0).cpu().numpy()
+    return np.asarray(np.sqrt(np.maximum(lam, 0.0)), dtype=np.float64)
+
+
+def row_chunks(A: Tensor) -> Iterator[Tensor]:
+    """Views of A of at most about `CHUNK_ENTRIES` entries, by rows."""
+    rows = max(1, CHUNK_ENTRIES // max(1, A.shape[1]))
+    for start in range(0, A.shape[0], rows):
+        yield A[start : start + rows]
+
+
+def _eigenvalue_error(largest: float, shape: tuple[int, ...]) -> float:
+    """Bound on |λ̂ − λ| of a float64 Gram matrix of this shape (see `full_spectrum`)."""
+    return (2 * math.sqrt(max(shape)) + 4 * math.sqrt(min(shape))) * EPS64 * largest
+
+
+def _from_eigenvalues(
+    lam: NDArray[np.float64], shape: tuple[int, ...], norm: float | None, method: str
+) -> SingularValues:
+    lam = np.maximum(lam.astype(np.float64), 0.0)
+    rounding = _eigenvalue_error(float(lam[0]), shape)
+    values = np.sqrt(lam)
+    # |σ̂ − σ| = |λ̂ − λ|/(σ̂ + σ), and never more than √|λ̂ − λ|.
+    error = np.minimum(np.sqrt(rounding), rounding / np.maximum(values, 1e-300))
+    total = norm**2 if norm else float(lam.sum())
+    return SingularValues(values, method, "float64", error, len(lam) * rounding / total if total else 0.0)
+
+
+def _nothing(method: str, dtype: str) -> SingularValues:
+    return SingularValues(np.zeros(0), method, dtype, np.zeros(0), 0.0)

@@ -1,0 +1,89 @@
+"""Table (one row a matrix) → summary (one row a layer type) with a verdict from spectral evidence. pandas only.
+
+The low-rank hypothesis is a claim about a layer type, not about a matrix. The rule, for the matrices of one type:
+
+    fewer than half decidable for r90                               undecidable (storage noise)
+    r90's upper end ≤ 0.5 × null r90 and < mn/(m + n)               low-rank at r = that upper end
+    r90's lower end ≥ 0.75 × null r90                               not low-rank
+    anything else                                                   undecidable (not enough evidence)
+
+where a condition must hold for at least three quarters of the decidable matrices, and the r that is named is the
+upper quartile of their upper ends: a rank that keeps 90 % of the energy of at least three matrices in four.
+"""
+
+import math
+from typing import Any, Final
+
+import pandas as pd
+
+from lowrank_probe.columns import SUMMARY
+from lowrank_probe.layers import sort_key
+
+SHARE: Final = 0.75
+LOW_RANK: Final = 0.5
+NOT_LOW_RANK: Final = 0.75
+
+
+def summarise(table: pd.DataFrame, *, related: bool = True) -> pd.DataFrame:
+    """One row a layer type, columns as `columns.SUMMARY`, in the order data flows through a block.
+
+    `related=False` (the two checkpoints are not one model's base and fine-tune) replaces every verdict.
+    """
+    if table.empty:
+        return pd.DataFrame(columns=list(SUMMARY))
+    rows = []
+    for layer_type in sorted(table["layer_type"].unique(), key=sort_key):
+        group = table[table["layer_type"] == layer_type]
+        row: dict[str, Any] = {"layer_type": layer_type, "n_matrices": len(group)}
+        for column in ("relative_update", "stable_rank", "null_r50", "null_r90", "unchanged_fraction"):
+            row[column] = group[column].median()
+        row["signal_rank"] = _decided(group, "signal_rank", "decidable_signal_rank").median()
+        for rank in ("r50", "r90"):
+            decided = group[group[f"decidable_{rank}"]]
+            enough = len(decided) * 2 >= len(group)
+            for end in ("low", "high"):
+                row[f"{rank}_{end}"] = decided[f"{rank}_{end}"].median() if enough else math.nan
+        for r in (4, 8, 16, 32, 64):
+            row[f"energy_{r}"] = group[f"energy_{r}"].median()
+        row["verdict"], row["evidence"] = verdict(group) if related else ("unrelated weights", _unrelated(group))
+        rows.append({name: row[name] for name in SUMMARY})
+    return pd.DataFrame(rows)
+
+
+def verdict(group: pd.DataFrame) -> tuple[str, str]:
+    """(verdict, the numbers it rests on) for the matrices of one layer type."""
+    decided = group[group["decidable_r90"]]
+    n, total = len(decided), len(group)
+    unchanged = f"{100 * group['unchanged_fraction'].median():.0f} % of the entries unchanged in storage"
+    if 2 * n < total:
+        return "undecidable (storage noise)", f"r90 decidable in {n} of {total} matrices; {unchanged}"
+    if decided["r90_high"].isna().any():
+        return "undecidable (not enough evidence)", "the whole spectrum was not computed (--top); r90 was not reached"
+    null, high, low = decided["null_r90"], decided["r90_high"], decided["r90_low"]
+    smaller = high < decided["break_even_rank"]
+    is_low = (high <= LOW_RANK * null) & smaller
+    is_high = low >= NOT_LOW_RANK * null
+    ratio = f"r90 {_range(low / null)}–{_range(high / null)} × null"
+    if is_low.mean() >= SHARE:
+        r = math.ceil(float(high.quantile(SHARE, interpolation="nearest")))
+        return f"low-rank at r={r}", f"{ratio}; holds in {int(is_low.sum())} of {n} matrices"
+    if is_high.mean() >= SHARE:
+        return "not low-rank", f"{ratio}; holds in {int(is_high.sum())} of {n} matrices"
+    return (
+        "undecidable (not enough evidence)",
+        f"{ratio}; ≤ {LOW_RANK} in {int(is_low.sum())}, ≥ {NOT_LOW_RANK} in {int(is_high.sum())} of {n} matrices",
+    )
+
+
+def _decided(group: pd.DataFrame, column: str, flag: str) -> pd.Series:
+    values = group.loc[group[flag], column]
+    return values if 2 * len(values) >= len(group) else values.iloc[:0]
+
+
+def _range(ratio: pd.Series) -> str:
+    value = float(ratio.median())
+    return f"{value:.2f}" if math.isfinite(value) else "open"
+
+
+def _unrelated(group: pd.DataFrame) -> str:
+    return f"cosine of the weights {group['cosine'].median():+.2f}: not a base and its fine-tune"

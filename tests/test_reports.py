@@ -1,0 +1,161 @@
+"""The page: complete, self-contained, safe with strangers' names, honest about unknown values."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from builders import build
+
+from lowrank_probe import reports
+from lowrank_probe.columns import LEDGER, TABLE
+from lowrank_probe.errors import CheckpointError
+
+HOSTILE = "<script>alert(1)</script>\"'&{{ 7 * 7 }}"
+
+
+@pytest.fixture(scope="module")
+def result():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def page(result):
+    return reports.render(result)
+
+
+def data(page, name):
+    found = re.search(rf'<script type="application/json" id="data-{name}">(.*?)</script>', page, re.S)
+    return json.loads(found[1], parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
+
+
+def without_scripts(page):
+    return re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+
+
+def test_plotly_is_embedded_exactly_once(page):
+    assert page.count("* plotly.js v") == 1
+
+
+def test_nothing_is_loaded_from_elsewhere(page):
+    page = without_scripts(page)
+    assert not re.findall(
+        r"""(?:src|href|action|data)\s*=\s*["']?(?!#)[^"'\s>]""", re.sub(r'data-\w+="[^"]*"', "", page)
+    )
+    assert not re.findall(r"url\(|@import", page)
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "default-src 'none'" in page
+
+
+def test_hostile_names_stay_text():
+    hostile = build(layers=1, hostile=HOSTILE)
+    hostile.table.loc[0, "layer_type"] = HOSTILE
+    hostile.ledger.loc[0, "status"] = HOSTILE
+    hostile.facts["base"]["path"] = f"/models/{HOSTILE}"
+    hostile.facts["notes"] = [HOSTILE]
+    page = reports.render(hostile)
+    assert "<script>alert" not in page
+    assert "</script>alert" not in page
+    assert "{{ 7 * 7 }}" in page
+    assert page.count("<script>") == 2  # plotly and the page's own
+    assert HOSTILE in {row[0] for row in data(page, "matrices")["rows"]}
+
+
+def test_every_value_of_the_table_is_in_the_page(result, page):
+    found = data(page, "matrices")
+    keys = [column["key"] for column in found["columns"]]
+    assert set(keys) == set(TABLE)
+    assert len(found["rows"]) == len(result.table)
+    for row, expected in zip(found["rows"], result.table.to_dict("records"), strict=True):
+        for key, value in zip(keys, row, strict=True):
+            if pd.isna(expected[key]):
+                assert value is None
+            elif expected[key] == np.inf:
+                assert value == "∞"
+            else:
+                assert value == (
+                    pytest.approx(expected[key], rel=1e-5) if not isinstance(value, str) else expected[key]
+                )
+    titles = {column["key"]: column["title"] for column in found["columns"]}
+    assert titles["stable_rank"] == TABLE["stable_rank"].meaning
+
+
+def test_the_whole_ledger_is_in_the_page(result, page):
+    found = data(page, "tensors")
+    assert {column["key"] for column in found["columns"]} == set(LEDGER)
+    assert len(found["rows"]) == len(result.ledger)
+
+
+def test_verdicts_and_evidence_are_in_the_page(result, page):
+    for row in result.summary.to_dict("records"):
+        assert re.search(rf"<h3>{row['layer_type']}</h3>.*?{re.escape(row['verdict'])}", page, re.S)
+    counts = [result.summary["verdict"].str.startswith(word).sum() for word in ("low-rank", "not low-rank", "undecid")]
+    assert all(counts)
+    assert "Of 9 layer types: {} low-rank, {} not low-rank, {} undecidable.".format(*counts) in page
+
+
+def test_undecidable_brackets_show_no_number(result, page):
+    card = re.search(r"<h3>embedding</h3>.*?</li>", page, re.S)[0]
+    assert "r90 unknown" in card
+    assert not {"nan", "NaN", "None"} & set(re.findall(r"\w+", without_scripts(page).partition("</main>")[0]))
+
+
+def test_every_figure_has_a_heading_and_one_sentence(result, page):
+    for name in result.figures:
+        heading, sentence = reports.READING[name]
+        assert f"<h2>{heading}</h2>" in page
+        assert sentence in page
+        assert data(page, name)["data"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [({"related": False, "median_cosine": 0.01}, "look unrelated"), ({"status": "interrupted"}, "was interrupted")],
+)
+def test_warnings(result, page, facts, words):
+    assert words not in page
+    assert words in reports.render(replace(result, facts={**result.facts, **facts}))
+
+
+def test_missing_facts_are_left_out(result):
+    for facts in ({}, {"base": None, "tuned": "/a/b", "device": "cpu", "seconds": 3.2}):
+        page = reports.render(replace(result, facts=facts))
+        assert "None" not in without_scripts(page).partition('id="facts"')[0]
+
+
+def test_a_run_without_matrices_has_a_page(result):
+    page = reports.render(type(result)(result.table.iloc[:0], result.ledger, {}, {}, {}))
+    assert "No matrix was analysed." in page
+    assert "* plotly.js v" not in page
+
+
+def test_zero_updates_and_missing_values_have_a_page():
+    result = build(layers=1)
+    numeric = [c for c in result.table.columns if c.startswith(("r50", "r90", "relative_", "energy_", "stable"))]
+    result.table[numeric] = np.nan
+    result.table["fro_norm"] = 0.0
+    assert data(reports.render(result), "matrices")["rows"]
+
+
+def test_report_rewrites_the_page_of_a_run(result, tmp_path):
+    result.save(tmp_path / "run")
+    (tmp_path / "run" / "report.html").write_text("old", encoding="utf-8")
+    before = set((tmp_path / "run").iterdir())
+    path = reports.report(tmp_path / "run")
+    assert path == tmp_path / "run" / "report.html"
+    assert data(path.read_text(encoding="utf-8"), "matrices")["rows"]
+    assert set((tmp_path / "run").iterdir()) == before
+
+
+def test_report_of_no_run_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        reports.report(tmp_path)
+
+
+def test_a_large_model_stays_light():
+    result = build(layers=60, hidden=64, copies=12)
+    assert len(result.table) > 5000
+    assert len(reports.render(result).encode()) < 15e6
