@@ -27,6 +27,10 @@ _REFUSED: Final = {
     "use_qalora": "QA-LoRA",
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
+    "use_bdlora": "block-diagonal LoRA",
+    "kasa_config": "KaSA (its base loses singular values)",
+    "monteclora_config": "Monte Carlo LoRA",
+    "layer_replication": "LoRA on repeated layers",
 }
 
 

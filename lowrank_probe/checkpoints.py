@@ -46,6 +46,14 @@ class TensorInfo:
     def n_bytes(self) -> int:
         return self.stop - self.start
 
+    def check_dtype(self) -> None:
+        """Raise `CheckpointError` for a dtype that is not a float of at least 16 bits."""
+        if self.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.name} in {self.file}: dtype {self.dtype} is not supported (expected one of "
+                f"{', '.join(DTYPES)}); dequantize or convert the checkpoint first, or leave it out with --exclude"
+            )
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -63,11 +71,7 @@ class Checkpoint:
     def read(self, name: str, device: str | torch.device = "cpu") -> Tensor:
         """One tensor, in its stored dtype. Raises `CheckpointError` for a dtype that is not a float of ≥ 16 bits."""
         info = self.tensors[name]
-        if info.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{info.name} in {info.file}: dtype {info.dtype} is not supported (expected one of "
-                f"{', '.join(DTYPES)}); dequantize or convert the checkpoint first, or leave it out with --exclude"
-            )
+        info.check_dtype()
         raw = torch.empty(info.n_bytes, dtype=torch.uint8)
         if info.n_bytes:
             view = memoryview(raw.numpy().data)
@@ -191,9 +195,11 @@ def _read_index(index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: its weight_map must give a file name for every tensor")
     root = index.parent.resolve()
     shards: dict[str, dict[str, TensorInfo]] = {}
-    for name in sorted(set(map(str, weight_map.values()))):
+    for name in sorted(set(weight_map.values())):
         # The path as the index writes it; the file itself may be a link (hub caches link every shard).
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise CheckpointError(f"{index}: names {name}, outside of its own directory")

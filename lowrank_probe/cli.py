@@ -29,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+VERDICTS = ("undecidable", "low-rank", "not low-rank", "unrelated")
+
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory. Default: probe-runs/<tuned>-<time>/.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
@@ -37,16 +39,22 @@ Open = Annotated[bool, typer.Option("--open", help="Open the report in the brows
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
 
-@app.callback()
-def _global(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         from lowrank_probe import __version__
 
         print(__version__)  # noqa: T201
         raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    pass
 
 
 @app.command(epilog="Example: probe spectrum base/ finetuned/ --exclude embed_tokens")
@@ -62,7 +70,9 @@ def spectrum(
     base_rounded: Annotated[
         bool, typer.Option(help="Training started from a wider base than the one stored: count its rounding too.")
     ] = False,
-    fail_on: Annotated[str | None, typer.Option(help="Exit 3 if any verdict begins with this: undecidable.")] = None,
+    fail_on: Annotated[
+        str | None, typer.Option(help="Exit 3 if any verdict is this: undecidable, low-rank, not low-rank, unrelated.")
+    ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
@@ -71,12 +81,12 @@ def spectrum(
 ) -> None:
     """Singular values, ranks and a verdict per layer type of ΔW = W_tuned − W_base."""
     span = _layers(layers)
+    if fail_on is not None and fail_on not in VERDICTS:
+        raise typer.BadParameter(f"{fail_on!r}: expected one of {', '.join(VERDICTS)}", param_hint="--fail-on")
     from lowrank_probe import runs, spectra
 
     directory = out or Path("probe-runs") / f"{_slug(tuned or base)}-{time.strftime('%Y%m%d-%H%M%S')}"
     earlier = runs.unfinished(directory)
-    if earlier is not None:
-        _note(f"resuming the interrupted run in {directory}", quiet)
     with _progress(quiet) as on_progress:
         try:
             result = spectra.spectrum(
@@ -90,6 +100,8 @@ def spectrum(
             _note(f"interrupted: {kept} finished matrices kept in {directory}; the same command resumes", False)
             raise typer.Exit(130) from None
     result.save(directory)
+    if earlier is not None:
+        _note(f"resumed the interrupted run in {directory}: {len(earlier.table)} matrices were finished", quiet)
     _show(result, directory, as_json, quiet)
     if open_report:
         typer.launch(str((directory / "report.html").resolve()))

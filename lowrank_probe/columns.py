@@ -114,7 +114,8 @@ LEDGER: Final[dict[str, Column]] = {
     "name": Column("tensor name in the base, or in the tuned side where the base has none"),
     "tuned_name": Column("its name in the tuned side"),
     "status": Column(
-        "analysed, unchanged, vector, only in base, only in tuned, shape differs, tied, excluded, not a weight"
+        "analysed, unchanged, vector, only in base, only in tuned, shape differs, tied, excluded, not a weight; "
+        "pending in an interrupted run"
     ),
     "layer_type": Column("layer type from the name"),
     "layer": Column("layer number"),

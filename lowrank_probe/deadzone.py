@@ -28,6 +28,10 @@ N_SAMPLES: Final = 16384
 MIN_SAMPLES: Final = 1024
 N_LEVELS: Final = 64
 ROUNDS: Final = 3
+MAX_STEP: Final = 4.0
+LEAST_GAIN: Final = 0.25
+# The estimated ‖ΔW‖_F stays within this factor of the stored one wherever the model holds (0.87 … 1.06 was seen).
+MAX_NORM_RATIO: Final = 1.5
 # log2(u/S) is tabulated from LOW to HIGH; below, rounding is so fine that Z = Q and ρ = 1 − ratio²/12.
 LOW, HIGH, STEP = -2.5, 6.0, 0.125
 CHUNK: Final = 1 << 19
@@ -47,7 +51,8 @@ class DeadZone:
 
 
 def correct(Q: Tensor, u: Tensor) -> DeadZone | None:
-    """Fit the model to a stored difference Q (m, n) with grid steps u (m, n); None where too few entries are fine.
+    """Fit the model to a stored difference Q (m, n) with grid steps u (m, n); None where it does not apply:
+    too few entries have a fine grid, or the norm it gives contradicts the stored one.
 
     Q is overwritten by Y, to spare a copy.
     """
@@ -71,20 +76,25 @@ def correct(Q: Tensor, u: Tensor) -> DeadZone | None:
         fine_seen += float((Q[rows] ** 2 - u_part**2 / 12)[fine].sum(dtype=torch.float64))
         fine_expected += float(S2[fine].sum(dtype=torch.float64))
     energy = float(total_row.sum(dtype=torch.float64))
+    stored = sum(float((Q[rows] ** 2).sum(dtype=torch.float64)) for rows in _chunks(Q))
+    correction = fine_seen / fine_expected if fine_expected > 0 and fine_seen > 0 else 1.0
+    norm = math.sqrt(energy * math.sqrt(correction))
+    if not 1 / MAX_NORM_RATIO <= norm / math.sqrt(stored) <= MAX_NORM_RATIO:
+        return None
     resolved = float(resolved_row.sum(dtype=torch.float64)) / energy
-    rho_row = (resolved_row / total_row.clamp(min=1e-38)).clamp_(min=1e-6)
-    rho_col = (resolved_col / total_col.clamp(min=1e-38)).clamp_(min=1e-6)
+    rho_row = resolved_row / total_row.clamp(min=1e-38)
+    rho_col = resolved_col / total_col.clamp(min=1e-38)
     error_std = torch.empty(Q.shape, dtype=torch.bfloat16, device=Q.device)
     for rows in _chunks(Q):
         S2 = s2 * a[rows, None] * b[None, :]
         log_ratio = _log_ratio(u[rows], S2)
         rho = tables.rho(log_ratio)
-        gain = rho_row[rows, None] * rho_col[None, :] / resolved
+        # A row or column that is almost dead keeps a small bias rather than drown the rest in amplified noise.
+        gain = (rho_row[rows, None] * rho_col[None, :] / resolved).clamp_(min=LEAST_GAIN * resolved)
         Z = tables.posterior(Q[rows], u[rows], log_ratio, S2)
         Q[rows] = Z / gain
         error_std[rows] = (S2 * (rho / gain**2 - 2 * rho / gain + 1)).clamp_(min=0).sqrt_().to(torch.bfloat16)
-    correction = fine_seen / fine_expected if fine_expected > 0 and fine_seen > 0 else 1.0
-    return DeadZone(Q, error_std, math.sqrt(energy * math.sqrt(correction)), resolved)
+    return DeadZone(Q, error_std, norm, resolved)
 
 
 @dataclass(frozen=True)
@@ -115,21 +125,21 @@ class _Tables:
 
 
 def _tabulate(z: Tensor) -> _Tables:
+    """The tables of a sample of |z|: counts and sums of each level by sorting, on the host (small, and repeatable)."""
+    sample = z.double().cpu().sort().values
+    sums = torch.cat([torch.zeros(1, dtype=torch.float64), sample.cumsum(0)])
     n_steps = round((HIGH - LOW) / STEP) + 1
-    square, share = torch.zeros(n_steps, device=z.device), torch.zeros(n_steps, device=z.device)
-    mean = torch.zeros(n_steps, N_LEVELS, device=z.device)
-    for k in range(n_steps):
-        ratio = 2.0 ** (LOW + k * STEP)
-        level = torch.round(z / ratio).long().clamp_(max=N_LEVELS - 1)
-        count = torch.bincount(level, minlength=N_LEVELS).float()
-        total = torch.zeros(N_LEVELS, device=z.device).index_add_(0, level, z)
-        grid = torch.arange(N_LEVELS, device=z.device) * ratio
-        conditional = torch.where(count >= 4, total / count.clamp(min=1), grid)
-        conditional[0] = 0.0  # the sign is unknown there
-        mean[k] = conditional
-        square[k] = (grid[level] ** 2).mean()
-        share[k] = (conditional[level] ** 2).mean()
-    return _Tables(square, share, mean)
+    ratio = 2.0 ** (LOW + STEP * torch.arange(n_steps, dtype=torch.float64))[:, None]
+    grid = torch.arange(N_LEVELS, dtype=torch.float64) * ratio
+    start = torch.searchsorted(sample, grid - ratio / 2)
+    start[:, 0] = 0
+    stop = torch.cat([start[:, 1:], torch.full((n_steps, 1), len(sample))], dim=1)
+    count = (stop - start).double()
+    conditional = torch.where(count >= 4, (sums[stop] - sums[start]) / count.clamp(min=1), grid)
+    conditional[:, 0] = 0.0  # the sign is unknown there
+    square = (count * grid**2).sum(1) / len(sample)
+    share = (count * conditional**2).sum(1) / len(sample)
+    return _Tables(*(table.float().to(z.device) for table in (square, share, conditional)))
 
 
 def _fit(Q: Tensor, u: Tensor) -> tuple[float, Tensor, Tensor, _Tables] | None:
@@ -150,10 +160,11 @@ def _fit(Q: Tensor, u: Tensor) -> tuple[float, Tensor, Tensor, _Tables] | None:
         tables = _tabulate(z)
         for axis in (1, 0):
             predicted = _predict(u, s2, a, b, tables, axis)
+            # Bounded: where nearly nothing survives, a single entry would blow the scale up.
             if axis == 1:
-                a = a * (row / predicted.clamp(min=1e-38))
+                a = a * (row / predicted.clamp(min=1e-38)).clamp_(max=MAX_STEP)
             else:
-                b = b * (col / predicted.clamp(min=1e-38))
+                b = b * (col / predicted.clamp(min=1e-38)).clamp_(max=MAX_STEP)
         scale = float(a.mean()) * float(b.mean())
         a, b, s2 = a / a.mean(), b / b.mean(), s2 * scale
     assert tables is not None

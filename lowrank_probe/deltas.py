@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -75,6 +75,8 @@ class Pair:
 
     def entries(self, base: Checkpoint | None, tuned: Checkpoint) -> int:
         """Number of entries of the matrix (for progress)."""
+        if self.lora is not None:
+            return math.prod(self.lora.shape)
         side = base if base is not None and self.name in base.tensors else tuned
         return math.prod(side.tensors[self.name].shape) if self.name in side.tensors else 0
 
@@ -90,7 +92,8 @@ def match(
     """Pair the tensors of two checkpoints from their headers alone.
 
     include, exclude: patterns as `layers.matches`; `layers`: first and last layer number, inclusive.
-    Raises `MatchError` where the two have no tensor in common, or a pattern selects nothing.
+    Raises `MatchError` where the two have no tensor in common, or a pattern selects nothing; `CheckpointError` for a
+    dtype that cannot be read.
     """
     result = Matching()
     if tuned.is_adapter:
@@ -102,6 +105,10 @@ def match(
             raise MatchError(f"{base.path}: is an adapter; give the base model first and the adapter second")
         _match_models(base, tuned, result)
     _select(result, include, exclude, layers)
+    for pair in result.pairs:  # from the headers, before any work
+        for side, name in ((base, pair.name), (tuned, pair.tuned_name)):
+            if side is not None and name in side.tensors:
+                side.tensors[name].check_dtype()
     return result
 
 
@@ -171,8 +178,12 @@ def _match_adapter(base: Checkpoint | None, adapter: Checkpoint, result: Matchin
             result.ledger.append(line)
             continue
         result.pairs.append(Pair(found[name], module.name_A, place(found[name]), module))
+    adapted = {found[name] for name in names if name in found}
     for name, tensor in plain.items():
-        if name not in found:
+        if found.get(name) in adapted:
+            note = f"the base's {name}, which peft stores beside its factors: not compared"
+            result.ledger.append(_line("", tensor, "only in tuned", base, adapter, note))
+        elif name not in found:
             result.ledger.append(_line("", tensor, "only in tuned", base, adapter))
         elif base.tensors[found[name]].shape != adapter.tensors[tensor].shape:
             result.ledger.append(_line(found[name], tensor, "shape differs", base, adapter))
@@ -262,7 +273,7 @@ def read_pair(pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: to
         torch.sub(x.to(wide), y.to(wide), out=out)
     base_sq, tuned_sq, delta_sq = _sum_squares(a), _sum_squares(b), _sum_squares(delta)
     if not math.isfinite(base_sq + tuned_sq + delta_sq):
-        _raise_not_finite(pair, base, tuned, a, b)
+        _raise_not_finite([(base, pair.name, a), (tuned, pair.tuned_name, b)])
     norm, base_norm = math.sqrt(delta_sq), math.sqrt(base_sq)
     relative = norm / base_norm if base_norm > 0 else math.nan
     if norm == 0.0:
@@ -317,7 +328,12 @@ def _read_lora(
     B64, A64 = B.double(), A.double()
     square = float(((B64.T @ B64) * (A64 @ A64.T)).sum())
     norm = abs(module.scaling) * math.sqrt(max(0.0, square))
-    base_norm = math.sqrt(_sum_squares(base.read(pair.name, device))) if base is not None else math.nan
+    base_norm = math.nan
+    if base is not None:
+        W = base.read(pair.name, device)
+        base_norm = math.sqrt(_sum_squares(W))
+        if not math.isfinite(base_norm):
+            _raise_not_finite([(base, pair.name, W)])
     if norm == 0.0:
         return ledger_line(pair, "unchanged", "the adapter's product B·A is zero", 0.0, 0.0)
     return Delta(
@@ -334,11 +350,11 @@ def _sum_squares(A: Tensor) -> float:
 
 
 def _parts(A: Tensor) -> Iterable[Tensor]:
-    return row_chunks(A.view(len(A), -1) if A.ndim == 1 else A) if A.ndim else (A,)
+    return row_chunks(A.unsqueeze(1) if A.ndim == 1 else A) if A.ndim else (A,)
 
 
-def _raise_not_finite(pair: Pair, base: Checkpoint, tuned: Checkpoint, a: Tensor, b: Tensor) -> None:
-    for side, tensor, name in ((base, a, pair.name), (tuned, b, pair.tuned_name)):
+def _raise_not_finite(tensors: Sequence[tuple[Checkpoint, str, Tensor]]) -> NoReturn:
+    for side, name, tensor in tensors:
         nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
         if nan or inf:
             what = " and ".join(f"{count} {word}" for count, word in ((nan, "NaN"), (inf, "Inf")) if count)
@@ -346,13 +362,13 @@ def _raise_not_finite(pair: Pair, base: Checkpoint, tuned: Checkpoint, a: Tensor
                 f"{name} in {side.tensors[name].file}: contains {what} (expected finite weights); "
                 f"leave it out with --exclude {name}"
             )
-    raise NumericsError(f"{pair.name}: the difference overflows although both sides are finite")
+    raise NumericsError(f"{tensors[0][1]}: its norm or its difference overflows although every entry is finite")
 
 
 def _line(
     name: str, tuned_name: str, status: str, base: Checkpoint | None, tuned: Checkpoint, note: str = ""
 ) -> dict[str, Any]:
-    return ledger_line(Pair(name, tuned_name, place(name or tuned_name)), status, note)
+    return ledger_line(Pair(name or tuned_name, tuned_name, place(name or tuned_name)), status, note)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -3,26 +3,22 @@
 import datetime
 import os
 import platform
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from lowrank_probe import __version__
 from lowrank_probe.checkpoints import Checkpoint
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
     """Versions, device and time of a run."""
-    import numpy
-    import pandas
-    import plotly
-
-    from lowrank_probe import __version__
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "versions": {
             "lowrank_probe": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": numpy.__version__, "pandas": pandas.__version__, "plotly": plotly.__version__,
+            "numpy": version("numpy"), "pandas": version("pandas"),
         },
         "device": {"type": str(device), "name": name, "n_threads": torch.get_num_threads()},
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -14,12 +14,14 @@ _RULES: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
     (re.compile(rf"(?:^|\.)(?:{pattern})$"), layer_type)
     for pattern, layer_type in (
         # fused projections
+        (r"crossattention\.c_attn", "kv"),
         (r"c_attn|qkv_proj|query_key_value|Wqkv|in_proj|attn\.qkv", "qkv"),
         # output of attention (before the plain q/k/v names, since both sides end in similar words)
         (r"attention\.output\.dense|attention\.dense|attn\.c_proj|o_proj|out_proj|Wo|attention\.out_lin", "o"),
         (r"self_attn\.dense|self_attention\.dense|SelfAttention\.o|EncDecAttention\.o|attn\.proj|attention\.o", "o"),
+        (r"crossattention\.c_proj", "o"),
         # q, k, v
-        (r"q_proj|query|q_lin|SelfAttention\.q|EncDecAttention\.q|attention\.q", "q"),
+        (r"q_proj|q_attn|query|q_lin|SelfAttention\.q|EncDecAttention\.q|attention\.q", "q"),
         (r"k_proj|key|k_lin|SelfAttention\.k|EncDecAttention\.k|attention\.k", "k"),
         (r"v_proj|value|v_lin|SelfAttention\.v|EncDecAttention\.v|attention\.v", "v"),
         # MLP
@@ -43,7 +45,7 @@ _CONV1D: Final = re.compile(r"(?:^|\.)(?:c_attn|c_proj|c_fc|q_attn)$")
 # Order in which types are shown: as data flows through a block.
 ORDER: Final = (
     "embedding", "position_embedding", "token_type_embedding", "q", "k", "v", "qkv", "o", "cross_q", "cross_k",
-    "cross_v", "cross_qkv", "cross_o", "gate", "up", "gate_up", "down", "router", "pooler", "lm_head",
+    "cross_v", "cross_kv", "cross_qkv", "cross_o", "gate", "up", "gate_up", "down", "router", "pooler", "lm_head",
 )  # fmt: skip
 
 BASE_PREFIXES: Final = (
@@ -73,7 +75,7 @@ def place(name: str) -> Place:
     layer_type = next((t for pattern, t in _RULES if pattern.search(module)), None)
     if layer_type is None:
         layer_type = re.sub(r"\.\d+$", "", module).rpartition(".")[2] or module
-    if _CROSS.search(module) and layer_type in {"q", "k", "v", "o", "qkv"}:
+    if _CROSS.search(module) and layer_type in {"q", "k", "v", "o", "qkv", "kv"}:
         layer_type = f"cross_{layer_type}"
     return Place(layer_type, int(number[1]) if number else None, stack)
 

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lowrank_probe.columns import LEDGER
 from lowrank_probe.errors import CheckpointError, OutputError
 from lowrank_probe.verdicts import summarise
 
@@ -100,12 +101,14 @@ def load(directory: str | os.PathLike[str]) -> Result:
         raise CheckpointError(f"{root}: not a run directory (no facts.json in it)")
     try:
         facts = json.loads((root / "facts.json").read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("facts.json holds no JSON object")
         if facts.get("schema_version", 0) > SCHEMA_VERSION:
             raise CheckpointError(
                 f"{root}: written by a newer lowrank_probe (schema {facts['schema_version']}); upgrade"
             )
         table = pd.read_parquet(root / "table.parquet")
-        ledger = pd.read_csv(root / "ledger.csv", keep_default_na=False, na_values=[""])
+        ledger = _read_ledger(root / "ledger.csv")
         long = pd.read_parquet(root / "singular_values.parquet")
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{root}: is not a complete run directory: {error}") from None
@@ -114,9 +117,15 @@ def load(directory: str | os.PathLike[str]) -> Result:
         values[str(name)] = part["sigma"].to_numpy(dtype=np.float64)
         if not part["sigma_denoised"].isna().all():
             denoised[str(name)] = part["sigma_denoised"].to_numpy(dtype=np.float64)
-    for column in ("tuned_name", "layer_type", "base_shape", "tuned_shape", "base_dtype", "tuned_dtype", "note"):
-        ledger[column] = ledger[column].fillna("").astype(str)
     return Result(table, ledger, values, denoised, facts)
+
+
+def _read_ledger(file: Path) -> pd.DataFrame:
+    numbers = {"layer": "Int64", "fro_norm": "float64", "relative_update": "float64"}
+    return pd.read_csv(
+        file, usecols=list(LEDGER), dtype={column: numbers.get(column, "str") for column in LEDGER},
+        keep_default_na=False, na_values={column: [""] for column in numbers},
+    )  # fmt: skip
 
 
 def plain(value: Any) -> Any:
@@ -138,10 +147,13 @@ def unfinished(directory: str | os.PathLike[str]) -> Result | None:
     Raises `OutputError` where it holds anything else, or cannot be written.
     """
     root = Path(directory)
+    above = root if root.exists() else next(parent for parent in root.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise OutputError(f"{above}: is a file (expected a directory for --out)")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"{above}: no permission to write there; choose another --out")
     if not root.exists():
         return None
-    if not root.is_dir():
-        raise OutputError(f"{root}: is a file (expected a directory for --out)")
     if not any(root.iterdir()):
         return None
     if (root / "facts.json").exists():

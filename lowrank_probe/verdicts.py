@@ -65,7 +65,7 @@ def verdict(group: pd.DataFrame) -> tuple[str, str]:
     is_high = low >= NOT_LOW_RANK * null
     ratio = f"r90 {_range(low / null)}–{_range(high / null)} × null"
     if is_low.mean() >= SHARE:
-        r = math.ceil(float(high.quantile(SHARE, interpolation="nearest")))
+        r = math.ceil(high.sort_values().iloc[math.ceil(SHARE * n) - 1])
         return f"low-rank at r={r}", f"{ratio}; holds in {int(is_low.sum())} of {n} matrices"
     if is_high.mean() >= SHARE:
         return "not low-rank", f"{ratio}; holds in {int(is_high.sum())} of {n} matrices"
