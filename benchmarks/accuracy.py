@@ -101,8 +101,8 @@ def main() -> int:
     note = (
         "Worst error over the matrices of a row, of what the command prints and of what the kernels return; "
         f"`--top {TOP}` certifies the largest {TOP} or falls through to the whole spectrum. A bound that holds: "
-        "|σ̂ − σ| ≤ its `error` for every value, ≤ `sigma_error`·σ₁ in the table, the first `n_resolved` within 1e-6 of themselves, "
-        "energies within `energy_error`, the sum of the top values inside its bracket. Planted updates are stored in "
+        "|σ̂ − σ| ≤ its `error` for every value, ≤ `sigma_error`·σ₁ in the table, the first `n_resolved` within 1e-6 of "
+        "themselves, energies within `energy_error`, the sum of the top values inside its bracket. Planted updates are stored in "
         "fp64 on a Gaussian base of standard deviation 0.02; σ₁ = 1."
     )
     publish("accuracy", "Accuracy against a float64 SVD", note, [("", heads, cells)], verdicts, write=not quick)

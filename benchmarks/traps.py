@@ -63,8 +63,8 @@ def main() -> int:
     note = (
         "Sizes are rms ΔW / rms W. Medians over the matrices of a row, (least–most) where they differ. `raw` is ΔW as "
         "stored; the bracket and the counts are printed by `probe`; the truth never enters them. A count or bracket "
-        "is judged only where the command calls it decidable; a verdict is one a matrix. SmolLM2: the seven matrices of "
-        f"layers {', '.join(map(str, LAYERS))} of the bf16 base; anarcii: the antibody model's weights rounded to bf16."
+        "is judged only where the command calls it decidable; a verdict is one a matrix. SmolLM2: the seven matrices "
+        f"of layers {', '.join(map(str, LAYERS))} of the bf16 base; anarcii: the antibody model's weights rounded to bf16."
     )
     publish("traps", "The two traps", note, tables, verdicts, write=not quick)
     return 0 if all(ok for _, ok in verdicts) else 1
@@ -185,7 +185,7 @@ def judge_noise(table: pd.DataFrame) -> list[tuple[str, bool]]:
     off = float((own["relative_r90"] - 1).abs().max())
     called = int(table["verdict"].str.startswith("low-rank").sum())
     return [
-        (f"pure noise on Gaussian weights: raw r90 / null is at most {off:.3f} away from 1, bar {NULL_BAR:g}", off <= NULL_BAR),
+        (f"pure noise on Gaussian weights: raw r90 / null within {off:.3f} of 1, bar {NULL_BAR:g}", off <= NULL_BAR),
         (f'pure noise: called "low-rank": {called} of {len(table)}', called == 0),
     ]  # fmt: skip
 
@@ -194,8 +194,8 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def table_16(table: pd.DataFrame) -> Table:
-    heads = ["weights", "rms ΔW/W", "matrices", "unchanged", "raw r90", "raw effective rank", "signal rank", "r90 bracket",
-             "decidable", "6 inside", "verdicts"]  # fmt: skip
+    heads = ["weights", "rms ΔW/W", "matrices", "unchanged", "raw r90", "raw effective rank", "signal rank",
+             "r90 bracket", "decidable", "6 inside", "verdicts"]  # fmt: skip
     cells = []
     for (source, size), group in table.groupby(["source", "size"], sort=False):
         decided = group[group["decidable_r90"]]
@@ -231,8 +231,8 @@ def table_noise(table: pd.DataFrame) -> Table:
         decided = group[group["decidable_r90"]]
         low, high = (decided[f"r90_{end}"] / decided["null_r90"] for end in ("low", "high"))
         cells.append([
-            source, f"{m}×{n}", str(len(group)), stored, size, _percent(group["unchanged_fraction"]), _spread(group["r90"]),
-            f"{group['null_r90'].iloc[0]:.0f}", _spread(group["relative_r90"], 3),
+            source, f"{m}×{n}", str(len(group)), stored, size, _percent(group["unchanged_fraction"]),
+            _spread(group["r90"]), f"{group['null_r90'].iloc[0]:.0f}", _spread(group["relative_r90"], 3),
             f"{low.median():.2f}–{high.median():.2f}" if len(decided) else "–", f"{len(decided)} of {len(group)}",
             _verdicts(group),
         ])  # fmt: skip

@@ -19,7 +19,7 @@ Done = TypeVar("Done")
 
 MAX_WORKERS: Final = 4
 SHARE_OF_LARGEST: Final = 0.6
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+_glibc = ctypes.CDLL(None) if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt") else None
 
 
 def run_jobs(
@@ -29,6 +29,7 @@ def run_jobs(
 
     entries: the size of an item's matrix. Closing the iterator (Ctrl-C) waits for what is running and drops the rest.
     """
+    _return_memory_at_once()
     queue = sorted(items, key=entries, reverse=True)
     cores = torch.get_num_threads()
     workers = _workers([entries(item) for item in queue], cores) if device.type == "cpu" else 1
@@ -65,8 +66,15 @@ def run_jobs(
 
 def _trim() -> None:
     """Give what the finished matrix freed back to the system: glibc's heaps would keep it."""
-    if _malloc_trim is not None:
-        _malloc_trim(0)
+    if _glibc is not None:
+        _glibc.malloc_trim(0)
+
+
+def _return_memory_at_once() -> None:
+    """Have glibc map every matrix by itself and unmap it when freed; by default it keeps blocks of up to 32 MiB."""
+    if _glibc is not None:
+        _glibc.mallopt(-3, 6_000_000)  # M_MMAP_THRESHOLD
+        _glibc.mallopt(-8, 1)  # M_ARENA_MAX: worker threads share one heap
 
 
 def _workers(sizes: Sequence[int], cores: int) -> int:

@@ -287,11 +287,14 @@ def describe(
         name = f"r{100 * p:.0f}"
         row[name] = metrics.energy_rank(s, norm, p)
         row[f"null_{name}"] = metrics.null_energy_rank(shape, p)
-    row["relative_r50"] = row["r50"] / row["null_r50"]
-    row["relative_r90"] = row["r90"] / row["null_r90"]
     for r in metrics.ENERGY_RANKS:
         row[f"energy_{r}"] = metrics.energy(s, norm, r)
     denoised = _storage_columns(row, corrected, shape, noise)
+    for rank in ("r50", "r90"):
+        best = row.get(f"{rank}_denoised", row[rank])
+        if math.isnan(best) and f"{rank}_low" in row:
+            best = math.sqrt(row[f"{rank}_low"] * row[f"{rank}_high"])
+        row[f"relative_{rank}"] = best / row[f"null_{rank}"]
     return {name: row.get(name, math.nan) for name in TABLE}, denoised
 
 
