@@ -140,6 +140,7 @@ def analyse(cases: Iterator[Case], storage: str, size: str) -> pd.DataFrame:
     table["verdict"] = table["layer_type"].map(verdicts)
     table["source"] = table["name"].str.partition(".")[0]
     table["size"], table["stored"] = size, storage
+    table["raw_ratio"] = table["r90"] / table["null_r90"]
     return table
 
 
@@ -182,7 +183,7 @@ def judge_8(table: pd.DataFrame) -> list[tuple[str, bool]]:
 
 def judge_noise(table: pd.DataFrame) -> list[tuple[str, bool]]:
     own = table[table["source"] == "Gaussian"]
-    off = float((own["relative_r90"] - 1).abs().max())
+    off = float((own["raw_ratio"] - 1).abs().max())
     called = int(table["verdict"].str.startswith("low-rank").sum())
     return [
         (f"pure noise on Gaussian weights: raw r90 / null within {off:.3f} of 1, bar {NULL_BAR:g}", off <= NULL_BAR),
@@ -232,7 +233,7 @@ def table_noise(table: pd.DataFrame) -> Table:
         low, high = (decided[f"r90_{end}"] / decided["null_r90"] for end in ("low", "high"))
         cells.append([
             source, f"{m}×{n}", str(len(group)), stored, size, _percent(group["unchanged_fraction"]),
-            _spread(group["r90"]), f"{group['null_r90'].iloc[0]:.0f}", _spread(group["relative_r90"], 3),
+            _spread(group["r90"]), f"{group['null_r90'].iloc[0]:.0f}", _spread(group["raw_ratio"], 3),
             f"{low.median():.2f}–{high.median():.2f}" if len(decided) else "–", f"{len(decided)} of {len(group)}",
             _verdicts(group),
         ])  # fmt: skip

@@ -68,15 +68,15 @@ TABLE: Final[dict[str, Column]] = {
     **{f"energy_{r}": Column(f"Σ_{{i≤{r}}} σ² / ‖ΔW‖_F²", source=_EY) for r in (4, 8, 16, 32, 64)},
     "unchanged_fraction": Column("share of entries with ΔW = 0 exactly"),
     "noise_model": Column('what storage did: "none", "rounding" (independent noise) or "dead-zone" (known quantizer)'),
-    "noise_std": Column(
-        "√mean(ulp²/12): rms storage error of an entry; of the corrected entries under the dead-zone model"
-    ),
+    "noise_std": Column("rms storage error of an entry: √mean(ulp²/12), or of the corrected entries (dead-zone)"),
     "noise_edge": Column(
-        "largest σ that storage rounding alone produces, simulated with each entry's own ulp", source="ours"
+        "largest σ that storage errors alone produce, simulated with each entry's own size", source="ours"
     ),
     "edge_ratio": Column("noise_edge / (noise_std·(√m + √n)): 1 for evenly rounded weights"),
     "resolved": Column("share of ‖ΔW‖² that the stored entries resolve; below 0.5 nothing is decided", source="ours"),
-    "signal_rank": Column("#{σ > 1.05·noise_edge}", source=_BBP),
+    "signal_rank": Column(
+        "#{σ > 1.05·noise_edge} (of the corrected ΔW): at least so many directions are no noise", source=_BBP
+    ),
     "denoised_fro_norm": Column("‖ΔW‖_F with the storage error taken out"),
     **{
         f"r{100 * p:.0f}_denoised": Column(
@@ -103,10 +103,10 @@ SUMMARY: Final[dict[str, Column]] = {
     "stable_rank": Column("median stable rank"),
     "signal_rank": Column("median signal rank; missing where undecidable"),
     "r50_low": Column("median lower end of r50"),
-    "r50_high": Column("median upper end of r50; ∞ where open"),
+    "r50_high": Column("median upper end of r50"),
     "null_r50": Column("median null r50"),
     "r90_low": Column("median lower end of r90"),
-    "r90_high": Column("median upper end of r90; ∞ where open"),
+    "r90_high": Column("median upper end of r90"),
     "null_r90": Column("median null r90"),
     **{f"energy_{r}": Column(f"median energy kept by rank {r}, of ΔW as stored") for r in (4, 8, 16, 32, 64)},
     "unchanged_fraction": Column("median share of entries that did not move"),
@@ -118,7 +118,8 @@ LEDGER: Final[dict[str, Column]] = {
     "name": Column("tensor name in the base, or in the tuned side where the base has none"),
     "tuned_name": Column("its name in the tuned side"),
     "status": Column(
-        "analysed, unchanged, vector, only in base, only in tuned, shape differs, tied, excluded, not a weight; "
+        "analysed, unchanged, vector, only in base, only in tuned, shape differs, tied, excluded, not a matrix, "
+        "not a weight; "
         "pending in an interrupted run"
     ),
     "layer_type": Column("layer type from the name"),

@@ -126,6 +126,7 @@ def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching) -> None
             f"tuned has {_some(tuned.tensors)}); are they the same architecture?"
         )
     taken = set(names.values())
+    beyond = 0
     for name in base.tensors:
         if name not in names:
             result.ledger.append(_line(name, "", "only in base", base, tuned))
@@ -142,9 +143,15 @@ def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching) -> None
         elif a.dtype in ("I64", "BOOL") or b.dtype in ("I64", "BOOL"):
             result.ledger.append(_line(name, other, "not a weight", base, tuned, "integer or bool"))
         elif len(a.shape) > 2:
-            result.ledger.append(_line(name, other, "excluded", base, tuned, f"{len(a.shape)}-D: not a matrix"))
+            result.ledger.append(_line(name, other, "not a matrix", base, tuned, f"{len(a.shape)}-D: not analysed"))
+            beyond += math.prod(a.shape)
         else:
             result.pairs.append(Pair(name, other, place(name)))
+    if beyond:
+        share = beyond / sum(math.prod(info.shape) for info in base.tensors.values())
+        result.notes.append(
+            f"{100 * share:.0f} % of the parameters are in tensors of 3 or more dimensions: not analysed"
+        )
 
 
 def _match_adapter(base: Checkpoint | None, adapter: Checkpoint, result: Matching) -> None:
@@ -233,6 +240,8 @@ def _select(result: Matching, include: Sequence[str], exclude: Sequence[str], la
             kept.append(pair)
     if layers and not kept:
         raise MatchError(f"--layers {layers[0]}-{layers[1]}: no tensor has such a layer number")
+    if (include or exclude) and not kept:
+        raise MatchError("--include and --exclude leave no tensor that both sides have in one shape")
     result.pairs[:] = kept
 
 
@@ -281,10 +290,10 @@ def read_pair(pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: to
     if a.ndim < 2 or min(a.shape) == 1:
         return ledger_line(pair, "vector", fro_norm=norm, relative=relative)
     product = math.sqrt(base_sq * tuned_sq)
-    cosine = (base_sq + tuned_sq - delta_sq) / (2 * product) if product > 0 else math.nan
+    cosine = max(-1.0, min(1.0, (base_sq + tuned_sq - delta_sq) / (2 * product))) if product > 0 else math.nan
     return Delta(
         pair.name, pair.place, (a.shape[0], a.shape[1]), base.tensors[pair.name].dtype,
-        tuned.tensors[pair.tuned_name].dtype, norm, base_norm, max(-1.0, min(1.0, cosine)),
+        tuned.tensors[pair.tuned_name].dtype, norm, base_norm, cosine,
         dense=delta, base=a, tuned=b,
     )  # fmt: skip
 

@@ -193,7 +193,9 @@ def singular_values(result: Result) -> go.Figure:
         ("signal above (1.05 × edge)", {"mode": "lines", "line": {"color": COLOURS[3], "width": 1.4, "dash": "dot"}}),
     )
     buttons: list[dict[str, Any]] = []
-    for name, edge in zip(chosen["name"], chosen["noise_edge"].astype(float), strict=True):
+    # The dead-zone model's edge belongs to the corrected update, whose σ are drawn denoised only.
+    edges = chosen["noise_edge"].astype(float).where(chosen["noise_model"] == "rounding")
+    for name, edge in zip(chosen["name"], edges, strict=True):
         x, y = spectrum_points(result, name, edge)
         buttons.append({"label": text(name), "method": "restyle", "args": [{"x": x, "y": y}]})
     active = int(chosen["decidable_r90"].to_numpy(dtype=bool).argmax()) if buttons else 0

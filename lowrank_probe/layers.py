@@ -16,6 +16,10 @@ _RULES: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
         # fused projections
         (r"crossattention\.c_attn", "kv"),
         (r"c_attn|qkv_proj|query_key_value|Wqkv|in_proj|attn\.qkv", "qkv"),
+        (r"attention\.wo", "o"),
+        (r"attention\.wq", "q"),
+        (r"attention\.wk", "k"),
+        (r"attention\.wv", "v"),
         # output of attention (before the plain q/k/v names, since both sides end in similar words)
         (r"attention\.output\.dense|attention\.dense|attn\.c_proj|o_proj|out_proj|Wo|attention\.out_lin", "o"),
         (r"self_attn\.dense|self_attention\.dense|SelfAttention\.o|EncDecAttention\.o|attn\.proj|attention\.o", "o"),

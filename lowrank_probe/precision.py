@@ -33,7 +33,8 @@ class StorageNoise:
     "dead-zone" (a known quantizer; then `corrected` (m, n) is ΔW plus errors of known size).
     noise_std: rms error of an entry; noise_edge: the largest σ those errors produce alone; edge_ratio: that edge over
     noise_std·(√m + √n); outliers: the σ of pure noise beyond that textbook edge. fro_norm: ‖ΔW‖_F without the error.
-    resolved: the share of ‖ΔW‖² that the stored entries resolve.
+    resolved: the share of ‖ΔW‖² that the stored entries resolve. shape: (rows that moved at all, n), the matrix that
+    all of this is about: a row of zeros carries neither update nor error.
     """
 
     storage: str
@@ -45,6 +46,7 @@ class StorageNoise:
     outliers: NDArray[np.float64]
     fro_norm: float
     resolved: float
+    shape: tuple[int, int]
     corrected: Tensor | None = None
 
 
@@ -77,25 +79,28 @@ def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> Storag
     base_rounded: training started from a wider base than the one stored, so that the base's own rounding counts too.
     """
     if delta.dense is None or delta.tuned is None or delta.base is None:
-        return StorageNoise("exact", "none", math.nan, 0.0, 0.0, math.nan, np.zeros(0), delta.fro_norm, 1.0)
-    m, n = delta.shape
-    storage = storage_of(delta.tuned)
-    unchanged = float(torch.count_nonzero(delta.dense == 0)) / (m * n)
-    moved = float(torch.count_nonzero(delta.dense.any(dim=1))) / m
-    hidden = (unchanged - (1 - moved)) / moved  # unchanged share of the rows that moved at all
-    if hidden > DEAD_ZONE_FROM and not base_rounded and on_grid(delta.base, storage):
-        found = deadzone.correct(delta.dense, ulp(delta.tuned, storage))
+        return StorageNoise(
+            "exact", "none", math.nan, 0.0, 0.0, math.nan, np.zeros(0), delta.fro_norm, 1.0, delta.shape
+        )
+    dense, tuned, base = _moved_rows(delta.dense, delta.tuned, delta.base)
+    m, n = dense.shape
+    storage = storage_of(tuned)
+    hidden = 1 - float(torch.count_nonzero(dense)) / (m * n)
+    unchanged = 1 - (1 - hidden) * m / delta.shape[0]
+    if hidden > DEAD_ZONE_FROM and not base_rounded and on_grid(base, storage):
+        found = deadzone.correct(dense, ulp(tuned, storage))
         if found is None:
-            return _undecidable(delta, storage, unchanged)
-        square = _mean(found.error_std, lambda part: part.float() ** 2)
-        scratch = torch.empty(m, n, device=delta.dense.device)
+            nan = math.nan
+            return StorageNoise(storage, "dead-zone", unchanged, nan, nan, nan, np.zeros(0), 0.0, 0.0, (m, n))
+        square = _mean(found.error_std, lambda part: part.double() ** 2)
+        scratch = torch.empty(m, n, device=dense.device)
         edge, outliers = noise_edge(scratch, lambda rows: found.error_std[rows].float(), "normal", seed)
         return _noise(
             storage, "dead-zone", unchanged, square, edge, outliers, (m, n), found.fro_norm, found.resolved, found.Y
         )
-    sides = [(delta.tuned, storage)]
+    sides = [(tuned, storage)]
     if base_rounded:
-        sides.append((delta.base, storage_of(delta.base)))
+        sides.append((base, storage_of(base)))
     square = sum(_mean_square_ulp(W, kind) for W, kind in sides) / 12
 
     def scale(rows: slice) -> Tensor:
@@ -103,11 +108,17 @@ def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> Storag
         return steps[0] if len(steps) == 1 else torch.hypot(*steps)
 
     # ΔW itself is not needed any more: its memory serves for the draws.
-    scratch = delta.dense.view(torch.float32).reshape(-1)[: m * n].view(m, n)
+    scratch = dense.view(torch.float32).reshape(-1)[: m * n].view(m, n)
     edge, outliers = noise_edge(scratch, scale, "uniform", seed)
     clean = max(0.0, delta.fro_norm**2 - m * n * square)
     share = clean / delta.fro_norm**2 if delta.fro_norm > 0 else 0.0
     return _noise(storage, "rounding", unchanged, square, edge, outliers, (m, n), math.sqrt(clean), share)
+
+
+def _moved_rows(dense: Tensor, tuned: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows where anything moved: all three as they are where every row did (an embedding trains those it saw)."""
+    moved = torch.cat([part.any(dim=1) for part in row_chunks(dense)])
+    return (dense, tuned, base) if bool(moved.all()) else (dense[moved], tuned[moved], base[moved])
 
 
 def _noise(
@@ -118,13 +129,8 @@ def _noise(
     textbook = std * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
     ratio = edge / textbook if textbook > 0 else math.nan
     return StorageNoise(
-        storage, model, unchanged, std, edge, ratio, outliers[outliers > textbook], fro_norm, resolved, corrected
+        storage, model, unchanged, std, edge, ratio, outliers[outliers > textbook], fro_norm, resolved, shape, corrected
     )
-
-
-def _undecidable(delta: Delta, storage: str, unchanged: float) -> StorageNoise:
-    nan = math.nan
-    return StorageNoise(storage, "dead-zone", unchanged, nan, nan, nan, np.zeros(0), 0.0, 0.0)
 
 
 def on_grid(W: Tensor, storage: str) -> bool:
@@ -164,7 +170,7 @@ def noise_edge(
 
 
 def _mean_square_ulp(W: Tensor, storage: str) -> float:
-    return _mean(W, lambda part: ulp(part, storage) ** 2)
+    return _mean(W, lambda part: ulp(part, storage).double() ** 2)
 
 
 def _mean(W: Tensor, function: Callable[[Tensor], Tensor]) -> float:

@@ -30,7 +30,7 @@ READING: Final[dict[str, tuple[str, str]]] = {
     "bracket": (
         "What is the true r90, layer by layer?",
         "Each bar spans the possible values of r90, the rank that keeps 90 % of ‖ΔW‖²: well below the dashed line is "
-        "low-rank, near it no more so than noise; storage noise leaves a triangle’s top open and a “?” undecidable.",
+        "low-rank, near it no more so than noise; “?” is undecidable, a triangle an end that --top did not reach.",
     ),
     "energy_curves": (
         "How much of the update does rank r keep?",

@@ -34,6 +34,8 @@ UNRELATED_COSINE: Final = 0.1
 # curve may be off: SLACK[0] + SLACK[1]·(1 − resolved), as a share of ‖ΔW‖². Calibrated by benchmarks/calibration.py.
 RESOLVED_GATE: Final = 0.5
 SLACK: Final = (0.008, 0.07)
+# What an interrupted run must share with the one that resumes it.
+_SAME_RUN: Final = ("base", "tuned", "options", "versions")
 
 
 class Interrupted(ProbeError):  # noqa: N818 - not a failure: it carries what was finished
@@ -87,9 +89,10 @@ def spectrum(
         "notes": list(matching.notes),
         **machine_facts(where),
     }
-    if resume is not None and any(resume.facts.get(key) != facts[key] for key in ("base", "tuned", "options")):
+    if resume is not None and any(resume.facts.get(key) != facts[key] for key in _SAME_RUN):
         raise OutputError(
-            "the unfinished run in --out compared other files or used other options; choose another --out"
+            "the unfinished run in --out compared other files, used other options or another version; "
+            "choose another --out"
         )
     run = _Run(matching, base_side, tuned_side, facts, resume)
     headers_s = time.perf_counter() - started
@@ -197,11 +200,16 @@ class _Run:
         corrected = found.values if noise.corrected is None else svd.full_spectrum(noise.corrected).values
         clock.append(time.perf_counter())
         row, denoised = describe(delta, found, noise, corrected)
+        denoised = None if denoised is None else denoised[: len(found.values)]
         row["seconds"] = clock[-1] - clock[0]
         seconds = dict(zip(("read", "spectrum", "noise"), np.diff(clock).tolist(), strict=True))
         note = f"both factors, with {pair.lora.name_B}" if pair.lora is not None else ""
         line = ledger_line(pair, "analysed", note, delta.fro_norm, delta.relative_update)
         return _Done(pair, line, row, found.values, denoised, seconds)
+
+    def _is_matrix(self, pair: Pair) -> bool:
+        info = self.base.tensors.get(pair.name) if self.base is not None else None
+        return info is not None and len(info.shape) == 2
 
     def result(self, headers_s: float) -> Result:
         """The table, ledger and facts of what is finished."""
@@ -225,7 +233,10 @@ class _Run:
         ledger["layer"] = pd.to_numeric(ledger["layer"]).astype("Int64")
         facts = dict(self.facts)
         facts["counts"] = {str(status): int(count) for status, count in ledger["status"].value_counts().items()}
-        cosine = float(table["cosine"].median()) if table["cosine"].notna().any() else math.nan
+        # A frozen matrix has cosine 1: a new head on an untouched body is a fine-tune.
+        cosines = table["cosine"].dropna().to_list()
+        cosines += [1.0 for item in done if item.line["status"] == "unchanged" and self._is_matrix(item.pair)]
+        cosine = float(np.median(cosines)) if cosines else math.nan
         facts["median_cosine"] = cosine
         facts["related"] = not cosine < UNRELATED_COSINE
         if not facts["related"]:
@@ -313,7 +324,11 @@ def _storage_columns(row: dict[str, Any], s: Any, shape: tuple[int, int], noise:
     if noise.fro_norm <= 0.0 or not math.isfinite(noise.noise_std):
         row.update(decidable_signal_rank=False, decidable_r50=False, decidable_r90=False)
         return None
-    row["signal_rank"] = float(np.count_nonzero(s > SIGNAL_FACTOR * noise.noise_edge))
+    shape = noise.shape  # rows that did not move carry neither update nor error
+    whole = len(s) >= min(shape)
+    limit = SIGNAL_FACTOR * noise.noise_edge
+    counted = whole or not float(s[-1]) > limit
+    row["signal_rank"] = float(np.count_nonzero(s > limit)) if counted else math.nan
     denoised = metrics.denoise(s, noise.noise_std, shape)
     noise_energy = float((metrics.denoise(noise.outliers, noise.noise_std, shape) ** 2).sum()) / noise.fro_norm**2
     slack = SLACK[0] + SLACK[1] * (1 - noise.resolved)
@@ -323,10 +338,11 @@ def _storage_columns(row: dict[str, Any], s: Any, shape: tuple[int, int], noise:
         row[f"{rank}_low"], row[f"{rank}_high"] = metrics.energy_rank_bracket(
             denoised, noise.fro_norm, p, shape, noise_std=noise.noise_std, noise_energy=noise_energy, slack=slack
         )
-        if len(s) < min(shape) and not row[f"{rank}_denoised"] <= len(s):
+        if not whole and not row[f"{rank}_denoised"] <= len(s):
             row[f"{rank}_low"] = row[f"{rank}_high"] = math.nan  # --top did not reach it
     for name in ("signal_rank", "r50", "r90"):
         row[f"decidable_{name}"] = noise.resolved >= RESOLVED_GATE
+    row["decidable_signal_rank"] &= counted
     return denoised
 
 

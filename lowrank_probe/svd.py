@@ -199,7 +199,7 @@ def top_spectrum(
 
 
 def _cut(theta: NDArray[np.float64], r: int, q: int) -> int:
-    """Where to split captured from deflated: the widest relative gap among the Ritz values r … q−1."""
+    """Where to split captured from deflated: the widest gap among the Ritz values r … q−1."""
     candidates = theta[r - 1 : q]
     gaps = candidates[:-1] - candidates[1:]
     return r + int(np.argmax(gaps[: max(1, len(gaps) * 3 // 4)]))

@@ -45,7 +45,7 @@ def print_summary(result: "Result") -> None:
     console.print(table)
     console.print(
         "r50, r90: lower–upper end of the true rank that holds 50 %, 90 % of ‖ΔW‖²; ? undecidable; null: Gaussian "
-        "noise of that shape. E: energy kept by rank r, in %. Medians over n matrices.",
+        "noise of that shape. stable, E (energy kept by rank r, in %): of ΔW as stored. Medians over n matrices.",
         style="dim",
     )
 

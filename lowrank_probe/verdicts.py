@@ -32,22 +32,31 @@ def summarise(table: pd.DataFrame, *, related: bool = True) -> pd.DataFrame:
     if table.empty:
         return pd.DataFrame(columns=list(SUMMARY))
     rows = []
-    for layer_type in sorted(table["layer_type"].unique(), key=sort_key):
-        group = table[table["layer_type"] == layer_type]
-        row: dict[str, Any] = {"layer_type": layer_type, "n_matrices": len(group)}
-        for column in ("relative_update", "stable_rank", "null_r50", "null_r90", "unchanged_fraction"):
-            row[column] = group[column].median()
-        row["signal_rank"] = _decided(group, "signal_rank", "decidable_signal_rank").median()
-        for rank in ("r50", "r90"):
-            decided = group[group[f"decidable_{rank}"]]
-            enough = len(decided) * 2 >= len(group)
-            for end in ("low", "high"):
-                row[f"{rank}_{end}"] = decided[f"{rank}_{end}"].median() if enough else math.nan
-        for r in (4, 8, 16, 32, 64):
-            row[f"energy_{r}"] = group[f"energy_{r}"].median()
-        row["verdict"], row["evidence"] = verdict(group) if related else ("unrelated weights", _unrelated(group))
-        rows.append({name: row[name] for name in SUMMARY})
+    # Encoder and decoder are judged apart where a model has both.
+    both = {"encoder", "decoder"} <= set(table["stack"])
+    stacks = table["stack"] if both else pd.Series("", index=table.index)
+    for stack in sorted(stacks.unique()):
+        part = table[stacks == stack]
+        for layer_type in sorted(part["layer_type"].unique(), key=sort_key):
+            group = part[part["layer_type"] == layer_type]
+            rows.append(_row(f"{stack} {layer_type}".strip(), group, related))
     return pd.DataFrame(rows)
+
+
+def _row(name: str, group: pd.DataFrame, related: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"layer_type": name, "n_matrices": len(group)}
+    for column in ("relative_update", "stable_rank", "null_r50", "null_r90", "unchanged_fraction"):
+        row[column] = group[column].median()
+    row["signal_rank"] = _decided(group, "signal_rank", "decidable_signal_rank").median()
+    for rank in ("r50", "r90"):
+        decided = group[group[f"decidable_{rank}"]]
+        enough = len(decided) * 2 >= len(group)
+        for end in ("low", "high"):
+            row[f"{rank}_{end}"] = decided[f"{rank}_{end}"].median() if enough else math.nan
+    for r in (4, 8, 16, 32, 64):
+        row[f"energy_{r}"] = group[f"energy_{r}"].median()
+    row["verdict"], row["evidence"] = verdict(group) if related else ("unrelated weights", _unrelated(group))
+    return {column: row[column] for column in SUMMARY}
 
 
 def verdict(group: pd.DataFrame) -> tuple[str, str]:

@@ -360,7 +360,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_resumes(long_pair, t
     assert 0 < len(part.table) < 30
     assert part.facts["counts"] == {"analysed": len(part.table), "pending": 30 - len(part.table)}
 
-    fails("spectrum", *long_pair, "--out", out, "--seed", "1", "--quiet", words=["other files or used other options"])
+    fails("spectrum", *long_pair, "--out", out, "--seed", "1", "--quiet", words=["other files, used other options"])
     assert lp.load(out).facts["status"] == "interrupted"
 
     stdout, stderr = probe("spectrum", *long_pair, "--out", out)

@@ -1,0 +1,123 @@
+"""precision and deadzone: storage noise against updates whose truth is known."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pairs import planted, write
+
+import lowrank_probe as lp
+from lowrank_probe import deadzone, metrics, precision
+
+NAME = "model.layers.0.self_attn.q_proj.weight"
+
+
+def normal(*shape, seed=0, std=0.02):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * std
+
+
+def stored_pair(tmp_path, W, update, dtype=torch.bfloat16):
+    base = W.to(dtype)
+    write(tmp_path / "base", {NAME: base})
+    write(tmp_path / "tuned", {NAME: (base.double() + update).to(dtype)})
+    return tmp_path / "base", tmp_path / "tuned"
+
+
+@pytest.mark.parametrize(("storage", "dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16)])
+def test_ulp_is_the_distance_to_the_next_stored_value(storage, dtype):
+    W = normal(64, 64).to(dtype)
+    above = torch.nextafter(W.abs(), torch.tensor(math.inf, dtype=dtype))
+    torch.testing.assert_close(precision.ulp(W, storage).double(), above.double() - W.abs().double())
+
+
+def test_noise_edge_is_the_largest_singular_value_of_uneven_noise():
+    scale = torch.full((200, 150), 1e-3)
+    scale[:5] *= 16  # five rows round much more coarsely: the textbook edge is far off
+    edge, leading = precision.noise_edge(torch.empty(200, 150), lambda rows: scale[rows].clone(), "uniform", seed=1)
+    rng = np.random.default_rng(0)
+    drawn = [np.linalg.norm(rng.uniform(-0.5, 0.5, (200, 150)) * scale.numpy(), 2) for _ in range(20)]
+    assert np.mean(drawn) * 0.97 <= edge <= np.max(drawn) * 1.05
+    textbook = math.sqrt(float((scale**2).mean()) / 12) * (math.sqrt(200) + math.sqrt(150))
+    assert edge > 1.3 * textbook
+    assert leading[0] <= edge
+
+
+def test_dead_zone_model_finds_the_norm_and_the_errors_it_states():
+    W = normal(400, 300).bfloat16()
+    truth = planted((400, 300), torch.arange(1, 301, dtype=torch.float64) ** -0.5)
+    truth *= 0.0015 * float(W.double().norm()) / float(truth.norm())
+    stored = (W.double() + truth).bfloat16()
+    Q, u = stored.float() - W.float(), precision.ulp(stored, "BF16")
+    assert 0.5 < float((Q == 0).float().mean()) < 0.75
+    found = deadzone.correct(Q.clone(), u)
+    assert found is not None
+    assert found.fro_norm == pytest.approx(float(truth.norm()), rel=0.02)
+    true_error = float(((found.Y.double() - truth) ** 2).mean())
+    assert float((found.error_std.double() ** 2).mean()) == pytest.approx(true_error, rel=0.05)
+
+
+def test_dead_zone_model_declines_where_no_entry_is_fine():
+    Q = torch.zeros(64, 64)
+    Q[0, 0] = 1.0
+    assert deadzone.correct(Q, torch.ones(64, 64)) is None
+
+
+def test_swallowed_update_is_bracketed_and_far_from_raw(tmp_path):
+    W = normal(400, 300)
+    truth = planted((400, 300), 1 / torch.arange(1, 301, dtype=torch.float64) ** 0.8)
+    truth *= 0.0015 * float(W.double().norm()) / float(truth.norm())
+    row = lp.spectrum(*stored_pair(tmp_path, W, truth)).table.iloc[0]
+    s = torch.linalg.svdvals(truth).numpy()
+    r50, r90 = (metrics.energy_rank(s, float(truth.norm()), p) for p in (0.5, 0.9))
+    assert row["noise_model"] == "dead-zone"
+    assert row["decidable_r50"]
+    assert row["r50_low"] <= r50 <= row["r50_high"]
+    assert row["r90_low"] <= r90 <= row["r90_high"]
+    assert abs(row["r50_denoised"] - r50) <= max(1, 0.25 * r50)
+    assert row["r50"] > 1.5 * r50  # what a naive reading of the stored pair says
+
+
+def test_top_on_a_swallowed_update_saves_and_loads(tmp_path):
+    W = normal(256, 256)
+    truth = planted((256, 256), torch.linspace(2, 1, 6))
+    truth *= 0.0015 * float(W.double().norm()) / float(truth.norm())
+    result = lp.spectrum(*stored_pair(tmp_path, W, truth), top=8)
+    row = result.table.iloc[0]
+    assert row["noise_model"] == "dead-zone"
+    assert row["signal_rank"] == 6
+    loaded = lp.load(result.save(tmp_path / "run"))
+    assert len(loaded.singular_values[NAME]) == len(loaded.denoised_values[NAME]) == 8
+    pd.testing.assert_frame_equal(loaded.table, result.table)
+
+
+def test_signal_rank_is_not_counted_on_a_list_that_ends_above_the_edge(tmp_path):
+    W = normal(256, 256)
+    truth = planted((256, 256), torch.linspace(2, 1, 40)) * 0.05
+    row = lp.spectrum(*stored_pair(tmp_path, W, truth), top=8).table.iloc[0]
+    assert row["n_kept"] == 8
+    assert math.isnan(row["signal_rank"])
+    assert not row["decidable_signal_rank"]
+
+
+def test_rows_that_never_moved_carry_no_noise(tmp_path):
+    W = normal(2000, 96)
+    rows = torch.zeros(2000, dtype=torch.bool)
+    rows[::10] = True
+    truth = torch.zeros(2000, 96, dtype=torch.float64)
+    truth[rows] = normal(200, 96, seed=5, std=2e-4).double()
+    row = lp.spectrum(*stored_pair(tmp_path, W, truth)).table.iloc[0]
+    s = torch.linalg.svdvals(truth).numpy()
+    assert row["unchanged_fraction"] > 0.9
+    assert row["denoised_fro_norm"] == pytest.approx(float(truth.norm()), rel=0.03)
+    assert row["r90_low"] <= metrics.energy_rank(s, float(truth.norm()), 0.9) <= row["r90_high"]
+
+
+def test_a_new_head_on_a_frozen_body_is_related(tmp_path):
+    body = {f"model.layers.{i}.self_attn.q_proj.weight": normal(32, 32, seed=i) for i in range(3)}
+    write(tmp_path / "a", body | {"lm_head.weight": normal(40, 32, seed=8)})
+    write(tmp_path / "b", body | {"lm_head.weight": normal(40, 32, seed=9)})
+    result = lp.spectrum(tmp_path / "a", tmp_path / "b")
+    assert result.facts["related"]
+    assert result.facts["counts"] == {"unchanged": 3, "analysed": 1}
