@@ -85,8 +85,9 @@ def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> Storag
     dense, tuned, base = _moved_rows(delta.dense, delta.tuned, delta.base)
     m, n = dense.shape
     storage = storage_of(tuned)
-    hidden = 1 - float(torch.count_nonzero(dense)) / (m * n)
-    unchanged = 1 - (1 - hidden) * m / delta.shape[0]
+    n_moved = int(torch.count_nonzero(dense))
+    hidden = (m * n - n_moved) / (m * n)
+    unchanged = (delta.shape[0] * n - n_moved) / (delta.shape[0] * n)
     if hidden > DEAD_ZONE_FROM and not base_rounded and on_grid(base, storage):
         found = deadzone.correct(dense, ulp(tuned, storage))
         if found is None:
