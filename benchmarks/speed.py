@@ -81,8 +81,8 @@ def main() -> int:
                 theirs.append(their)
             else:
                 discarded += 1
-        if not ours:
-            print("FAIL: the machine was never idle; no time was measured", file=sys.stderr)
+        if len(ours) < min(3, options.runs):
+            print(f"FAIL: the machine was idle in {len(ours)} rounds only; nothing is judged", file=sys.stderr)
             return 1
         for _ in range(10):
             helps.append(timed([probe, "--help"]))
