@@ -2,13 +2,17 @@
 
 Linear algebra of small matrices does not fill several cores, so matrices run beside each other, each on its share of
 the cores. How many may be in memory at once is bounded by the largest one: beside each other, matrices never hold more
-than 60 % of its entries, so that it alone sets the memory needed.
+than 72 % of its entries, so that it alone sets the memory needed.
 """
 
 import ctypes
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from types import FrameType
 from typing import Final, TypeVar
 
 import torch
@@ -18,7 +22,7 @@ Item = TypeVar("Item")
 Done = TypeVar("Done")
 
 MAX_WORKERS: Final = 4
-SHARE_OF_LARGEST: Final = 0.6
+SHARE_OF_LARGEST: Final = 0.72
 _glibc = ctypes.CDLL(None) if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt") else None
 
 
@@ -62,6 +66,30 @@ def run_jobs(
             for future in running:
                 future.cancel()
             torch.set_num_threads(cores)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C only asks to stop, between two matrices; the function yielded says whether it was pressed.
+
+    A second Ctrl-C raises at once. Outside of the main thread Ctrl-C keeps its meaning.
+    """
+    asked = False
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _trim() -> None:

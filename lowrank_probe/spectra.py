@@ -24,7 +24,7 @@ from lowrank_probe.layers import sort_key
 from lowrank_probe.metrics import Values
 from lowrank_probe.precision import SIGNAL_FACTOR, StorageNoise, assess
 from lowrank_probe.runs import SCHEMA_VERSION, Result
-from lowrank_probe.scheduling import run_jobs
+from lowrank_probe.scheduling import interruptible, run_jobs
 
 Progress = Callable[[str, int, int], None]
 
@@ -181,11 +181,14 @@ class _Run:
         total = sum(size(pair) for pair in self.matching.pairs)
         done = sum(size(pair) for pair in self.matching.pairs if pair.name in self.done)
         todo = [pair for pair in self.matching.pairs if pair.name not in self.done]
-        for result in run_jobs(todo, size, job, settings.device):
-            self.done[result.pair.name] = result  # one step, so that Ctrl-C finds all of it or nothing
-            done += size(result.pair)
-            if on_progress:
-                on_progress(result.pair.name, done, total)
+        with interruptible() as asked_to_stop:
+            for result in run_jobs(todo, size, job, settings.device):
+                self.done[result.pair.name] = result
+                done += size(result.pair)
+                if on_progress:
+                    on_progress(result.pair.name, done, total)
+                if asked_to_stop():
+                    raise KeyboardInterrupt
 
     def _analyse(self, pair: Pair, settings: _Settings) -> _Done:
         clock = [time.perf_counter()]

@@ -24,7 +24,9 @@ EPS64: Final = 2.0**-53
 RELATIVE_BAR: Final = 1e-6
 ENERGY_BAR: Final = 1e-6
 # Entries upcast to float64 at a time; bounds the working memory next to the matrix itself.
-CHUNK_ENTRIES: Final = 1 << 18
+CHUNK_ENTRIES: Final = 1 << 17
+# The same for the Gram matrix, where every block costs one more pass over G.
+GRAM_ENTRIES: Final = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ def gram(A: Tensor) -> Tensor:
     k = A.shape[1]
     G = torch.zeros(k, k, dtype=torch.float64, device=A.device)
     product = torch.empty_like(G) if G.is_cpu else G
-    for chunk in row_chunks(A):
-        block = chunk.double()
+    buffer = torch.empty(0, dtype=torch.float64, device=A.device)
+    for chunk in row_chunks(A, GRAM_ENTRIES):
+        # One buffer for all blocks: glibc's heap grows when megabytes are allocated and freed over and over.
+        block = buffer.resize_(chunk.shape).copy_(chunk)
         if G.is_cpu:  # numpy sees the symmetry and does half the work (syrk)
             np.matmul(block.numpy().T, block.numpy(), out=product.numpy())
             G += product
@@ -249,9 +253,9 @@ def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 
     return np.asarray(np.sqrt(np.maximum(lam, 0.0)), dtype=np.float64)
 
 
-def row_chunks(A: Tensor) -> Iterator[Tensor]:
-    """Views of A of at most about `CHUNK_ENTRIES` entries, by rows."""
-    rows = max(1, CHUNK_ENTRIES // max(1, A.shape[1]))
+def row_chunks(A: Tensor, entries: int | None = None) -> Iterator[Tensor]:
+    """Views of A of at most about `entries` (`CHUNK_ENTRIES`) entries, by rows."""
+    rows = max(1, (entries or CHUNK_ENTRIES) // max(1, A.shape[1]))
     for start in range(0, A.shape[0], rows):
         yield A[start : start + rows]
 
