@@ -22,7 +22,7 @@ from accuracy import probe, publish, save, update
 from torch import Tensor
 
 from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
-from lowrank_probe.precision import SIGNAL_FACTOR
+from lowrank_probe.metrics import SIGNAL_FACTOR
 
 # Rank 16 with σ_i = exp(−i/5): r90 is 6, r99 is 12, the effective rank 11. All of it, stored exactly.
 DECAYING: Final = torch.exp(-torch.arange(16, dtype=torch.float64) / 5)
@@ -149,7 +149,7 @@ def judge_16(table: pd.DataFrame) -> list[tuple[str, bool]]:
     for source, group in table.groupby("source", sort=False):
         large = group[group["size"].isin(("3e-2", "1e-2"))]
         smallest = large["size"].astype(float) * large["base_norm"] * float(DECAYING[15] / torch.linalg.norm(DECAYING))
-        seen = large[smallest > SIGNAL_FACTOR * large["noise_edge"]]
+        seen = large[smallest > SIGNAL_FACTOR["rounding"] * large["noise_edge"]]
         right = int((seen["decidable_signal_rank"] & seen["signal_rank"].eq(16)).sum())
         hidden = len(large) - len(seen)
         lines.append((f"rank 16 on {source} weights at 3e-2 and 1e-2: counted as 16 in {right} of {len(seen)}"

@@ -7,12 +7,14 @@ Entries smaller than u/2 are swallowed, so that a raw spectrum of Q is that of w
     row and column is what is seen.
 2.  The law of z is not assumed: small weights have a fine grid, so that entries with u ≪ S show ΔW itself. Their z are
     the sample from which every expectation is taken (updates of Adam are flatter than a Gaussian: E z⁴ ≈ 2.2).
-3.  Z_ij = E[ΔW_ij | Q_ij, u_ij] is the posterior mean, ρ(u/S) = E[Z²]/E[ΔW²] the share of energy it resolves.
+3.  Z_ij = E[ΔW_ij | Q_ij, u_ij] is the posterior mean, ρ(x) = E[Z²]/E[ΔW²] the share of energy it resolves.
 4.  Y_ij = Z_ij/ρ̃_ij, ρ̃_ij = ρ_i·ρ_j/ρ̄ (row, column and whole mean of ρ), is ΔW plus independent errors of known
     variance S²(ρ/ρ̃² − 2ρ/ρ̃ + 1): a matrix whose singular values can be denoised as under plain noise.
 5.  ‖ΔW‖_F²: geometric mean of Σ S² and of the same sum rescaled by the finely resolved entries (Q² − u²/12).
 
-Legend: m out, n in; level = |Q|/u; ratio = u/S; all per-entry work goes by row chunks.
+Legend: m out, n in; level = |Q|/u; x = log2(u/S). Steps are powers of two and S² is a product of a row's and a
+column's scale, so that x is a sum of an exponent, a row's and a column's logarithm, and every sum over S²·f(x) is a
+matrix–vector product. All per-entry work goes by row chunks.
 Source: ours; that z does not depend on u was checked on full fine-tunes of SmolLM2-135M (benchmarks/smollm2_truth.py).
 """
 
@@ -32,9 +34,10 @@ MAX_STEP: Final = 4.0
 LEAST_GAIN: Final = 0.25
 # The estimated ‖ΔW‖_F stays within this factor of the stored one wherever the model holds (0.87 … 1.06 was seen).
 MAX_NORM_RATIO: Final = 1.5
-# log2(u/S) is tabulated from LOW to HIGH; below, rounding is so fine that Z = Q and ρ = 1 − ratio²/12.
-LOW, HIGH, STEP = -2.5, 6.0, 0.125
-CHUNK: Final = 1 << 19
+# x is sampled from LOW to HIGH in steps of 1/8; below LOW, rounding is so fine that Z = Q and ρ = 1 − (u/S)²/12. The
+# tables that are looked up reach down to FLOOR and are interpolated to steps of 1/64.
+LOW, HIGH, FLOOR, COARSE, FINE = -2.5, 6.0, -8.0, 8, 64
+TINY: Final = 1e-38
 
 
 @dataclass(frozen=True)
@@ -50,86 +53,103 @@ class DeadZone:
     resolved: float
 
 
-def correct(Q: Tensor, u: Tensor) -> DeadZone | None:
-    """Fit the model to a stored difference Q (m, n) with grid steps u (m, n); None where it does not apply:
-    too few entries have a fine grid, or the norm it gives contradicts the stored one.
+@dataclass(frozen=True)
+class _Scales:
+    """S² = row_i·col_j: `row` (m,) = s²·a, `col` (n,) = b with mean 1; the mean of S² is the mean of `row`."""
 
+    row: Tensor
+    col: Tensor
+
+    def log2(self) -> tuple[Tensor, Tensor]:
+        """½log2 of both; −∞ is kept off by TINY."""
+        return 0.5 * self.row.clamp(min=TINY).log2(), 0.5 * self.col.clamp(min=TINY).log2()
+
+    def square(self, rows: slice) -> Tensor:
+        return torch.outer(self.row[rows], self.col)
+
+
+def correct(Q: Tensor, u: Tensor) -> DeadZone | None:
+    """Fit the model to a stored difference Q (m, n) with grid steps u (m, n), bfloat16 powers of two.
+
+    None where it does not apply: too few entries have a fine grid, or the norm it gives contradicts the stored one.
     Q is overwritten by Y, to spare a copy.
     """
     Q = Q.float() if Q.dtype != torch.float32 else Q
-    fit = _fit(Q, u)
+    m, n = Q.shape
+    # A power of two, so exact: squares of very large or very small updates would leave float32's range.
+    unit = 2.0 ** math.floor(math.log2(float(torch.linalg.vector_norm(Q, math.inf))))
+    Q.div_(unit)
+    u = u / unit
+    row, col = torch.zeros(m, device=Q.device), torch.zeros(n, device=Q.device)
+    for rows in _chunks(Q):
+        square = Q[rows] ** 2
+        row[rows] = square.sum(1)
+        col += square.sum(0)
+    stored = float(row.sum(dtype=torch.float64))
+    fit = _fit(Q, u, row, col)
     if fit is None:
         return None
-    s2, a, b, tables = fit
-    resolved_row, total_row = torch.zeros_like(a), torch.zeros_like(a)
-    resolved_col, total_col = torch.zeros_like(b), torch.zeros_like(b)
+    scales, tables = fit
+    log_row, log_col = scales.log2()
+    resolved_row, resolved_col = torch.zeros_like(row), torch.zeros_like(col)
     fine_seen = fine_expected = 0.0
     for rows in _chunks(Q):
-        S2 = s2 * a[rows, None] * b[None, :]
-        u_part = u[rows]
-        rho = tables.rho(_log_ratio(u_part, S2))
-        weight = rho * S2
-        resolved_row[rows], total_row[rows] = weight.sum(1), S2.sum(1)
-        resolved_col += weight.sum(0)
-        total_col += S2.sum(0)
-        fine = u_part**2 <= S2
-        fine_seen += float((Q[rows] ** 2 - u_part**2 / 12)[fine].sum(dtype=torch.float64))
-        fine_expected += float(S2[fine].sum(dtype=torch.float64))
-    energy = float(total_row.sum(dtype=torch.float64))
-    stored = sum(float((Q[rows] ** 2).sum(dtype=torch.float64)) for rows in _chunks(Q))
+        x = _log_ratio(u[rows], log_row[rows], log_col)
+        rho = tables.share[_index(x, FLOOR)]
+        resolved_row[rows] = rho @ scales.col
+        resolved_col += scales.row[rows] @ rho
+        fine = (x <= 0).float()
+        fine_seen += float((torch.square(Q[rows]) - torch.square(u[rows].float()).div_(12)).mul_(fine).sum())
+        fine_expected += float(scales.row[rows] @ (fine @ scales.col))
+    resolved_row, resolved_col = resolved_row * scales.row, resolved_col * scales.col
+    energy = n * float(scales.row.sum(dtype=torch.float64))
     correction = fine_seen / fine_expected if fine_expected > 0 and fine_seen > 0 else 1.0
     norm = math.sqrt(energy * math.sqrt(correction))
     if not 1 / MAX_NORM_RATIO <= norm / math.sqrt(stored) <= MAX_NORM_RATIO:
         return None
     resolved = float(resolved_row.sum(dtype=torch.float64)) / energy
-    rho_row = resolved_row / total_row.clamp(min=1e-38)
-    rho_col = resolved_col / total_col.clamp(min=1e-38)
+    rho_row = resolved_row / (n * scales.row).clamp(min=TINY)
+    rho_col = resolved_col / (energy / n * scales.col).clamp(min=TINY)
     error_std = torch.empty(Q.shape, dtype=torch.bfloat16, device=Q.device)
     for rows in _chunks(Q):
-        S2 = s2 * a[rows, None] * b[None, :]
-        log_ratio = _log_ratio(u[rows], S2)
-        rho = tables.rho(log_ratio)
+        S2 = scales.square(rows)
+        x = _log_ratio(u[rows], log_row[rows], log_col)
+        rho = tables.share[_index(x, FLOOR)]
         # A row or column that is almost dead keeps a small bias rather than drown the rest in amplified noise.
-        gain = (rho_row[rows, None] * rho_col[None, :] / resolved).clamp_(min=LEAST_GAIN * resolved)
-        Z = tables.posterior(Q[rows], u[rows], log_ratio, S2)
-        Q[rows] = Z / gain
-        error_std[rows] = (S2 * (rho / gain**2 - 2 * rho / gain + 1)).clamp_(min=0).sqrt_().to(torch.bfloat16)
-    return DeadZone(Q, error_std, norm, resolved)
+        gain = torch.outer(rho_row[rows], rho_col / resolved).clamp_(min=LEAST_GAIN * resolved)
+        Q[rows] = tables.posterior(Q[rows], u[rows], x, S2) / gain
+        # S²·(ρ/gain² − 2ρ/gain + 1)
+        variance = rho.div_(gain).mul_(gain.reciprocal_().sub_(2)).add_(1).mul_(S2)
+        error_std[rows] = variance.clamp_(min=0).sqrt_().to(torch.bfloat16)
+    return DeadZone(Q.mul_(unit), error_std.mul_(unit), norm * unit, resolved)
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """Expectations over the sample of |z|, against log2(u/S): E[round(z/r)²]r², ρ, and E[|z| | level]."""
+    """Expectations over the sample of |z| by x = log2(u/S).
+
+    square: E[Q²]/S² and share: ρ, both from FLOOR on; mean: E[|z| | level], from LOW on, one row an x.
+    """
 
     square: Tensor
     share: Tensor
     mean: Tensor
 
-    def second_moment(self, log_ratio: Tensor) -> Tensor:
-        """E[Q²]/S²; above the table (u ≫ S) nothing survives, below it E[Q²] = S² + u²/12."""
-        i, f = _position(log_ratio)
-        inside = torch.lerp(self.square[i], self.square[i + 1], f)
-        return torch.where(log_ratio < LOW, 1 + torch.exp2(2 * log_ratio) / 12, inside)
-
-    def rho(self, log_ratio: Tensor) -> Tensor:
-        i, f = _position(log_ratio)
-        inside = torch.lerp(self.share[i], self.share[i + 1], f)
-        return torch.where(log_ratio < LOW, 1 - torch.exp2(2 * log_ratio) / 12, inside)
-
-    def posterior(self, Q: Tensor, u: Tensor, log_ratio: Tensor, S2: Tensor) -> Tensor:
-        level = torch.round(Q.abs() / u)
-        i, f = _position(log_ratio)
-        index = level.clamp(max=N_LEVELS - 1).long()
-        inside = torch.lerp(self.mean[i, index], self.mean[i + 1, index], f) * S2.sqrt() * Q.sign()
-        return torch.where((log_ratio < LOW) | (level >= N_LEVELS), Q, inside)
+    def posterior(self, Q: Tensor, u: Tensor, x: Tensor, S2: Tensor) -> Tensor:
+        """E[ΔW | Q, u]; Q itself where the grid is fine or the level beyond the table."""
+        level = Q.abs().div_(u).round_()
+        exact = (x < LOW) | (level >= N_LEVELS)
+        index = _index(x, LOW).mul_(N_LEVELS).add_(level.clamp_(max=N_LEVELS - 1).long())
+        inside = self.mean.view(-1)[index].mul_(S2.sqrt()).mul_(Q.sign())
+        return torch.where(exact, Q, inside)
 
 
 def _tabulate(z: Tensor) -> _Tables:
     """The tables of a sample of |z|: counts and sums of each level by sorting, on the host (small, and repeatable)."""
     sample = z.double().cpu().sort().values
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), sample.cumsum(0)])
-    n_steps = round((HIGH - LOW) / STEP) + 1
-    ratio = 2.0 ** (LOW + STEP * torch.arange(n_steps, dtype=torch.float64))[:, None]
+    n_steps = round((HIGH - LOW) * COARSE) + 1
+    ratio = 2.0 ** (LOW + torch.arange(n_steps, dtype=torch.float64) / COARSE)[:, None]
     grid = torch.arange(N_LEVELS, dtype=torch.float64) * ratio
     start = torch.searchsorted(sample, grid - ratio / 2)
     start[:, 0] = 0
@@ -139,36 +159,41 @@ def _tabulate(z: Tensor) -> _Tables:
     conditional[:, 0] = 0.0  # the sign is unknown there
     square = (count * grid**2).sum(1) / len(sample)
     share = (count * conditional**2).sum(1) / len(sample)
-    return _Tables(*(table.float().to(z.device) for table in (square, share, conditional)))
+    fine = 4.0 ** torch.arange(FLOOR, LOW, 1 / FINE, dtype=torch.float64) / 12
+    square, share = (
+        torch.cat([below, _refined(table)]) for below, table in ((1 + fine, square), (1 - fine, share))
+    )  # fmt: skip
+    return _Tables(*(table.float().to(z.device) for table in (square, share, _refined(conditional))))
 
 
-def _fit(Q: Tensor, u: Tensor) -> tuple[float, Tensor, Tensor, _Tables] | None:
-    """(s², a (m,), b (n,), tables) with mean(a) = mean(b) = 1 over what moved; None where no sample can be had."""
+def _refined(table: Tensor) -> Tensor:
+    """A table with rows at steps of 1/COARSE, interpolated linearly to steps of 1/FINE."""
+    position = torch.arange((table.shape[0] - 1) * FINE // COARSE + 1, dtype=torch.float64) * COARSE / FINE
+    i = position.long().clamp(max=table.shape[0] - 2)
+    weight = (position - i).reshape(-1, *[1] * (table.ndim - 1))
+    return torch.lerp(table[i], table[i + 1], weight)
+
+
+def _fit(Q: Tensor, u: Tensor, row: Tensor, col: Tensor) -> tuple[_Scales, _Tables] | None:
+    """The scales and tables, from Q and its sums of squares by row (m,) and by column (n,); None without a sample."""
     m, n = Q.shape
-    row, col = torch.zeros(m, device=Q.device), torch.zeros(n, device=Q.device)
-    for rows in _chunks(Q):
-        square = Q[rows] ** 2
-        row[rows] = square.sum(1)
-        col += square.sum(0)
     s2 = _global_scale(Q, u, float(row.sum(dtype=torch.float64)) / (m * n))
-    a, b = (row > 0).float(), (col > 0).float()
+    scales = _Scales(s2 * (row > 0), (col > 0).float())
     tables = None
     for _ in range(ROUNDS):
-        z = _sample(Q, u, s2, a, b)
+        z = _sample(Q, u, scales)
         if z is None:
             return None
         tables = _tabulate(z)
-        for axis in (1, 0):
-            predicted = _predict(u, s2, a, b, tables, axis)
-            # Bounded: where nearly nothing survives, a single entry would blow the scale up.
-            if axis == 1:
-                a = a * (row / predicted.clamp(min=1e-38)).clamp_(max=MAX_STEP)
-            else:
-                b = b * (col / predicted.clamp(min=1e-38)).clamp_(max=MAX_STEP)
-        scale = float(a.mean()) * float(b.mean())
-        a, b, s2 = a / a.mean(), b / b.mean(), s2 * scale
+        # Bounded steps: where nearly nothing survives, a single entry would blow the scale up.
+        predicted = scales.row * _expected(u, scales, tables, axis=1)
+        new_row = scales.row * (row / predicted.clamp(min=TINY)).clamp_(max=MAX_STEP)
+        scales = _Scales(new_row, scales.col)
+        predicted = scales.col * _expected(u, scales, tables, axis=0)
+        new_col = scales.col * (col / predicted.clamp(min=TINY)).clamp_(max=MAX_STEP)
+        scales = _Scales(scales.row * new_col.mean(), new_col / new_col.mean())
     assert tables is not None
-    return s2, a, b, tables
+    return scales, tables
 
 
 def _global_scale(Q: Tensor, u: Tensor, start: float) -> float:
@@ -177,57 +202,62 @@ def _global_scale(Q: Tensor, u: Tensor, start: float) -> float:
     for _ in range(4):
         total, count = 0.0, 0
         for rows in _chunks(Q):
-            fine = u[rows] ** 2 <= s2
-            total += float((Q[rows] ** 2 - u[rows] ** 2 / 12)[fine].sum(dtype=torch.float64))
+            step = u[rows].float()
+            fine = (step <= math.sqrt(s2)).float()
+            total += float((torch.square(Q[rows]) - torch.square(step).div_(12)).mul_(fine).sum())
             count += int(fine.sum())
-        if count == 0 or total <= 0:
+        if count == 0 or total <= 0 or s2 == total / count:
             break
         s2 = total / count
     return s2
 
 
-def _sample(Q: Tensor, u: Tensor, s2: float, a: Tensor, b: Tensor) -> Tensor | None:
+def _sample(Q: Tensor, u: Tensor, scales: _Scales) -> Tensor | None:
     """|z| of entries whose grid is fine, u ≤ S/8 where there are enough, else S/4, S/2; scaled to E z² = 1."""
-    found: dict[int, list[Tensor]] = {8: [], 4: [], 2: []}
+    log_row, log_col = scales.log2()
+    parts, fineness = [], []
     for rows in _chunks(Q):
-        S2 = s2 * a[rows, None] * b[None, :]
-        ratio2 = u[rows] ** 2 / S2.clamp(min=1e-38)
-        z = (Q[rows] / S2.clamp(min=1e-38).sqrt()).abs()
-        for fineness, parts in found.items():
-            parts.append(z[(ratio2 <= fineness**-2.0) & (S2 > 0)])
-    for parts in found.values():
-        z = torch.cat(parts)
-        if len(z) >= (N_SAMPLES // 2 if parts is not found[2] else MIN_SAMPLES):
-            z = z[:: max(1, len(z) // N_SAMPLES)][:N_SAMPLES]
-            rms = float((z**2).mean().sqrt())
-            return z / rms if rms > 0 else None
+        x = _log_ratio(u[rows], log_row[rows], log_col)
+        chosen = ((x <= -1) & (scales.row[rows, None] > 0) & (scales.col > 0)).flatten().nonzero().squeeze(1)
+        x, i, j = x.flatten()[chosen], chosen // Q.shape[1], chosen % Q.shape[1]
+        fineness.append(x)
+        parts.append(Q[rows].flatten()[chosen].abs_().mul_(torch.exp2(-log_row[rows][i] - log_col[j])))
+    z, x = torch.cat(parts), torch.cat(fineness)
+    for least, enough in ((-3.0, N_SAMPLES // 2), (-2.0, N_SAMPLES // 2), (-1.0, MIN_SAMPLES)):
+        taken = z[x <= least]
+        if len(taken) >= enough:
+            taken = taken[:: max(1, len(taken) // N_SAMPLES)][:N_SAMPLES]
+            rms = float((taken**2).mean().sqrt())
+            return taken / rms if rms > 0 else None
     return None
 
 
-def _predict(u: Tensor, s2: float, a: Tensor, b: Tensor, tables: _Tables, axis: int) -> Tensor:
-    """Σ E[Q²] over the columns (axis 1) or rows (axis 0) under the present scales."""
+def _expected(u: Tensor, scales: _Scales, tables: _Tables, axis: int) -> Tensor:
+    """Σ E[Q²]/row_i over each row (axis 1), or Σ E[Q²]/col_j over each column (axis 0), under the present scales."""
+    log_row, log_col = scales.log2()
     out = torch.zeros(u.shape[1 - axis], device=u.device)
     for rows in _chunks(u):
-        S2 = s2 * a[rows, None] * b[None, :]
-        expected = S2 * tables.second_moment(_log_ratio(u[rows], S2))
+        moment = tables.square[_index(_log_ratio(u[rows], log_row[rows], log_col), FLOOR)]
         if axis == 1:
-            out[rows] = expected.sum(1)
+            out[rows] = moment @ scales.col
         else:
-            out += expected.sum(0)
+            out += scales.row[rows] @ moment
     return out
 
 
-def _log_ratio(u: Tensor, S2: Tensor) -> Tensor:
-    return torch.log2(u) - 0.5 * torch.log2(S2.clamp(min=1e-38))
+def _log_ratio(u: Tensor, log_row: Tensor, log_col: Tensor) -> Tensor:
+    """x = log2(u/S); u's exponent is read from its bits."""
+    exponent = (u.view(torch.int16) >> 7).sub_(127)
+    return exponent.float().sub_(log_row[:, None]).sub_(log_col)
 
 
-def _position(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    x = ((log_ratio - LOW) / STEP).clamp_(0.0, (HIGH - LOW) / STEP - 1e-3)
-    i = x.long()
-    return i, x - i
+def _index(x: Tensor, first: float) -> Tensor:
+    """The place of x, to the nearest 1/FINE, in a table that starts at `first`; its ends serve for what is beyond."""
+    return (x - (first - 0.5 / FINE)).mul_(FINE).clamp_(0, (HIGH - first) * FINE).long()
 
 
 def _chunks(A: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK // A.shape[1])
+    # Small enough for a CPU's cache and for the memory beside a matrix; a GPU wants fewer, larger launches.
+    step = max(1, (1 << 17 if A.is_cpu else 1 << 23) // A.shape[1])
     for start in range(0, A.shape[0], step):
         yield slice(start, min(start + step, A.shape[0]))

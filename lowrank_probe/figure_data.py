@@ -7,7 +7,7 @@ import pandas as pd
 
 from lowrank_probe.figure_style import log_spaced, text
 from lowrank_probe.layers import sort_key
-from lowrank_probe.metrics import Values, _marchenko_pastur
+from lowrank_probe.metrics import SIGNAL_FACTOR, Values, marchenko_pastur
 from lowrank_probe.runs import Result
 
 MAX_POINTS: Final = 250  # of one spectrum
@@ -15,7 +15,7 @@ MAX_POINTS: Final = 250  # of one spectrum
 
 def null_energy(ranks: Values, shape: tuple[int, int]) -> Values:
     """Energy that rank r keeps of i.i.d. Gaussian noise of this shape. Source: Marchenko & Pastur 1967."""
-    share, kept = _marchenko_pastur(min(shape) / max(shape))
+    share, kept = marchenko_pastur(min(shape) / max(shape))
     return np.interp(np.asarray(ranks) / min(shape), share, kept)
 
 
@@ -54,7 +54,7 @@ def spectrum_points(result: Result, name: str, edge: float) -> tuple[list[list[f
         index = index[values[index - 1] > 0]  # a log axis has no zero
         x.append([int(i) for i in index])
         y.append([float(f"{v:.5g}") for v in values[index - 1]])
-    for level in (edge, 1.05 * edge):
+    for level in (edge, SIGNAL_FACTOR["rounding"] * edge):
         drawn = np.isfinite(level) and level > 0
         x.append([1, len(raw)] if drawn else [])
         y.append([level, level] if drawn else [])

@@ -22,7 +22,7 @@ from lowrank_probe.errors import OutputError, ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.layers import sort_key
 from lowrank_probe.metrics import Values
-from lowrank_probe.precision import SIGNAL_FACTOR, StorageNoise, assess
+from lowrank_probe.precision import StorageNoise, assess
 from lowrank_probe.runs import SCHEMA_VERSION, Result
 from lowrank_probe.scheduling import interruptible, run_jobs
 
@@ -329,7 +329,7 @@ def _storage_columns(row: dict[str, Any], s: Any, shape: tuple[int, int], noise:
         return None
     shape = noise.shape  # rows that did not move carry neither update nor error
     whole = len(s) >= min(shape)
-    limit = SIGNAL_FACTOR * noise.noise_edge
+    limit = metrics.SIGNAL_FACTOR[noise.model] * noise.noise_edge
     counted = whole or not float(s[-1]) > limit
     row["signal_rank"] = float(np.count_nonzero(s > limit)) if counted else math.nan
     denoised = metrics.denoise(s, noise.noise_std, shape)

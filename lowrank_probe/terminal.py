@@ -75,6 +75,6 @@ def _percent(value: float) -> str:
 def _bracket(low: Any, high: Any) -> str:
     if math.isnan(low) and math.isnan(high):
         return "?"
-    if low == high:
+    if _rank(low) == _rank(high):
         return _rank(low)
     return f"{_rank(low)}–{'' if math.isinf(high) else _rank(high)}"

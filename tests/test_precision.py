@@ -35,7 +35,7 @@ def test_ulp_is_the_distance_to_the_next_stored_value(storage, dtype):
 def test_noise_edge_is_the_largest_singular_value_of_uneven_noise():
     scale = torch.full((200, 150), 1e-3)
     scale[:5] *= 16  # five rows round much more coarsely: the textbook edge is far off
-    edge, leading = precision.noise_edge(torch.empty(200, 150), lambda rows: scale[rows].clone(), "uniform", seed=1)
+    edge, leading = precision.noise_edge(torch.empty(200, 150), scale, "uniform", seed=1)
     rng = np.random.default_rng(0)
     drawn = [np.linalg.norm(rng.uniform(-0.5, 0.5, (200, 150)) * scale.numpy(), 2) for _ in range(20)]
     assert np.mean(drawn) * 0.97 <= edge <= np.max(drawn) * 1.05
@@ -61,7 +61,7 @@ def test_dead_zone_model_finds_the_norm_and_the_errors_it_states():
 def test_dead_zone_model_declines_where_no_entry_is_fine():
     Q = torch.zeros(64, 64)
     Q[0, 0] = 1.0
-    assert deadzone.correct(Q, torch.ones(64, 64)) is None
+    assert deadzone.correct(Q, torch.ones(64, 64, dtype=torch.bfloat16)) is None
 
 
 def test_swallowed_update_is_bracketed_and_far_from_raw(tmp_path):
@@ -121,3 +121,25 @@ def test_a_new_head_on_a_frozen_body_is_related(tmp_path):
     result = lp.spectrum(tmp_path / "a", tmp_path / "b")
     assert result.facts["related"]
     assert result.facts["counts"] == {"unchanged": 3, "analysed": 1}
+
+
+def test_noise_edge_does_not_draw_what_a_model_of_the_same_seed_was_made_of():
+    W = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    scale = W.abs().bfloat16()
+    edge, _ = precision.noise_edge(torch.empty(300, 300), scale, "normal", seed=0)
+    textbook = math.sqrt(float(scale.float().square().mean())) * 2 * math.sqrt(300)
+    assert edge == pytest.approx(textbook, rel=0.06)  # the same draws give 1.4 times as much
+
+
+@pytest.mark.parametrize("unit", [1e-28, 1e28])
+def test_dead_zone_model_at_any_scale(unit):
+    W = normal(200, 160).bfloat16()
+    truth = planted((200, 160), torch.arange(1, 161, dtype=torch.float64) ** -1.0)
+    truth *= 0.003 * float(W.double().norm()) / float(truth.norm())
+    power = 2.0 ** round(math.log2(unit))
+    found = []
+    for base, update in ((W, truth), (W * power, truth * power)):
+        stored = (base.double() + update).bfloat16()
+        found.append(deadzone.correct(stored.float() - base.float(), precision.ulp(stored, "BF16")))
+    assert found[1].fro_norm == found[0].fro_norm * power
+    assert torch.equal(found[1].Y, found[0].Y * power)
