@@ -60,12 +60,13 @@ def _global(
 
 @app.command(epilog="Example: probe spectrum base/ finetuned/ --exclude embed_tokens")
 def spectrum(
-    base: Annotated[str, typer.Argument(help="Base checkpoint: directory or .safetensors file; or an adapter alone.")],
+    base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id; or an adapter alone.")],
     tuned: Annotated[str | None, typer.Argument(help="Fine-tuned checkpoint, or a PEFT LoRA adapter.")] = None,
     out: Out = None,
     include: Annotated[list[str] | None, typer.Option(help="Only tensors that match (repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave out what matches: q_proj, layers.3, *mlp*.")] = None,
     layers: Annotated[str | None, typer.Option(help="Only these layers: 0-3 or 7.")] = None,
+    split: Annotated[bool, typer.Option(help="Take fused qkv and gate-up apart where their layout is known.")] = True,
     top: Annotated[int | None, typer.Option(min=1, help="Only the K largest singular values, certified.")] = None,
     exact_tail: Annotated[bool, typer.Option(help="float64 SVD of each matrix: an accurate tail, slower.")] = False,
     base_rounded: Annotated[
@@ -91,7 +92,7 @@ def spectrum(
     with _progress(quiet) as on_progress:
         try:
             result = spectra.spectrum(
-                base, tuned, include=include or (), exclude=exclude or (), layers=span, top=top,
+                base, tuned, include=include or (), exclude=exclude or (), layers=span, split=split, top=top,
                 exact_tail=exact_tail, base_rounded=base_rounded, device=device, seed=seed, resume=earlier,
                 on_progress=on_progress,
             )  # fmt: skip

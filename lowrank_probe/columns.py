@@ -67,7 +67,9 @@ TABLE: Final[dict[str, Column]] = {
     ),
     **{f"energy_{r}": Column(f"Σ_{{i≤{r}}} σ² / ‖ΔW‖_F²", source=_EY) for r in (4, 8, 16, 32, 64)},
     "unchanged_fraction": Column("share of entries with ΔW = 0 exactly"),
-    "noise_model": Column('what storage did: "none", "rounding" (independent noise) or "dead-zone" (known quantizer)'),
+    "noise_model": Column(
+        'what storage did: "none", "rounding" (independent noise), "dead-zone" (known quantizer) or "quantized"'
+    ),
     "noise_std": Column("rms storage error of an entry: √mean(ulp²/12), or of the corrected entries (dead-zone)"),
     "noise_edge": Column(
         "largest σ that storage errors alone produce, simulated with each entry's own size", source="ours"

@@ -9,17 +9,19 @@ float32 or wider, else float32 (the difference of two bf16 or two fp16 values of
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
 
 from lowrank_probe.adapters import LoraModule, read_modules
-from lowrank_probe.checkpoints import Checkpoint, TensorInfo
+from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import MatchError, NumericsError
 from lowrank_probe.layers import BASE_PREFIXES, Place, is_conv1d, matches, place
+from lowrank_probe.layouts import Part, parts
 from lowrank_probe.svd import row_chunks
 
 # Buffers that checkpoints carry beside their weights; anything else that is not a float is refused by name.
@@ -28,12 +30,16 @@ _BUFFERS: Final = re.compile(
 )
 
 
+_WHOLE: Final = Part()
+
+
 @dataclass(frozen=True)
 class Delta:
     """One matrix of an update.
 
     shape: (m, n) as (out, in). dense: (m, n) float32 or float64, or None for an adapter, which stays `factors` =
     (B (m, r), A (r, n), scaling). base, tuned: the stored values as (m, n), None for an adapter or an absent base.
+    quantized: at least one side was dequantized, so that its rounding is not that of its values' type.
     """
 
     name: str
@@ -48,6 +54,7 @@ class Delta:
     factors: tuple[Tensor, Tensor, float] | None = None
     base: Tensor | None = None
     tuned: Tensor | None = None
+    quantized: bool = False
 
     @property
     def relative_update(self) -> float:
@@ -57,28 +64,43 @@ class Delta:
 
 @dataclass
 class Matching:
-    """What the headers say: the pairs to read, the ledger lines decided already, and what there is to tell."""
+    """What the headers say: the pairs to read, the ledger lines decided already, and what there is to tell.
+
+    excluded: the pairs that options leave out, each with its ledger line.
+    """
 
     pairs: list["Pair"] = field(default_factory=list)
     ledger: list[dict[str, Any]] = field(default_factory=list)
+    excluded: list[tuple["Pair", dict[str, Any]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two tensors to compare, or one LoRA module on its base tensor (None without a base)."""
+    """Two tensors to compare, or one matrix inside both, or one LoRA module on its base tensor (None without a base).
+
+    name, tuned_name: of the stored tensors; key: the matrix's own name, such as `…c_attn.weight[q]`.
+    note: how the tensor was taken apart.
+    """
 
     name: str
     tuned_name: str
     place: Place
     lora: LoraModule | None = None
+    part: Part = _WHOLE
+    note: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}[{self.part.label}]" if self.part.label else self.name
 
     def entries(self, base: Checkpoint | None, tuned: Checkpoint) -> int:
         """Number of entries of the matrix (for progress)."""
         if self.lora is not None:
             return math.prod(self.lora.shape)
-        side = base if base is not None and self.name in base.tensors else tuned
-        return math.prod(side.tensors[self.name].shape) if self.name in side.tensors else 0
+        side, name = (tuned, self.tuned_name) if base is None or self.name not in base.tensors else (base, self.name)
+        stored = side.tensors[name].shape
+        return math.prod(self.part.shape(stored) if len(stored) > 1 else stored)
 
 
 def match(
@@ -88,10 +110,12 @@ def match(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layers: tuple[int, int] | None = None,
+    split: bool = True,
 ) -> Matching:
     """Pair the tensors of two checkpoints from their headers alone.
 
-    include, exclude: patterns as `layers.matches`; `layers`: first and last layer number, inclusive.
+    include, exclude: patterns as `layers.matches`; `layers`: first and last layer number, inclusive. split: take fused
+    projections apart where their layout is known.
     Raises `MatchError` where the two have no tensor in common, or a pattern selects nothing; `CheckpointError` for a
     dtype that cannot be read.
     """
@@ -103,7 +127,7 @@ def match(
             raise MatchError(f"{tuned.path}: is not an adapter, so a base is needed: probe spectrum BASE TUNED")
         if base.is_adapter:
             raise MatchError(f"{base.path}: is an adapter; give the base model first and the adapter second")
-        _match_models(base, tuned, result)
+        _match_models(base, tuned, result, split)
     _select(result, include, exclude, layers)
     for pair in result.pairs:  # from the headers, before any work
         for side, name in ((base, pair.name), (tuned, pair.tuned_name)):
@@ -112,7 +136,7 @@ def match(
     return result
 
 
-def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching) -> None:
+def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching, split: bool) -> None:
     names = {name: name for name in base.tensors if name in tuned.tensors}
     rest_base = [name for name in base.tensors if name not in names]
     rest_tuned = [name for name in tuned.tensors if name not in names]
@@ -127,31 +151,47 @@ def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching) -> None
         )
     taken = set(names.values())
     beyond = 0
+    scale_of = {scale: weight for side in (base, tuned) for weight, scale in side.scales.items()}
     for name in base.tensors:
         if name not in names:
-            result.ledger.append(_line(name, "", "only in base", base, tuned))
+            result.ledger.append(_scale_line(name, "", scale_of) or _line(name, "", "only in base"))
     for name in tuned.tensors:
         if name not in taken:
-            result.ledger.append(_line("", name, "only in tuned", base, tuned))
+            result.ledger.append(_scale_line("", name, scale_of) or _line("", name, "only in tuned"))
     for name, other in names.items():
         a, b = base.tensors[name], tuned.tensors[other]
-        if a.shape != b.shape:
+        if name in scale_of or other in scale_of:
+            result.ledger.append(_scale_line(name, other, scale_of) or {})
+        elif a.shape != b.shape:
             note = "vocabulary or head of another size?" if a.shape[1:] == b.shape[1:] else "not the same architecture?"
-            result.ledger.append(_line(name, other, "shape differs", base, tuned, note))
+            result.ledger.append(_line(name, other, "shape differs", note))
         elif _BUFFERS.search(name) and len(a.shape) != 2:
-            result.ledger.append(_line(name, other, "not a weight", base, tuned, "a buffer"))
+            result.ledger.append(_line(name, other, "not a weight", "a buffer"))
         elif a.dtype in ("I64", "BOOL") or b.dtype in ("I64", "BOOL"):
-            result.ledger.append(_line(name, other, "not a weight", base, tuned, "integer or bool"))
-        elif len(a.shape) > 2:
-            result.ledger.append(_line(name, other, "not a matrix", base, tuned, f"{len(a.shape)}-D: not analysed"))
-            beyond += math.prod(a.shape)
-        else:
+            result.ledger.append(_line(name, other, "not a weight", "integer or bool"))
+        elif len(a.shape) < 2:
             result.pairs.append(Pair(name, other, place(name)))
+        else:
+            found, note = parts(name, a.shape, base.config or tuned.config, split=split)
+            where = place(name)
+            result.pairs += [
+                Pair(name, other, replace(where, layer_type=part.layer_type or where.layer_type), None, part, note)
+                for part in found
+            ]
+            if not found:
+                result.ledger.append(_line(name, other, "not a matrix", note))
+                beyond += math.prod(a.shape)
     if beyond:
         share = beyond / sum(math.prod(info.shape) for info in base.tensors.values())
-        result.notes.append(
-            f"{100 * share:.0f} % of the parameters are in tensors of 3 or more dimensions: not analysed"
-        )
+        result.notes.append(f"{100 * share:.0f} % of the parameters are in tensors that are no matrices: not analysed")
+    result.notes += [*base.notes, *tuned.notes]
+    for side, word in ((base, "base"), (tuned, "tuned")):
+        kinds = sorted({info.dtype for info in side.tensors.values() if info.quantized})
+        if kinds:
+            result.notes.append(
+                f"the {word} side is quantized ({', '.join(kinds)}) and was dequantized to be read: its rounding is "
+                "part of ΔW, so that ranks are undecidable where it takes part"
+            )
 
 
 def _match_adapter(base: Checkpoint | None, adapter: Checkpoint, result: Matching) -> None:
@@ -161,7 +201,7 @@ def _match_adapter(base: Checkpoint | None, adapter: Checkpoint, result: Matchin
         for name, module in names.items():
             result.pairs.append(Pair(name, module.name_A, place(name), module))
         for name in others:
-            result.ledger.append(_line("", name, "only in tuned", None, adapter, "no base given to compare with"))
+            result.ledger.append(_line("", name, "only in tuned", "no base given to compare with"))
         return
     plain = {re.sub(r"^base_model\.model\.", "", name).replace(".base_layer.", "."): name for name in others}
     wanted = [*names, *plain]
@@ -177,11 +217,11 @@ def _match_adapter(base: Checkpoint | None, adapter: Checkpoint, result: Matchin
         )
     for name, module in names.items():
         if name not in found:
-            result.ledger.append(_line("", module.name_A, "only in tuned", base, adapter, f"base has no {name}"))
+            result.ledger.append(_line("", module.name_A, "only in tuned", f"base has no {name}"))
             continue
         shape = base.tensors[found[name]].shape
         if shape != module.stored_shape(is_conv1d(name, base.config.get("model_type"))):
-            line = _line(found[name], module.name_A, "shape differs", base, adapter, f"adapter is for {module.shape}")
+            line = _line(found[name], module.name_A, "shape differs", f"adapter is for {module.shape}")
             result.ledger.append(line)
             continue
         result.pairs.append(Pair(found[name], module.name_A, place(found[name]), module))
@@ -189,17 +229,19 @@ def _match_adapter(base: Checkpoint | None, adapter: Checkpoint, result: Matchin
     for name, tensor in plain.items():
         if found.get(name) in adapted:
             note = f"the base's {name}, which peft stores beside its factors: not compared"
-            result.ledger.append(_line("", tensor, "only in tuned", base, adapter, note))
+            result.ledger.append(_line("", tensor, "only in tuned", note))
         elif name not in found:
-            result.ledger.append(_line("", tensor, "only in tuned", base, adapter))
+            result.ledger.append(_line("", tensor, "only in tuned"))
         elif base.tensors[found[name]].shape != adapter.tensors[tensor].shape:
-            result.ledger.append(_line(found[name], tensor, "shape differs", base, adapter))
+            result.ledger.append(_line(found[name], tensor, "shape differs"))
         else:
-            result.pairs.append(Pair(found[name], tensor, place(found[name])))
+            shape = base.tensors[found[name]].shape
+            whole = parts(found[name], shape, base.config, split=False)[0] if len(shape) == 2 else [_WHOLE]
+            result.pairs += [Pair(found[name], tensor, place(found[name]), None, part) for part in whole]
     touched = set(found.values())
     for name in base.tensors:
         if name not in touched:
-            result.ledger.append(_line(name, "", "unchanged", base, adapter, "not adapted"))
+            result.ledger.append(_line(name, "", "unchanged", "not adapted"))
 
 
 def _by_prefix(rest_base: Sequence[str], rest_tuned: Sequence[str]) -> tuple[dict[str, str], str]:
@@ -222,20 +264,22 @@ def _select(result: Matching, include: Sequence[str], exclude: Sequence[str], la
     every = [pair.name for pair in result.pairs] + [line["name"] or line["tuned_name"] for line in result.ledger]
     for option, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
-            if not any(matches(name, pattern) for name in every):
+            if not any(_selects(pattern, pair) for pair in result.pairs) and not any(
+                matches(line["name"] or line["tuned_name"], pattern) for line in result.ledger
+            ):
                 raise MatchError(
                     f"{option} {pattern}: matches none of the {len(every)} tensors (such as {_some(every)})"
                 )
     for pair in result.pairs:
         why = ""
-        if include and not any(matches(pair.name, pattern) for pattern in include):
+        if include and not any(_selects(pattern, pair) for pattern in include):
             why = "not in --include"
-        elif any(matches(pair.name, pattern) for pattern in exclude):
+        elif any(_selects(pattern, pair) for pattern in exclude):
             why = "--exclude"
         elif layers and not (pair.place.layer is not None and layers[0] <= pair.place.layer <= layers[1]):
             why = f"outside --layers {layers[0]}-{layers[1]}"
         if why:
-            result.ledger.append(ledger_line(pair, "excluded", note=why))
+            result.excluded.append((pair, ledger_line(pair, "excluded", note=why)))
         else:
             kept.append(pair)
     if layers and not kept:
@@ -245,14 +289,43 @@ def _select(result: Matching, include: Sequence[str], exclude: Sequence[str], la
     result.pairs[:] = kept
 
 
+def _selects(pattern: str, pair: Pair) -> bool:
+    return pattern in (pair.key, pair.place.layer_type) or matches(pair.name, pattern)
+
+
 def ledger_line(
     pair: Pair, status: str, note: str = "", fro_norm: float = math.nan, relative: float = math.nan
 ) -> dict[str, Any]:
-    """A ledger line for a pair; shapes and dtypes are filled in by `complete_ledger`."""
+    """A ledger line for a pair; shapes and dtypes are filled in by `complete_ledger`, parts joined by `join_parts`."""
     return {
         "name": pair.name, "tuned_name": pair.tuned_name, "status": status, "layer_type": pair.place.layer_type,
         "layer": pair.place.layer, "fro_norm": fro_norm, "relative_update": relative, "note": note,
     }  # fmt: skip
+
+
+def join_parts(lines: list[tuple[Pair, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One line a stored tensor from the lines of the matrices inside it: norms joined, and how many of each status."""
+    grouped: dict[tuple[str, str], list[tuple[Pair, dict[str, Any]]]] = {}
+    for pair, line in lines:
+        grouped.setdefault((pair.name, pair.tuned_name), []).append((pair, line))
+    joined = []
+    for members in grouped.values():
+        pair, line = members[0]
+        if len(members) > 1:
+            counts = Counter(part["status"] for _, part in members)
+            status = "analysed" if "analysed" in counts else counts.most_common(1)[0][0]
+            told = [f"{n} {word}" for word, n in counts.items()] if len(counts) > 1 else []
+            square = sum(part["fro_norm"] ** 2 for _, part in members if part["fro_norm"] > 0)
+            base = sum((p["fro_norm"] / p["relative_update"]) ** 2 for _, p in members if p["relative_update"] > 0)
+            known = any(not math.isnan(part["fro_norm"]) for _, part in members)
+            line = ledger_line(
+                pair, status, "; ".join([pair.note, *told]), math.sqrt(square) if known else math.nan,
+                math.sqrt(square / base) if base > 0 else 0.0 if known else math.nan,
+            ) | {"layer_type": place(pair.name).layer_type}  # fmt: skip
+        elif pair.note and not line["note"].startswith(pair.note):
+            line = line | {"note": "; ".join(filter(None, (pair.note, line["note"])))}
+        joined.append(line)
+    return joined
 
 
 def complete_ledger(lines: list[dict[str, Any]], base: Checkpoint | None, tuned: Checkpoint) -> list[dict[str, Any]]:
@@ -273,9 +346,7 @@ def read_pair(pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: to
     if pair.lora is not None:
         return _read_lora(pair, base, tuned, device)
     assert base is not None
-    a, b = base.read(pair.name, device), tuned.read(pair.tuned_name, device)
-    if a.ndim == 2 and is_conv1d(pair.name, base.config.get("model_type")):
-        a, b = a.T, b.T
+    a, b = (_read_part(side, name, pair.part, device) for side, name in ((base, pair.name), (tuned, pair.tuned_name)))
     wide = torch.float64 if max(a.dtype.itemsize, b.dtype.itemsize) >= 4 else torch.float32
     delta = torch.empty(b.shape, dtype=wide, device=device)
     for out, x, y in zip(_parts(delta), _parts(b), _parts(a), strict=True):
@@ -292,10 +363,20 @@ def read_pair(pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: to
     product = math.sqrt(base_sq * tuned_sq)
     cosine = max(-1.0, min(1.0, (base_sq + tuned_sq - delta_sq) / (2 * product))) if product > 0 else math.nan
     return Delta(
-        pair.name, pair.place, (a.shape[0], a.shape[1]), base.tensors[pair.name].dtype,
+        pair.key, pair.place, (a.shape[0], a.shape[1]), base.tensors[pair.name].dtype,
         tuned.tensors[pair.tuned_name].dtype, norm, base_norm, cosine,
         dense=delta, base=a, tuned=b,
+        quantized=base.tensors[pair.name].quantized or tuned.tensors[pair.tuned_name].quantized,
     )  # fmt: skip
+
+
+def _read_part(side: Checkpoint, name: str, part: Part, device: torch.device) -> Tensor:
+    """The matrix of one side, (m, n); reads no more of the file than it where it lies in one piece."""
+    stored = side.tensors[name].shape
+    if len(stored) < 2:
+        return side.read(name, device)
+    span = part.span(stored)
+    return part.take(side.read(name, device, span))
 
 
 def find_tied(pairs: Sequence[Pair], base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
@@ -303,24 +384,23 @@ def find_tied(pairs: Sequence[Pair], base: Checkpoint, tuned: Checkpoint) -> dic
     tied: dict[str, str] = {}
     for head in (p for p in pairs if p.place.layer_type == "lm_head"):
         for table in (p for p in pairs if p.place.layer_type == "embedding"):
-            a, b = (base.tensors[head.name], base.tensors[table.name]), (
-                tuned.tensors[head.tuned_name], tuned.tensors[table.tuned_name])  # fmt: skip
-            same_header = all(x.shape == y.shape and x.dtype == y.dtype for x, y in (a, b))
-            if same_header and _same_bytes(*a) and _same_bytes(*b):
+            sides = ((base, head.name, table.name), (tuned, head.tuned_name, table.tuned_name))
+            headers = [(side.tensors[x], side.tensors[y]) for side, x, y in sides]
+            same_header = all(x.shape == y.shape and x.dtype == y.dtype for x, y in headers)
+            if same_header and all(_same(*side) for side in sides):
                 tied[head.name] = table.name
     return tied
 
 
-def _same_bytes(a: TensorInfo, b: TensorInfo, block: int = 1 << 22) -> bool:
-    if a.n_bytes != b.n_bytes:
-        return False
-    with open(a.file, "rb") as file_a, open(b.file, "rb") as file_b:
-        file_a.seek(a.start)
-        file_b.seek(b.start)
-        for start in range(0, a.n_bytes, block):
-            size = min(block, a.n_bytes - start)
-            if file_a.read(size) != file_b.read(size):
-                return False
+def _same(side: Checkpoint, a: str, b: str, block: int = 1 << 21) -> bool:
+    """Whether two tensors of one checkpoint hold the same numbers; stops at the first block that differs."""
+    if side.tensors[a].quantized or a in side.loaders:
+        return torch.equal(side.read(a), side.read(b))
+    count = math.prod(side.tensors[a].shape)
+    for first in range(0, count, block):
+        span = (first, min(block, count - first), (-1,))
+        if not torch.equal(side.read(a, span=span), side.read(b, span=span)):
+            return False
     return True
 
 
@@ -374,10 +454,13 @@ def _raise_not_finite(tensors: Sequence[tuple[Checkpoint, str, Tensor]]) -> NoRe
     raise NumericsError(f"{tensors[0][1]}: its norm or its difference overflows although every entry is finite")
 
 
-def _line(
-    name: str, tuned_name: str, status: str, base: Checkpoint | None, tuned: Checkpoint, note: str = ""
-) -> dict[str, Any]:
+def _line(name: str, tuned_name: str, status: str, note: str = "") -> dict[str, Any]:
     return ledger_line(Pair(name or tuned_name, tuned_name, place(name or tuned_name)), status, note)
+
+
+def _scale_line(name: str, tuned_name: str, scale_of: Mapping[str, str]) -> dict[str, Any] | None:
+    weight = scale_of.get(name) or scale_of.get(tuned_name)
+    return _line(name, tuned_name, "not a weight", f"the scale of {weight}") if weight else None
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -35,7 +35,7 @@ def side_facts(side: Checkpoint | None) -> dict[str, Any] | None:
         changed = datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC).isoformat(timespec="seconds")
         files.append({"name": file.name, "n_bytes": stat.st_size, "modified": changed})
     return {
-        "path": os.path.abspath(side.path),
+        "path": os.path.abspath(side.path) if files else str(side.path),
         "kind": "adapter" if side.is_adapter else "model",
         "model_type": side.config.get("model_type"),
         "n_tensors": len(side.tensors),

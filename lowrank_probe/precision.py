@@ -28,8 +28,9 @@ _SEED: Final = 0x10_0A4B_E000
 class StorageNoise:
     """What storing W_tuned in `storage` did to ΔW.
 
-    model: "none" (an adapter: its factors are the update), "rounding" (independent errors, uniform in ±ulp/2) or
-    "dead-zone" (a known quantizer; then `corrected` (m, n) is ΔW plus errors of known size).
+    model: "none" (an adapter: its factors are the update), "rounding" (independent errors, uniform in ±ulp/2),
+    "dead-zone" (a known quantizer; then `corrected` (m, n) is ΔW plus errors of known size) or "quantized" (a side was
+    dequantized: its errors are not known here, and nothing is decided).
     noise_std: rms error of an entry; noise_edge: the largest σ those errors produce alone; edge_ratio: that edge over
     noise_std·(√m + √n); outliers: the σ of pure noise beyond that textbook edge. fro_norm: ‖ΔW‖_F without the error.
     resolved: the share of ‖ΔW‖² that the stored entries resolve. shape: (rows that moved at all, n), the matrix that
@@ -81,6 +82,11 @@ def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> Storag
 
     base_rounded: training started from a wider base than the one stored, so that the base's own rounding counts too.
     """
+    nan = math.nan
+    if delta.quantized:
+        return StorageNoise(
+            delta.tuned_dtype, "quantized", _unchanged(delta), nan, nan, nan, np.zeros(0), nan, 0.0, delta.shape
+        )
     if delta.dense is None or delta.tuned is None or delta.base is None:
         return StorageNoise(
             "exact", "none", math.nan, 0.0, 0.0, math.nan, np.zeros(0), delta.fro_norm, 1.0, delta.shape
@@ -94,7 +100,6 @@ def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> Storag
     if hidden > DEAD_ZONE_FROM and not base_rounded and on_grid(base, storage):
         found = deadzone.correct(dense, ulp(tuned, storage))
         if found is None:
-            nan = math.nan
             return StorageNoise(storage, "dead-zone", unchanged, nan, nan, nan, np.zeros(0), 0.0, 0.0, (m, n))
         scratch = torch.empty(m, n, device=dense.device)
         edge, outliers = noise_edge(scratch, found.error_std, "normal", seed)
@@ -112,6 +117,10 @@ def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> Storag
     clean = max(0.0, delta.fro_norm**2 - m * n * square)
     share = clean / delta.fro_norm**2 if delta.fro_norm > 0 else 0.0
     return _noise(storage, "rounding", unchanged, square, edge, outliers, (m, n), math.sqrt(clean), share)
+
+
+def _unchanged(delta: Delta) -> float:
+    return math.nan if delta.dense is None else 1 - int(torch.count_nonzero(delta.dense)) / delta.dense.numel()
 
 
 def _moved_rows(dense: Tensor, tuned: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """`Result`: what a run found, in memory and as a run directory.
 
 A run directory holds table.parquet and table.csv (one row a matrix), singular_values.parquet, ledger.csv, summary.csv,
-report.html and, written last, facts.json. All are written aside and renamed into place.
+timeline.csv, report.html and, written last, facts.json. All are written aside and renamed into place.
 """
 
 import json
@@ -22,6 +22,7 @@ from lowrank_probe.errors import CheckpointError, OutputError
 from lowrank_probe.verdicts import summarise
 
 SCHEMA_VERSION: Final = 1
+TIMELINE: Final = ("name", "phase", "start_s", "stop_s")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Result:
     table: one row a matrix, columns as `columns.TABLE`. ledger: one row a tensor of either side (`columns.LEDGER`).
     singular_values[name]: (k,) float64, descending, of ΔW as stored. denoised_values[name]: (k,) with the storage
     noise taken out (absent where there is none to take). facts: what was compared, options, versions, device, seconds.
+    timeline: one row a matrix and phase (read, spectrum, noise) with its start and stop in seconds since work began.
     """
 
     table: pd.DataFrame
@@ -38,6 +40,7 @@ class Result:
     singular_values: dict[str, NDArray[np.float64]]
     denoised_values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    timeline: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(TIMELINE)))
 
     @property
     def summary(self) -> pd.DataFrame:
@@ -61,6 +64,7 @@ class Result:
             "table.csv": lambda p: self.table.to_csv(p, index=False),
             "summary.csv": lambda p: self.summary.to_csv(p, index=False),
             "ledger.csv": lambda p: self.ledger.to_csv(p, index=False),
+            "timeline.csv": lambda p: self.timeline.to_csv(p, index=False, float_format="%.6f"),
             "singular_values.parquet": lambda p: self._long().to_parquet(p, index=False),
             "report.html": lambda p: p.write_text(render(self), encoding="utf-8"),
             "facts.json": lambda p: p.write_text(text, encoding="utf-8"),
@@ -117,7 +121,8 @@ def load(directory: str | os.PathLike[str]) -> Result:
         values[str(name)] = part["sigma"].to_numpy(dtype=np.float64)
         if not part["sigma_denoised"].isna().all():
             denoised[str(name)] = part["sigma_denoised"].to_numpy(dtype=np.float64)
-    return Result(table, ledger, values, denoised, facts)
+    timeline = pd.read_csv(root / "timeline.csv") if (root / "timeline.csv").exists() else pd.DataFrame()
+    return Result(table, ledger, values, denoised, facts, timeline)
 
 
 def _read_ledger(file: Path) -> pd.DataFrame:

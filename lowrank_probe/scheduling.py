@@ -1,4 +1,4 @@
-"""Run per-matrix jobs: in worker threads on a CPU, one after the other on a GPU.
+"""Run per-matrix jobs: in worker threads on a CPU; on a GPU one after the other, while the next ones are being read.
 
 Linear algebra of small matrices does not fill several cores, so matrices run beside each other, each on its share of
 the cores. How many may be in memory at once is bounded by the largest one: beside each other, matrices never hold more
@@ -9,6 +9,7 @@ import ctypes
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -19,17 +20,24 @@ import torch
 from threadpoolctl import threadpool_limits
 
 Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
 Done = TypeVar("Done")
 
 MAX_WORKERS: Final = 4
+# Matrices read, copied and subtracted on a GPU's side while another is computed.
+READ_AHEAD: Final = 2
 SHARE_OF_LARGEST: Final = 0.72
 _glibc = ctypes.CDLL(None) if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt") else None
 
 
 def run_jobs(
-    items: Sequence[Item], entries: Callable[[Item], int], job: Callable[[Item], Done], device: torch.device
+    items: Sequence[Item],
+    entries: Callable[[Item], int],
+    load: Callable[[Item], Loaded],
+    compute: Callable[[Item, Loaded], Done],
+    device: torch.device,
 ) -> Iterator[Done]:
-    """Yield job(item) for every item as they finish, largest first; an exception of a job ends the run.
+    """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
     entries: the size of an item's matrix. Closing the iterator (Ctrl-C) waits for what is running and drops the rest.
     """
@@ -37,6 +45,13 @@ def run_jobs(
     queue = sorted(items, key=entries, reverse=True)
     cores = torch.get_num_threads()
     workers = _workers([entries(item) for item in queue], cores) if device.type == "cpu" else 1
+    if device.type != "cpu":
+        yield from _read_ahead(queue, load, compute)
+        return
+
+    def job(item: Item) -> Done:
+        return compute(item, load(item))
+
     if workers == 1:
         for item in queue:
             yield job(item)
@@ -66,6 +81,28 @@ def run_jobs(
             for future in running:
                 future.cancel()
             torch.set_num_threads(cores)
+
+
+def _read_ahead(
+    queue: Sequence[Item], load: Callable[[Item], Loaded], compute: Callable[[Item, Loaded], Done]
+) -> Iterator[Done]:
+    """The next READ_AHEAD items are read and copied by other threads while one is computed."""
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        coming: deque[tuple[Item, Future[Loaded]]] = deque()
+        try:
+            for item in queue:
+                coming.append((item, pool.submit(load, item)))
+                if len(coming) > READ_AHEAD:
+                    first, loaded = coming.popleft()
+                    yield compute(first, loaded.result())
+                    del loaded
+            while coming:
+                first, loaded = coming.popleft()
+                yield compute(first, loaded.result())
+                del loaded
+        finally:
+            for _, future in coming:
+                future.cancel()
 
 
 @contextmanager

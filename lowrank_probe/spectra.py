@@ -4,10 +4,9 @@ Legend: m out, n in, k = min(m, n); one row of the table a matrix, its columns d
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -15,9 +14,19 @@ import pandas as pd
 import torch
 
 from lowrank_probe import metrics, svd
-from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
+from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint
 from lowrank_probe.columns import LEDGER, TABLE
-from lowrank_probe.deltas import Delta, Matching, Pair, complete_ledger, find_tied, ledger_line, match, read_pair
+from lowrank_probe.deltas import (
+    Delta,
+    Matching,
+    Pair,
+    complete_ledger,
+    find_tied,
+    join_parts,
+    ledger_line,
+    match,
+    read_pair,
+)
 from lowrank_probe.errors import OutputError, ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.layers import sort_key
@@ -47,12 +56,13 @@ class Interrupted(ProbeError):  # noqa: N818 - not a failure: it carries what wa
 
 
 def spectrum(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str] | None = None,
+    base: Source,
+    tuned: Source | None = None,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layers: tuple[int, int] | None = None,
+    split: bool = True,
     top: int | None = None,
     exact_tail: bool = False,
     base_rounded: bool = False,
@@ -63,9 +73,10 @@ def spectrum(
 ) -> Result:
     """Singular values, ranks and verdicts of ΔW = W_tuned − W_base for every matrix of two checkpoints.
 
-    base, tuned: checkpoint directories or .safetensors files; tuned may be a PEFT LoRA adapter, which may also be
-    given alone as `base`. include, exclude: patterns (`q_proj`, `layers.3`, `*mlp*`, a layer type).
-    layers: first and last layer number, inclusive. top: only the K largest values of each matrix, certified.
+    base, tuned: checkpoint directories or files, hub ids, models or state dicts in memory (`checkpoints.open_checkpoint`
+    says what is read); tuned may be a PEFT LoRA adapter's directory, which may also be given alone as `base`.
+    include, exclude: patterns (`q_proj`, `layers.3`, `*mlp*`, a layer type). layers: first and last layer number,
+    inclusive. split: take fused projections (qkv, gate_up) apart where their layout is known. top: only the K largest values of each matrix, certified.
     exact_tail: float64 SVD of the matrix itself, for values below 2e-5·σ₁. base_rounded: training started from a
     wider base than the one stored. device: "auto", "cpu", "cuda", "cuda:1". resume: an interrupted run's result.
 
@@ -75,9 +86,10 @@ def spectrum(
     where = choose_device(device)
     tuned_side = open_checkpoint(tuned if tuned is not None else base)
     base_side = open_checkpoint(base) if tuned is not None else None
-    matching = match(base_side, tuned_side, include=include, exclude=exclude, layers=layers)
+    matching = match(base_side, tuned_side, include=include, exclude=exclude, layers=layers, split=split)
     options = {
-        "include": list(include), "exclude": list(exclude), "layers": list(layers) if layers else None, "top": top,
+        "include": list(include), "exclude": list(exclude), "layers": list(layers) if layers else None,
+        "split": split, "top": top,
         "exact_tail": exact_tail, "base_rounded": base_rounded, "seed": seed,
     }  # fmt: skip
     facts: dict[str, Any] = {
@@ -132,14 +144,26 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Done:
-    """One finished pair: its ledger line and, where it was a matrix that changed, its row and singular values."""
+    """One finished pair: its ledger line and, where it was a matrix that changed, its row and singular values.
+
+    times: (phase, start, stop) of reading and computing it, in seconds since the work began.
+    """
 
     pair: Pair
     line: dict[str, Any]
     row: dict[str, Any] | None = None
     values: Values | None = None
     denoised: Values | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    times: Sequence[tuple[str, float, float]] = ()
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What reading a pair gave (a `Delta`, or its ledger line), and when, in seconds since the work began."""
+
+    delta: Delta | dict[str, Any]
+    start_s: float
+    stop_s: float
 
 
 class _Run:
@@ -153,16 +177,18 @@ class _Run:
         self.done: dict[str, _Done] = {} if resume is None else self._taken(resume)
 
     def _taken(self, earlier: Result) -> dict[str, _Done]:
+        """What an interrupted run finished. Of a tensor that was taken apart, only the matrices that have a row."""
         rows = {row["name"]: row for row in earlier.table.to_dict("records")}
         lines = {line["name"]: line for line in earlier.ledger.to_dict("records") if line["status"] != "pending"}
-        return {
-            pair.name: _Done(
-                pair, lines[pair.name], rows.get(pair.name), earlier.singular_values.get(pair.name),
-                earlier.denoised_values.get(pair.name),
-            )
-            for pair in self.matching.pairs
-            if pair.name in lines
-        }  # fmt: skip
+        done = {}
+        for pair in self.matching.pairs:
+            row, line = rows.get(pair.key), lines.get(pair.name)
+            if pair.part.label:
+                line = ledger_line(pair, "analysed", "", row["fro_norm"], row["relative_update"]) if row else None
+            if line is not None:
+                values = earlier.singular_values.get(pair.key), earlier.denoised_values.get(pair.key)
+                done[pair.key] = _Done(pair, line, row, *values)
+        return done
 
     def work(self, settings: _Settings, on_progress: Progress | None) -> None:
         """Run what is not finished yet, largest matrix first."""
@@ -173,42 +199,50 @@ class _Run:
         def size(pair: Pair) -> int:
             return pair.entries(self.base, self.tuned)
 
-        def job(pair: Pair) -> _Done:
-            if pair.name in tied:
-                return _Done(pair, ledger_line(pair, "tied", f"the same tensor as {tied[pair.name]} on both sides"))
-            return self._analyse(pair, settings)
+        started = time.perf_counter()
+
+        def load(pair: Pair) -> _Loaded:
+            clock = time.perf_counter() - started
+            if pair.key in tied:
+                line = ledger_line(pair, "tied", f"the same tensor as {tied[pair.key]} on both sides")
+                return _Loaded(line, clock, clock)
+            delta = read_pair(pair, self.base, self.tuned, settings.device)
+            return _Loaded(delta, clock, time.perf_counter() - started)
+
+        def compute(pair: Pair, loaded: _Loaded) -> _Done:
+            return self._analyse(pair, loaded, settings, started)
 
         total = sum(size(pair) for pair in self.matching.pairs)
-        done = sum(size(pair) for pair in self.matching.pairs if pair.name in self.done)
-        todo = [pair for pair in self.matching.pairs if pair.name not in self.done]
+        done = sum(size(pair) for pair in self.matching.pairs if pair.key in self.done)
+        todo = [pair for pair in self.matching.pairs if pair.key not in self.done]
         with interruptible() as asked_to_stop:
-            for result in run_jobs(todo, size, job, settings.device):
-                self.done[result.pair.name] = result
+            for result in run_jobs(todo, size, load, compute, settings.device):
+                self.done[result.pair.key] = result
                 done += size(result.pair)
                 if on_progress:
-                    on_progress(result.pair.name, done, total)
+                    on_progress(result.pair.key, done, total)
                 if asked_to_stop():
                     raise KeyboardInterrupt
 
-    def _analyse(self, pair: Pair, settings: _Settings) -> _Done:
-        clock = [time.perf_counter()]
-        delta = read_pair(pair, self.base, self.tuned, settings.device)
-        clock.append(time.perf_counter())
+    def _analyse(self, pair: Pair, loaded: "_Loaded", settings: _Settings, started: float) -> _Done:
+        delta = loaded.delta
+        times = [("read", loaded.start_s, loaded.stop_s)]
         if not isinstance(delta, Delta):
-            return _Done(pair, delta, seconds={"read": clock[1] - clock[0]})
+            return _Done(pair, delta, times=times)
+        clock = [time.perf_counter() - started]
         found = singular_values(delta, top=settings.top, exact_tail=settings.exact_tail)
-        clock.append(time.perf_counter())
+        clock.append(time.perf_counter() - started)
         # After the raw values: it may overwrite `delta.dense` by the corrected update.
         noise = assess(delta, base_rounded=settings.base_rounded, seed=settings.seed)
         corrected = found.values if noise.corrected is None else svd.full_spectrum(noise.corrected).values
-        clock.append(time.perf_counter())
+        clock.append(time.perf_counter() - started)
         row, denoised = describe(delta, found, noise, corrected)
         denoised = None if denoised is None else denoised[: len(found.values)]
-        row["seconds"] = clock[-1] - clock[0]
-        seconds = dict(zip(("read", "spectrum", "noise"), np.diff(clock).tolist(), strict=True))
+        times += [("spectrum", clock[0], clock[1]), ("noise", clock[1], clock[2])]
+        row["seconds"] = sum(stop - start for _, start, stop in times)
         note = f"both factors, with {pair.lora.name_B}" if pair.lora is not None else ""
         line = ledger_line(pair, "analysed", note, delta.fro_norm, delta.relative_update)
-        return _Done(pair, line, row, found.values, denoised, seconds)
+        return _Done(pair, line, row, found.values, denoised, times)
 
     def _is_matrix(self, pair: Pair) -> bool:
         info = self.base.tensors.get(pair.name) if self.base is not None else None
@@ -222,8 +256,12 @@ class _Run:
         table["layer"] = table["layer"].astype("Int64")
         for column in ("decidable_signal_rank", "decidable_r50", "decidable_r90"):
             table[column] = table[column].astype(bool)
-        pending = [pair for pair in self.matching.pairs if pair.name not in self.done]
-        lines = [item.line for item in done] + [ledger_line(p, "pending", "interrupted before it") for p in pending]
+        lines = [(item.pair, item.line) for item in done] + self.matching.excluded
+        lines += [
+            (pair, ledger_line(pair, "pending", "interrupted before it"))
+            for pair in self.matching.pairs
+            if pair.key not in self.done
+        ]
         place_in_file = {
             name: i for i, name in enumerate([*(self.base.tensors if self.base else ()), *self.tuned.tensors])
         }
@@ -231,8 +269,8 @@ class _Run:
         def position(line: dict[str, Any]) -> int:
             return place_in_file[line["name"] if line["name"] in place_in_file else line["tuned_name"]]
 
-        lines = sorted([*self.matching.ledger, *lines], key=position)
-        ledger = pd.DataFrame(complete_ledger(lines, self.base, self.tuned), columns=list(LEDGER))
+        ordered = sorted([*self.matching.ledger, *join_parts(lines)], key=position)
+        ledger = pd.DataFrame(complete_ledger(ordered, self.base, self.tuned), columns=list(LEDGER))
         ledger["layer"] = pd.to_numeric(ledger["layer"]).astype("Int64")
         facts = dict(self.facts)
         facts["counts"] = {str(status): int(count) for status, count in ledger["status"].value_counts().items()}
@@ -248,13 +286,19 @@ class _Run:
                 "is no fine-tuning update"
             ]
         facts["seconds"] = {"headers": headers_s} | {
-            phase: sum(item.seconds.get(phase, 0.0) for item in done) for phase in ("read", "spectrum", "noise")
+            phase: sum(stop - start for item in done for name, start, stop in item.times if name == phase)
+            for phase in ("read", "spectrum", "noise")
         }
+        timeline = pd.DataFrame(
+            [(item.pair.key, *times) for item in done for times in item.times],
+            columns=["name", "phase", "start_s", "stop_s"],
+        )
         by_name = list(table["name"])
         return Result(
             table, ledger,
             {name: values for name in by_name if (values := self.done[name].values) is not None},
             {name: values for name in by_name if (values := self.done[name].denoised) is not None}, facts,
+            timeline.sort_values("start_s", ignore_index=True),
         )  # fmt: skip
 
 
@@ -324,7 +368,7 @@ def _storage_columns(row: dict[str, Any], s: Any, shape: tuple[int, int], noise:
         row["signal_rank"] = row["numerical_rank"]
         row.update(decidable_signal_rank=True, decidable_r50=True, decidable_r90=True)
         return None
-    if noise.fro_norm <= 0.0 or not math.isfinite(noise.noise_std):
+    if not noise.fro_norm > 0.0 or not math.isfinite(noise.noise_std):
         row.update(decidable_signal_rank=False, decidable_r50=False, decidable_r90=False)
         return None
     shape = noise.shape  # rows that did not move carry neither update nor error

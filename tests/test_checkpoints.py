@@ -10,7 +10,8 @@ from pairs import llama_tensors, write, write_sharded
 from safetensors.torch import save_file
 
 from lowrank_probe import CheckpointError, deltas
-from lowrank_probe.checkpoints import open_checkpoint, read_header
+from lowrank_probe.checkpoints import open_checkpoint
+from lowrank_probe.safetensors_files import read_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

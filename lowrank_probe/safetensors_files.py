@@ -1,0 +1,97 @@
+"""The safetensors format: headers, and one tensor at a time.
+
+An 8-byte length, a JSON header, raw little-endian data: the header tells everything that matching needs, a tensor is
+read with positioned reads into memory that we own, and every fault of a file becomes one clear line.
+Source: the safetensors specification, version 0.4.
+"""
+
+import json
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from lowrank_probe.errors import CheckpointError
+from lowrank_probe.tensor_info import TORCH_DTYPES, WIDTHS, TensorInfo
+
+MAX_HEADER: Final = 100_000_000
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """name → `TensorInfo` of one safetensors file, checked against the file's size and each tensor's shape."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            prefix = handle.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > MAX_HEADER:
+                raise CheckpointError(f"{file}: not a safetensors file (no valid header length in its first 8 bytes)")
+            if 8 + length > size:
+                raise CheckpointError(
+                    f"{file}: its header says {8 + length} bytes but the file has {size}; truncated? download it again"
+                )
+            raw = handle.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        header = json.loads(raw)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        infos = {
+            name: TensorInfo(
+                name, tuple(map(int, entry["shape"])), str(entry["dtype"]), file,
+                8 + length + int(entry["data_offsets"][0]), 8 + length + int(entry["data_offsets"][1]),
+            )
+            for name, entry in entries.items()
+        }  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise CheckpointError(
+            f"{file}: not a safetensors file (its header is not the JSON the format asks for)"
+        ) from None
+    for info in infos.values():
+        expected = _n_bytes(info)
+        if info.start < 8 + length or info.n_bytes != expected:
+            raise CheckpointError(
+                f"{file}: tensor {info.name} {info.dtype} {info.shape} takes {expected} bytes, not {info.n_bytes}"
+            )
+        if info.stop > size:
+            raise CheckpointError(
+                f"{file}: tensor {info.name} ends at byte {info.stop} of {size}; truncated? download it again"
+            )
+    return infos
+
+
+def read_entries(info: TensorInfo, first: int, count: int) -> Tensor:
+    """`count` entries from entry `first` of a tensor's flat data, (count,), in its stored dtype, in memory of our own.
+
+    Raises `CheckpointError` where the file cannot be read, or ends inside.
+    """
+    dtype = TORCH_DTYPES[info.dtype]
+    raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+    if count:
+        view = memoryview(raw.numpy().data)
+        try:
+            with open(info.file, "rb", buffering=0) as handle:
+                handle.seek(info.start + first * dtype.itemsize)
+                filled = 0
+                while filled < len(view):
+                    got = handle.readinto(view[filled:])
+                    if not got:
+                        raise CheckpointError(
+                            f"{info.file}: ends inside tensor {info.name} (changed while it was read?)"
+                        )
+                    filled += got
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot read tensor {info.name}: {error.strerror}") from None
+    return raw.view(dtype)
+
+
+def _n_bytes(info: TensorInfo) -> int:
+    if info.dtype not in WIDTHS:
+        raise CheckpointError(f"{info.file}: tensor {info.name} has unknown dtype {info.dtype}")
+    count = 1
+    for length in info.shape:
+        if length < 0:
+            raise CheckpointError(f"{info.file}: tensor {info.name} has a negative length in its shape {info.shape}")
+        count *= length
+    return int(count * WIDTHS[info.dtype])

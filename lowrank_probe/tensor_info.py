@@ -1,0 +1,52 @@
+"""`TensorInfo`: what a header says of one tensor; and the dtypes that can be read as weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from lowrank_probe.errors import CheckpointError
+
+DTYPES: Final[dict[str, torch.dtype]] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+TORCH_DTYPES: Final[dict[str, torch.dtype]] = DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+# Width in bytes of every dtype a safetensors header may name; only `DTYPES` can be read as weights.
+WIDTHS: Final[dict[str, float]] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F4": 0.5, "F6_E2M3": 0.75,
+    "F6_E3M2": 0.75, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: shape, dtype as the header names it, file, and byte range in the file.
+
+    quantized: the stored numbers are codes, from which reading makes float32 values (GGUF, fp8 with its scale).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    start: int
+    stop: int
+    quantized: bool = False
+
+    @property
+    def n_bytes(self) -> int:
+        return self.stop - self.start
+
+    def check_dtype(self) -> None:
+        """Raise `CheckpointError` for a dtype that is not a float of at least 16 bits, nor can be dequantized."""
+        if self.dtype not in DTYPES and not self.quantized:
+            raise CheckpointError(
+                f"{self.name} in {self.file}: dtype {self.dtype} is not supported (expected one of "
+                f"{', '.join(DTYPES)}); dequantize or convert the checkpoint first, or leave it out with --exclude"
+            )
