@@ -38,8 +38,17 @@ def spectra(k: int) -> dict[str, Tensor]:
         "rank 64": (i <= 64) * torch.linspace(2, 1, k).double(),
         "1/i": 1 / i,
         "1/sqrt(i)": i**-0.5,
+        "i^-0.3": i**-0.3,
+        "linear": 1 - i / (k + 1),
+        "shelf": (i <= 0.3 * k).double(),
+        "Gaussian": _gaussian(k),
         "flat": torch.ones(k, dtype=torch.float64),
     }
+
+
+def _gaussian(k: int) -> Tensor:
+    """Singular values of a square matrix of independent normal entries."""
+    return torch.linalg.svdvals(torch.randn(k, k, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
 
 
 def planted(quick: bool) -> Iterator[dict[str, Any]]:
@@ -190,7 +199,7 @@ def main() -> int:
             f"Written by `python benchmarks/calibration.py` on {facts['device']['name']}, torch "
             f"{facts['versions']['torch']}, {facts['time'][:10]}.\n\n"
             f"Gate: decided where the stored entries resolve at least {RESOLVED_GATE:g} of ‖ΔW‖². Slack of the energy "
-            f"curve: {SLACK[0]:g} + {SLACK[1]:g}·(1 − resolved).\n\n**{line}**\n\nNot counted there, {flat_line}.\n\n"
+            f"curve: {SLACK[0]:g} + {SLACK[1]:g}·(1 − resolved)².\n\n**{line}**\n\nNot counted there, {flat_line}.\n\n"
             "![calibration](calibration.png)\n\n"
             "Each point is one matrix: the printed estimate over the truth, its bracket as a bar. Left of the dashed "
             "line `probe` says undecidable.\n\n## Planted updates\n\n"

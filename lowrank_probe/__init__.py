@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from lowrank_probe.demos import demo
     from lowrank_probe.reports import report
     from lowrank_probe.runs import Result, load
-    from lowrank_probe.spectra import spectrum
+    from lowrank_probe.spectra import Interrupted, spectrum
 
 __version__ = "0.1.0"
 
 _VERBS = {
     "spectrum": "spectra",
+    "Interrupted": "spectra",
     "load": "runs",
     "Result": "runs",
     "report": "reports",
@@ -31,6 +32,7 @@ _VERBS = {
 
 __all__ = [
     "CheckpointError",
+    "Interrupted",
     "MatchError",
     "NumericsError",
     "OutputError",

@@ -99,7 +99,8 @@ def spectrum(
         except spectra.Interrupted as stopped:
             stopped.result.save(directory)
             kept = len(stopped.result.table)
-            _note(f"interrupted: {kept} finished matrices kept in {directory}; the same command resumes", False)
+            again = "the same command" if out else f"the same command with --out {directory}"
+            _note(f"interrupted: {kept} finished matrices kept in {directory}; {again} resumes", False)
             raise typer.Exit(130) from None
     result.save(directory)
     if earlier is not None:

@@ -59,12 +59,8 @@ TABLE: Final[dict[str, Column]] = {
         f"null_r{100 * p:.0f}": Column(f"r{100 * p:.0f} of Gaussian noise of the same shape", source=_MP)
         for p in (0.5, 0.9, 0.95, 0.99)
     },
-    "relative_r50": Column(
-        "best estimate of the true r50 (r50_denoised, else the middle of its bracket) / null_r50; 1 = like noise"
-    ),
-    "relative_r90": Column(
-        "best estimate of the true r90 (r90_denoised, else the middle of its bracket) / null_r90; 1 = like noise"
-    ),
+    "relative_r50": Column("best estimate of the true r50 (r50_denoised) / null_r50; 1 = like noise"),
+    "relative_r90": Column("best estimate of the true r90 (r90_denoised) / null_r90; 1 = like noise"),
     **{f"energy_{r}": Column(f"Σ_{{i≤{r}}} σ² / ‖ΔW‖_F²", source=_EY) for r in (4, 8, 16, 32, 64)},
     "unchanged_fraction": Column("share of entries with ΔW = 0 exactly"),
     "noise_model": Column(
@@ -94,8 +90,8 @@ TABLE: Final[dict[str, Column]] = {
         for end, word in (("low", "lower"), ("high", "upper"))
     },
     "decidable_signal_rank": Column("whether signal_rank can be trusted: resolved ≥ 0.5"),
-    "decidable_r50": Column("whether the r50 bracket can be trusted"),
-    "decidable_r90": Column("whether the r90 bracket can be trusted"),
+    "decidable_r50": Column("whether the r50 bracket can be trusted: resolved ≥ 0.5"),
+    "decidable_r90": Column("whether the r90 bracket can be trusted: resolved ≥ 0.5"),
     "seconds": Column("reading and computing this matrix", unit="s"),
 }
 

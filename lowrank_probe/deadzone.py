@@ -71,15 +71,17 @@ class _Scales:
 def correct(Q: Tensor, u: Tensor) -> DeadZone | None:
     """Fit the model to a stored difference Q (m, n) with grid steps u (m, n), bfloat16 powers of two.
 
-    None where it does not apply: too few entries have a fine grid, or the norm it gives contradicts the stored one.
-    Q is overwritten by Y, to spare a copy.
+    None where it does not apply: too few entries have a fine grid, the norm it gives contradicts the stored one, or
+    nothing in Q is between 1e-35 and 1e35. Q is scratch memory: a float32 Q becomes Y, to spare a copy.
     """
-    Q = Q.float() if Q.dtype != torch.float32 else Q
     m, n = Q.shape
+    largest = float(torch.linalg.vector_norm(Q, math.inf))
+    if not 1e-35 < largest < 1e35:
+        return None
     # A power of two, so exact: squares of very large or very small updates would leave float32's range.
-    unit = 2.0 ** math.floor(math.log2(float(torch.linalg.vector_norm(Q, math.inf))))
-    Q.div_(unit)
-    u = u / unit
+    unit = 2.0 ** math.floor(math.log2(largest))
+    Q = Q.div_(unit).float()
+    u = (u / unit).clamp_(min=2.0**-126)
     row, col = torch.zeros(m, device=Q.device), torch.zeros(n, device=Q.device)
     for rows in _chunks(Q):
         square = Q[rows] ** 2
@@ -116,7 +118,7 @@ def correct(Q: Tensor, u: Tensor) -> DeadZone | None:
         x = _log_ratio(u[rows], log_row[rows], log_col)
         rho = tables.share[_index(x, FLOOR)]
         # A row or column that is almost dead keeps a small bias rather than drown the rest in amplified noise.
-        gain = torch.outer(rho_row[rows], rho_col / resolved).clamp_(min=LEAST_GAIN * resolved)
+        gain = torch.outer(rho_row[rows], rho_col / resolved).clamp_(min=LEAST_GAIN * resolved, max=1.0)
         Q[rows] = tables.posterior(Q[rows], u[rows], x, S2) / gain
         # S²·(ρ/gain² − 2ρ/gain + 1)
         variance = rho.div_(gain).mul_(gain.reciprocal_().sub_(2)).add_(1).mul_(S2)
@@ -226,7 +228,8 @@ def _sample(Q: Tensor, u: Tensor, scales: _Scales) -> Tensor | None:
     for least, enough in ((-3.0, N_SAMPLES // 2), (-2.0, N_SAMPLES // 2), (-1.0, MIN_SAMPLES)):
         taken = z[x <= least]
         if len(taken) >= enough:
-            taken = taken[:: max(1, len(taken) // N_SAMPLES)][:N_SAMPLES]
+            even = torch.linspace(0, len(taken) - 1, min(len(taken), N_SAMPLES), device=taken.device)
+            taken = taken[even.round().long()]
             rms = float((taken**2).mean().sqrt())
             return taken / rms if rms > 0 else None
     return None

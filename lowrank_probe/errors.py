@@ -4,7 +4,8 @@
     ├── CheckpointError     a file or directory that cannot be read as a checkpoint
     ├── MatchError          two checkpoints that cannot be compared
     ├── NumericsError       NaN or Inf, or an algorithm that did not deliver what it certifies
-    └── OutputError         a run directory that cannot be written
+    ├── OutputError         a run directory that cannot be written
+    └── Interrupted         Ctrl-C; it carries what was finished (in `spectra`)
 
 Library code raises them with the bare fact; only `lowrank_probe.cli.main` turns them into text and exit code 1.
 """

@@ -122,7 +122,7 @@ def marchenko_pastur(beta: float) -> tuple[Values, Values]:
     t = np.linspace(math.pi, 0.0, 20001)
     lam = 1 + beta - 2 * math.sqrt(beta) * np.cos(t)
     weight = np.sin(t) ** 2
-    density = np.divide(weight, lam, out=np.full_like(t, 2.0 if beta == 1 else 0.0), where=lam > 1e-14)
+    density = np.divide(weight, lam, out=np.full_like(t, 1.0 if beta == 1 else 0.0), where=lam > 1e-14)
     step = math.pi / 20000
 
     def cumulative(y: Values) -> Values:
@@ -133,7 +133,7 @@ def marchenko_pastur(beta: float) -> tuple[Values, Values]:
 
 
 def denoise(s: Values, noise_std: float, shape: tuple[int, int]) -> Values:
-    """Singular values of ΔW from those of ΔW + N, N white with standard deviation `noise_std`; 0 below the edge.
+    """Isolated singular values of ΔW from those of ΔW + N, N white of standard deviation `noise_std`; 0 below the edge.
 
     With y = σ/(noise_std·√max) and β = min/max, the inverse of y² = (x² + 1)(x² + β)/x² above y = 1 + √β. (Not the
     Frobenius shrinkage of Gavish & Donoho 2017, which is smaller by the cosines of the rotated singular vectors: that
@@ -152,35 +152,19 @@ def denoise(s: Values, noise_std: float, shape: tuple[int, int]) -> Values:
 
 
 def energy_rank_bracket(
-    denoised: Values, fro_norm: float, p: float, shape: tuple[int, int], *, noise_std: float, noise_energy: float,
-    slack: float,
-) -> tuple[float, float]:  # fmt: skip
-    """Lower and upper end of the true r_p, from denoised singular values and the clean ‖ΔW‖_F; (NaN, NaN) for ΔW = 0.
+    clean: Values, fro_norm: float, p: float, *, slack: float, noise_energy: float = 0.0
+) -> tuple[float, float]:
+    """Lower and upper end of the true r_p, from the denoised singular values (k,) and the clean ‖ΔW‖_F.
 
-    Within the d values above the noise edge, the true energy curve is taken to lie between C(r) + slack and
-    C(r) − slack − noise_energy, C(r) = Σ_{i≤r} denoised²/‖ΔW‖²; `noise_energy` is what noise alone would add to C.
-    Where p is not reached there, the tail decides, between two extremes: as flat as can be (the energy curve is
-    concave, so it runs above the straight line to 1 at k), and as steep as can be (no value in it exceeds the
-    detection limit noise_std·(mn)^¼, by more than a tenth). So both ends are finite.
+    The true energy curve is taken to lie between C(r) + slack and C(r) − slack − noise_energy, C(r) = Σ_{i≤r} σ²/‖ΔW‖²;
+    `noise_energy`: what uneven noise may add to C beyond what `clean` was cleared of. (NaN, NaN) for ΔW = 0.
     """
     if fro_norm <= 0.0:
         return math.nan, math.nan
-    k = min(shape)
-    d = int(np.count_nonzero(denoised))
-    total = fro_norm**2
-    curve = np.cumsum(denoised[:d] ** 2) / total
-    upper_curve, lower_curve = curve + slack, curve - slack - noise_energy
-    low = int(np.searchsorted(upper_curve, p)) + 1
-    if low > d:
-        reached = float(upper_curve[-1]) if d else slack
-        largest = 1.21 * noise_std**2 * math.sqrt(shape[0] * shape[1]) / total
-        low = d + max(1, math.ceil((p - reached) / largest)) if largest > 0 else d + 1
-    high = int(np.searchsorted(lower_curve, p)) + 1
-    if high > d:
-        reached = max(0.0, float(lower_curve[-1])) if d else 0.0
-        high = d + math.ceil((p - reached) / (1 - reached) * (k - d))
-    high = min(high, k)
-    return float(min(low, high)), float(high)
+    curve = np.cumsum(clean**2) / fro_norm**2
+    low = int(np.searchsorted(curve + slack, p)) + 1
+    high = int(np.searchsorted(curve - slack - noise_energy, p)) + 1
+    return float(min(low, len(clean))), float(min(high, len(clean)))
 
 
 def _entropy_rank(weights: Values) -> float:

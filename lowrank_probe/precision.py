@@ -21,6 +21,8 @@ _FORMATS: Final = {"BF16": (7, -133), "F16": (10, -24), "F32": (23, -149), "F64"
 _ORDER: Final = ("BF16", "F16", "F32", "F64")
 # Up to this share of unchanged entries the rounding errors of a pair behave as independent noise.
 DEAD_ZONE_FROM: Final = 0.25
+# Rounding errors that carry less than this share of ‖ΔW‖² cannot have swallowed a quarter of the entries.
+LEAST_NOISE: Final = 1e-4
 _SEED: Final = 0x10_0A4B_E000
 
 
@@ -32,9 +34,10 @@ class StorageNoise:
     "dead-zone" (a known quantizer; then `corrected` (m, n) is ΔW plus errors of known size) or "quantized" (a side was
     dequantized: its errors are not known here, and nothing is decided).
     noise_std: rms error of an entry; noise_edge: the largest σ those errors produce alone; edge_ratio: that edge over
-    noise_std·(√m + √n); outliers: the σ of pure noise beyond that textbook edge. fro_norm: ‖ΔW‖_F without the error.
-    resolved: the share of ‖ΔW‖² that the stored entries resolve. shape: (rows that moved at all, n), the matrix that
-    all of this is about: a row of zeros carries neither update nor error.
+    noise_std·(√m + √n); outliers: those of its ten largest σ that lie beyond that textbook edge. fro_norm: ‖ΔW‖_F
+    without the error. resolved: the share of ‖ΔW‖² that the stored entries resolve. Both are NaN where the model does
+    not apply. shape: (rows, columns that moved at all), the matrix that all of this is about: a row of zeros carries
+    neither update nor error.
     """
 
     storage: str
@@ -78,7 +81,7 @@ def ulp(W: Tensor, storage: str) -> Tensor:
 
 
 def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> StorageNoise:
-    """Measure the storage noise of one `Delta`. May overwrite `delta.dense` by the corrected update.
+    """Measure the storage noise of one `Delta`, whose `dense` is used as scratch memory and holds nothing afterwards.
 
     base_rounded: training started from a wider base than the one stored, so that the base's own rounding counts too.
     """
@@ -91,26 +94,30 @@ def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> Storag
         return StorageNoise(
             "exact", "none", math.nan, 0.0, 0.0, math.nan, np.zeros(0), delta.fro_norm, 1.0, delta.shape
         )
-    dense, tuned, base = _moved_rows(delta.dense, delta.tuned, delta.base)
+    dense, tuned, base = _moved(delta.dense, delta.tuned, delta.base)
     m, n = dense.shape
     storage = storage_of(tuned)
     n_moved = int(torch.count_nonzero(dense))
     hidden = (m * n - n_moved) / (m * n)
-    unchanged = (delta.shape[0] * n - n_moved) / (delta.shape[0] * n)
-    if hidden > DEAD_ZONE_FROM and not base_rounded and on_grid(base, storage):
-        found = deadzone.correct(dense, ulp(tuned, storage))
+    entries = delta.shape[0] * delta.shape[1]
+    unchanged = (entries - n_moved) / entries
+    steps = ulp(tuned, storage)
+    square = _mean_square(steps) / 12
+    # Zeros that rounding cannot have made (a frozen half, in fp32) are part of the update.
+    swallowed = hidden > DEAD_ZONE_FROM and m * n * square > LEAST_NOISE * delta.fro_norm**2
+    if swallowed and not base_rounded and on_grid(base, storage):
+        found = deadzone.correct(dense, steps)
         if found is None:
-            return StorageNoise(storage, "dead-zone", unchanged, nan, nan, nan, np.zeros(0), 0.0, 0.0, (m, n))
+            return StorageNoise(storage, "dead-zone", unchanged, nan, nan, nan, np.zeros(0), nan, nan, (m, n))
         scratch = torch.empty(m, n, device=dense.device)
         edge, outliers = noise_edge(scratch, found.error_std, "normal", seed)
         square = _mean_square(found.error_std)
         return _noise(
             storage, "dead-zone", unchanged, square, edge, outliers, (m, n), found.fro_norm, found.resolved, found.Y
         )
-    steps = ulp(tuned, storage)
     if base_rounded:
         steps = torch.hypot(steps, ulp(base, storage_of(base)))
-    square = _mean_square(steps) / 12
+        square = _mean_square(steps) / 12
     # ΔW itself is not needed any more: its memory serves for the draws.
     scratch = dense.view(torch.float32).reshape(-1)[: m * n].view(m, n)
     edge, outliers = noise_edge(scratch, steps, "uniform", seed)
@@ -123,10 +130,14 @@ def _unchanged(delta: Delta) -> float:
     return math.nan if delta.dense is None else 1 - int(torch.count_nonzero(delta.dense)) / delta.dense.numel()
 
 
-def _moved_rows(dense: Tensor, tuned: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows where anything moved: all three as they are where every row did (an embedding trains those it saw)."""
-    moved = torch.cat([part.any(dim=1) for part in row_chunks(dense)])
-    return (dense, tuned, base) if bool(moved.all()) else (dense[moved], tuned[moved], base[moved])
+def _moved(dense: Tensor, tuned: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows and columns where anything moved (an embedding trains the rows it saw): all three as they are where
+    everything did."""
+    rows = torch.cat([part.any(dim=1) for part in row_chunks(dense)])
+    columns = torch.stack([part.any(dim=0) for part in row_chunks(dense)]).any(dim=0)
+    if bool(rows.all()) and bool(columns.all()):
+        return dense, tuned, base
+    return dense[rows][:, columns], tuned[rows][:, columns], base[rows][:, columns]
 
 
 def _noise(

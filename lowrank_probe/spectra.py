@@ -16,6 +16,7 @@ import torch
 from lowrank_probe import metrics, svd
 from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint
 from lowrank_probe.columns import LEDGER, TABLE
+from lowrank_probe.deconvolution import deconvolve, with_tail
 from lowrank_probe.deltas import (
     Delta,
     Matching,
@@ -40,11 +41,11 @@ Progress = Callable[[str, int, int], None]
 # Median cosine of the weights below which two checkpoints are not a base and its fine-tune.
 UNRELATED_COSINE: Final = 0.1
 # Share of ‖ΔW‖² that the stored entries must resolve for a number to be decidable, and how far the denoised energy
-# curve may be off: SLACK[0] + SLACK[1]·(1 − resolved), as a share of ‖ΔW‖². Calibrated by benchmarks/calibration.py.
+# curve may be off: SLACK[0] + SLACK[1]·(1 − resolved)², as a share of ‖ΔW‖². Calibrated by benchmarks/calibration.py.
 RESOLVED_GATE: Final = 0.5
-SLACK: Final = (0.008, 0.07)
+SLACK: Final = (0.006, 0.35)
 # What an interrupted run must share with the one that resumes it.
-_SAME_RUN: Final = ("base", "tuned", "options", "versions")
+_SAME_RUN: Final = ("base", "tuned", "options", "versions", "device")
 
 
 class Interrupted(ProbeError):  # noqa: N818 - not a failure: it carries what was finished
@@ -80,8 +81,13 @@ def spectrum(
     exact_tail: float64 SVD of the matrix itself, for values below 2e-5·σ₁. base_rounded: training started from a
     wider base than the one stored. device: "auto", "cpu", "cuda", "cuda:1". resume: an interrupted run's result.
 
-    Raises `CheckpointError`, `MatchError`, `NumericsError`; on Ctrl-C `Interrupted` with what was finished.
+    Raises `CheckpointError`, `MatchError`, `NumericsError`; on Ctrl-C `Interrupted` with what was finished. On Linux it
+    sets glibc's malloc for the whole process so that every matrix goes back to the system when it is freed.
     """
+    if top is not None and top < 1:
+        raise ProbeError(f"top={top}: expected at least 1 singular value, or None for all of them")
+    if layers is not None and not 0 <= layers[0] <= layers[1]:
+        raise ProbeError(f"layers={layers}: expected (first, last) with 0 ≤ first ≤ last")
     started = time.perf_counter()
     where = choose_device(device)
     tuned_side = open_checkpoint(tuned if tuned is not None else base)
@@ -103,7 +109,7 @@ def spectrum(
     }
     if resume is not None and any(resume.facts.get(key) != facts[key] for key in _SAME_RUN):
         raise OutputError(
-            "the unfinished run in --out compared other files, used other options or another version; "
+            "the unfinished run in --out compared other files, used other options, another version or another device; "
             "choose another --out"
         )
     run = _Run(matching, base_side, tuned_side, facts, resume)
@@ -237,7 +243,6 @@ class _Run:
         corrected = found.values if noise.corrected is None else svd.full_spectrum(noise.corrected).values
         clock.append(time.perf_counter() - started)
         row, denoised = describe(delta, found, noise, corrected)
-        denoised = None if denoised is None else denoised[: len(found.values)]
         times += [("spectrum", clock[0], clock[1]), ("noise", clock[1], clock[2])]
         row["seconds"] = sum(stop - start for _, start, stop in times)
         note = f"both factors, with {pair.lora.name_B}" if pair.lora is not None else ""
@@ -349,10 +354,7 @@ def describe(
         row[f"energy_{r}"] = metrics.energy(s, norm, r)
     denoised = _storage_columns(row, corrected, shape, noise)
     for rank in ("r50", "r90"):
-        best = row.get(f"{rank}_denoised", row[rank])
-        if math.isnan(best) and f"{rank}_low" in row:
-            best = math.sqrt(row[f"{rank}_low"] * row[f"{rank}_high"])
-        row[f"relative_{rank}"] = best / row[f"null_{rank}"]
+        row[f"relative_{rank}"] = row.get(f"{rank}_denoised", math.nan) / row[f"null_{rank}"]
     return {name: row.get(name, math.nan) for name in TABLE}, denoised
 
 
@@ -372,25 +374,29 @@ def _storage_columns(row: dict[str, Any], s: Any, shape: tuple[int, int], noise:
         row.update(decidable_signal_rank=False, decidable_r50=False, decidable_r90=False)
         return None
     shape = noise.shape  # rows that did not move carry neither update nor error
-    whole = len(s) >= min(shape)
+    k = min(shape)
+    whole = len(s) >= k
     limit = metrics.SIGNAL_FACTOR[noise.model] * noise.noise_edge
     counted = whole or not float(s[-1]) > limit
     row["signal_rank"] = float(np.count_nonzero(s > limit)) if counted else math.nan
-    denoised = metrics.denoise(s, noise.noise_std, shape)
+    seen = s[:k] if whole else with_tail(s, row["fro_norm"], k)
+    denoised = deconvolve(seen, noise.noise_std, shape, noise.fro_norm)
     noise_energy = float((metrics.denoise(noise.outliers, noise.noise_std, shape) ** 2).sum()) / noise.fro_norm**2
-    slack = SLACK[0] + SLACK[1] * (1 - noise.resolved)
+    slack = SLACK[0] + SLACK[1] * (1 - noise.resolved) ** 2
     for p in (0.5, 0.9):
         rank = f"r{100 * p:.0f}"
         row[f"{rank}_denoised"] = metrics.energy_rank(denoised, noise.fro_norm, p)
         row[f"{rank}_low"], row[f"{rank}_high"] = metrics.energy_rank_bracket(
-            denoised, noise.fro_norm, p, shape, noise_std=noise.noise_std, noise_energy=noise_energy, slack=slack
+            denoised, noise.fro_norm, p, slack=slack, noise_energy=noise_energy
         )
-        if not whole and not row[f"{rank}_denoised"] <= len(s):
-            row[f"{rank}_low"] = row[f"{rank}_high"] = math.nan  # --top did not reach it
+        if not whole and not row[f"{rank}_high"] <= len(s):
+            # --top did not reach it
+            row[f"{rank}_low"] = row[f"{rank}_high"] = row[f"{rank}_denoised"] = math.nan
     for name in ("signal_rank", "r50", "r90"):
         row[f"decidable_{name}"] = noise.resolved >= RESOLVED_GATE
     row["decidable_signal_rank"] &= counted
-    return denoised
+    # As long as the list of values as stored: zeros for rows that did not move.
+    return np.pad(denoised, (0, max(0, row["n_kept"] - len(denoised))))[: row["n_kept"]]
 
 
 def _position(row: Mapping[str, Any]) -> tuple[Any, ...]:

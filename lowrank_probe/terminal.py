@@ -77,4 +77,4 @@ def _bracket(low: Any, high: Any) -> str:
         return "?"
     if _rank(low) == _rank(high):
         return _rank(low)
-    return f"{_rank(low)}–{'' if math.isinf(high) else _rank(high)}"
+    return f"{_rank(low)}–{_rank(high)}"

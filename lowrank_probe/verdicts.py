@@ -18,6 +18,7 @@ import pandas as pd
 
 from lowrank_probe.columns import SUMMARY
 from lowrank_probe.layers import sort_key
+from lowrank_probe.metrics import ENERGY_RANKS
 
 SHARE: Final = 0.75
 LOW_RANK: Final = 0.5
@@ -46,15 +47,15 @@ def summarise(table: pd.DataFrame, *, related: bool = True) -> pd.DataFrame:
 def _row(name: str, group: pd.DataFrame, related: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"layer_type": name, "n_matrices": len(group)}
     for column in ("relative_update", "stable_rank", "null_r50", "null_r90", "unchanged_fraction"):
-        row[column] = group[column].median()
+        row[column] = _median(group[column])
     row["signal_rank"] = _decided(group, "signal_rank", "decidable_signal_rank").median()
     for rank in ("r50", "r90"):
         decided = group[group[f"decidable_{rank}"]]
         enough = len(decided) * 2 >= len(group)
         for end in ("low", "high"):
-            row[f"{rank}_{end}"] = decided[f"{rank}_{end}"].median() if enough else math.nan
-    for r in (4, 8, 16, 32, 64):
-        row[f"energy_{r}"] = group[f"energy_{r}"].median()
+            row[f"{rank}_{end}"] = _median(decided[f"{rank}_{end}"]) if enough else math.nan
+    for r in ENERGY_RANKS:
+        row[f"energy_{r}"] = _median(group[f"energy_{r}"])
     row["verdict"], row["evidence"] = verdict(group) if related else ("unrelated weights", _unrelated(group))
     return {column: row[column] for column in SUMMARY}
 
@@ -72,7 +73,7 @@ def verdict(group: pd.DataFrame) -> tuple[str, str]:
     smaller = high < decided["break_even_rank"]
     is_low = (high <= LOW_RANK * null) & smaller
     is_high = low >= NOT_LOW_RANK * null
-    ratio = f"r90 {_range(low / null)}–{_range(high / null)} × null"
+    ratio = f"r90 {(low / null).median():.2f}–{(high / null).median():.2f} × null"
     if is_low.mean() >= SHARE:
         r = math.ceil(high.sort_values().iloc[math.ceil(SHARE * n) - 1])
         return f"low-rank at r={r}", f"{ratio}; holds in {int(is_low.sum())} of {n} matrices"
@@ -84,14 +85,14 @@ def verdict(group: pd.DataFrame) -> tuple[str, str]:
     )
 
 
+def _median(values: pd.Series) -> float:
+    """NaN as soon as one value is: with --top, those that were reached are the smallest, not a sample."""
+    return float(values.median(skipna=False))
+
+
 def _decided(group: pd.DataFrame, column: str, flag: str) -> pd.Series:
     values = group.loc[group[flag], column]
     return values if 2 * len(values) >= len(group) else values.iloc[:0]
-
-
-def _range(ratio: pd.Series) -> str:
-    value = float(ratio.median())
-    return f"{value:.2f}" if math.isfinite(value) else "open"
 
 
 def _unrelated(group: pd.DataFrame) -> str:

@@ -105,22 +105,14 @@ def test_denoising_recovers_planted_values_from_noise():
 
 
 @pytest.mark.parametrize("p", [0.5, 0.9])
-def test_bracket_holds_the_truth_for_low_rank_for_decay_and_for_full_rank(p):
-    rng = np.random.default_rng(3)
-    m, n, std = 200, 150, 0.02
-    i = np.arange(1, 151)
-    for s in (np.array([4.0, 3, 2]), 5 / i, 2.5 * np.linspace(1, 0.2, 150)):
-        U, V = np.linalg.qr(rng.standard_normal((m, len(s))))[0], np.linalg.qr(rng.standard_normal((n, len(s))))[0]
-        noisy = np.linalg.svd((U * s) @ V.T + std * rng.standard_normal((m, n)), compute_uv=False)
-        clean = norm(s)
-        resolved = clean**2 / (clean**2 + m * n * std**2)
-        low, high = metrics.energy_rank_bracket(
-            metrics.denoise(noisy, std, (m, n)), clean, p, (m, n), noise_std=std, noise_energy=0.0,
-            slack=0.005 + 0.07 * (1 - resolved),
-        )  # fmt: skip
-        truth = metrics.energy_rank(s, clean, p)
-        assert low <= truth <= high <= n
-        assert high <= 2 * truth + 10  # and says something
+def test_bracket_is_where_the_shifted_curves_reach_p(p):
+    s = np.array([3.0, 2.0, 1.0, 0.5])
+    curve = np.cumsum(s**2) / np.sum(s**2)
+    low, high = metrics.energy_rank_bracket(s, norm(s), p, slack=0.1, noise_energy=0.05)
+    assert low == next(r for r in range(1, 5) if curve[r - 1] + 0.1 >= p)
+    assert high == next((r for r in range(1, 5) if curve[r - 1] - 0.15 >= p), 4)
+    assert metrics.energy_rank_bracket(s, norm(s), p, slack=0.0) == (metrics.energy_rank(s, norm(s), p),) * 2
+    assert all(math.isnan(end) for end in metrics.energy_rank_bracket(np.zeros(3), 0.0, p, slack=0.1))
 
 
 def test_hard_threshold_counts_spikes_over_noise():

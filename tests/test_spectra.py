@@ -311,3 +311,23 @@ def test_progress_is_told_for_every_pair_and_ends_at_the_total(tmp_path):
     assert {name for name, _, _ in seen} == set(result.ledger["name"])
     assert seen[-1][1] == seen[-1][2] == sum(tensor.numel() for tensor in llama_tensors().values())
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+
+
+def test_fewer_moved_rows_than_columns_can_be_saved_and_loaded(tmp_path):
+    W = 0.02 * torch.randn(400, 64, generator=torch.Generator().manual_seed(5))
+    base = {"model.embed_tokens.weight": W.bfloat16()}
+    tuned = {"model.embed_tokens.weight": base["model.embed_tokens.weight"].clone()}
+    generator = torch.Generator().manual_seed(6)
+    tuned["model.embed_tokens.weight"][10:50] += (2e-5 * torch.randn(40, 64, generator=generator)).bfloat16()
+    result = lp.spectrum(write(tmp_path / "a", base), write(tmp_path / "b", tuned))
+    again = lp.load(result.save(tmp_path / "run"))
+    name = "model.embed_tokens.weight"
+    assert len(again.singular_values[name]) == 64
+    for name, values in result.denoised_values.items():
+        np.testing.assert_array_equal(again.denoised_values[name], values)
+
+
+@pytest.mark.parametrize("wrong", [{"top": 0}, {"layers": (3, 1)}, {"layers": (-1, 1)}])
+def test_impossible_options_are_refused_by_name(tmp_path, wrong):
+    with pytest.raises(lp.ProbeError, match=next(iter(wrong))):
+        lp.spectrum(*pair(tmp_path), **wrong)
