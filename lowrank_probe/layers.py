@@ -26,9 +26,10 @@ _RULES: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
         (r"shared_mlp\.output_linear", "down"),
         (r"(?:mlp|block_sparse_moe)\.input_linear", "expert_gate_up"),
         (r"(?:mlp|block_sparse_moe)\.output_linear", "expert_down"),
-        # state-space blocks: their in_proj is no qkv, their out_proj no attention output
-        (r"(?:mixer|mamba|conv)\.in_proj", "in_proj"),
-        (r"(?:mixer|mamba|conv)\.out_proj", "out_proj"),
+        (r"experts\.fc1", "gate_up"),  # Aria
+        # state-space and linear-attention blocks: their in_proj is no qkv, their out_proj no attention output
+        (r"(?:mixer|mamba|conv)\.in_proj|linear_attn\.in_proj_\w+", "in_proj"),
+        (r"(?:mixer|mamba|conv|linear_attn)\.out_proj", "out_proj"),
         (r"x_proj", "x_proj"),
         (r"dt_proj", "dt_proj"),
         (r"A_log", "A_log"),
@@ -51,7 +52,7 @@ _RULES: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
         # disentangled attention (DeBERTa): projections of the relative positions
         (r"pos_query_proj|pos_q_proj", "pos_q"),
         (r"pos_key_proj|pos_proj", "pos_k"),
-        (r"relative_attention_bias", "relative_attention_bias"),
+        (r"relative_attention_bias|relative_position_bias_table", "relative_attention_bias"),
         # MLPs whose names mean something else elsewhere
         (r"mlp\.Wi", "gate_up"),
         (r"mlp\.Wo|feed_forward\.value", "down"),
@@ -116,8 +117,8 @@ _BERT: Final = ("query", "value")
 _MLA: Final = ("q_proj", "q_b_proj", "kv_b_proj")
 LORA_TARGETS: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3",
-         "gemma3_text", "gpt_oss", "llama4", "llama4_text", "glm4", "stablelm", "granitemoe"), _QV,
+        ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "gemma", "gemma2",
+         "gemma3", "gemma3_text", "gpt_oss", "llama4", "llama4_text", "glm4", "stablelm", "granitemoe"), _QV,
     ),
     **dict.fromkeys(("opt", "gptj", "gpt_neo", "bart", "marian", "whisper", "clip", "vit", "wav2vec2"), _QV),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "albert"), _BERT),

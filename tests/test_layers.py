@@ -250,6 +250,13 @@ FAMILIES = {
         hf.GraniteMoeForCausalLM, hf.GraniteMoeConfig(**MOE),
         {**block(*SPLIT, "router", "expert_gate_up", "expert_down"), "embedding": 1, "lm_head": 1},
     ),
+    "qwen3_next": (
+        hf.Qwen3NextForCausalLM,
+        hf.Qwen3NextConfig(**MOE, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+                           linear_num_value_heads=2, linear_key_head_dim=4, linear_value_head_dim=4),
+        {**block(*SPLIT, "out_proj", "conv", n=1), "in_proj": 2, **block(*LLAMA_MLP, "router", "shared_expert_router"),
+         **block(*EXPERT, n=6), "embedding": 1, "lm_head": 1},
+    ),
     "mamba": (
         hf.MambaForCausalLM, hf.MambaConfig(**TOKENS, hidden_size=16, num_hidden_layers=2, state_size=4),
         {**block("in_proj", "x_proj", "dt_proj", "out_proj", "A_log", "conv"), "embedding": 1},

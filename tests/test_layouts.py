@@ -273,13 +273,16 @@ STACKED = {
     "llama4, square": (
         hf.Llama4ForCausalLM, lambda: hf.Llama4TextConfig(**LLAMA4 | {"intermediate_size": 8}), True,
     ),
+    "aria": (
+        hf.AriaTextForCausalLM, lambda: hf.AriaTextConfig(**DECODER, moe_num_experts=3, moe_topk=1), True,
+    ),
     "granitemoe": (hf.GraniteMoeForCausalLM, lambda: hf.GraniteMoeConfig(**MOE), False),
     "granitemoe, square": (
         hf.GraniteMoeForCausalLM, lambda: hf.GraniteMoeConfig(**MOE | {"intermediate_size": 8}), False,
     ),
 }  # fmt: skip
-FUSED_EXPERTS = ("experts.gate_up_proj", "block_sparse_moe.input_linear.weight")
-DOWN_EXPERTS = ("experts.down_proj", "block_sparse_moe.output_linear.weight")
+FUSED_EXPERTS = ("experts.gate_up_proj", "experts.fc1.weight", "block_sparse_moe.input_linear.weight")
+DOWN_EXPERTS = ("experts.down_proj", "experts.fc2.weight", "block_sparse_moe.output_linear.weight")
 
 
 def run_expert(experts, expert, x, count=3):
