@@ -42,22 +42,19 @@ class Checkpoint:
         """The files the tensors lie in; none for a model in memory."""
         return sorted({info.file for info in self.tensors.values() if info.file.exists()})
 
-    def read(
-        self, name: str, device: str | torch.device = "cpu", span: tuple[int, int, tuple[int, ...]] | None = None
-    ) -> Tensor:
+    def read(self, name: str, device: str | torch.device = "cpu", span: tuple[int, int] | None = None) -> Tensor:
         """One tensor in its stored dtype, float32 where that is quantized; not to be written to (it may be a user's).
 
-        span: (first entry, number of entries, shape) of a contiguous part, where only that is wanted.
+        span: (first entry, number of entries) of a run of the flat tensor, (entries,), where only that is wanted.
         Raises `CheckpointError` for a dtype that is not a float of ≥ 16 bits and has no scale, and for damaged files.
         """
         info = self.tensors[name]
         info.check_dtype()
-        first, count, shape = span or (0, math.prod(info.shape), info.shape)
-        if name in self.loaders:
-            return self.loaders[name]().reshape(-1)[first : first + count].reshape(shape).to(device)
-        if name in self.scales:
-            W = self._dequantized(name).reshape(-1)[first : first + count].reshape(shape)
-            return W.to(device)
+        first, count = span or (0, math.prod(info.shape))
+        shape = info.shape if span is None else (count,)
+        if name in self.loaders or name in self.scales:
+            whole = self.loaders[name]() if name in self.loaders else self._dequantized(name)
+            return whole.reshape(-1)[first : first + count].reshape(shape).to(device)
         return read_entries(info, first, count).reshape(shape).to(device)
 
     def _dequantized(self, name: str) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lowrank_probe.adapters import LoraModule, read_modules
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import MatchError, NumericsError
-from lowrank_probe.layers import BASE_PREFIXES, Place, is_conv1d, matches, place
+from lowrank_probe.layers import BASE_PREFIXES, Place, is_conv1d, is_known, matches, place
 from lowrank_probe.layouts import Part, parts
 from lowrank_probe.svd import row_chunks
 
@@ -173,18 +173,21 @@ def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching, split: 
             result.pairs.append(Pair(name, other, place(name)))
         else:
             found, note = parts(name, a.shape, base.config or tuned.config, split=split)
-            where = place(name)
-            result.pairs += [
-                Pair(name, other, replace(where, layer_type=part.layer_type or where.layer_type), None, part, note)
-                for part in found
-            ]
+            result.pairs += [Pair(name, other, _place_of(name, part), None, part, note) for part in found]
             if not found:
                 result.ledger.append(_line(name, other, "not a matrix", note))
                 beyond += math.prod(a.shape)
     if beyond:
         share = beyond / sum(math.prod(info.shape) for info in base.tensors.values())
         result.notes.append(f"{100 * share:.0f} % of the parameters are in tensors that are no matrices: not analysed")
-    result.notes += [*base.notes, *tuned.notes]
+    unknown = sorted({pair.place.layer_type for pair in result.pairs if not _has_type(pair, base)})
+    if unknown:
+        result.notes.append(
+            f"no layer type is known for {_some(unknown, 4)} (model type {base.config.get('model_type')!r}): "
+            "named after the module itself"
+        )
+    kept = sorted({pair.note for pair in result.pairs if "kept whole" in pair.note})
+    result.notes += [*kept, *base.notes, *tuned.notes]
     for side, word in ((base, "base"), (tuned, "tuned")):
         kinds = sorted({info.dtype for info in side.tensors.values() if info.quantized})
         if kinds:
@@ -375,8 +378,7 @@ def _read_part(side: Checkpoint, name: str, part: Part, device: torch.device) ->
     stored = side.tensors[name].shape
     if len(stored) < 2:
         return side.read(name, device)
-    span = part.span(stored)
-    return part.take(side.read(name, device, span))
+    return part.take_span(side.read(name, device, part.span(stored)), stored)
 
 
 def find_tied(pairs: Sequence[Pair], base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
@@ -398,7 +400,7 @@ def _same(side: Checkpoint, a: str, b: str, block: int = 1 << 21) -> bool:
         return torch.equal(side.read(a), side.read(b))
     count = math.prod(side.tensors[a].shape)
     for first in range(0, count, block):
-        span = (first, min(block, count - first), (-1,))
+        span = (first, min(block, count - first))
         if not torch.equal(side.read(a, span=span), side.read(b, span=span)):
             return False
     return True
@@ -456,6 +458,16 @@ def _raise_not_finite(tensors: Sequence[tuple[Checkpoint, str, Tensor]]) -> NoRe
 
 def _line(name: str, tuned_name: str, status: str, note: str = "") -> dict[str, Any]:
     return ledger_line(Pair(name or tuned_name, tuned_name, place(name or tuned_name)), status, note)
+
+
+def _has_type(pair: Pair, base: Checkpoint) -> bool:
+    return len(base.tensors[pair.name].shape) < 2 or pair.part.layer_type is not None or is_known(pair.name)
+
+
+def _place_of(name: str, part: Part) -> Place:
+    where = place(name)
+    expert = where.expert if part.expert is None else part.expert
+    return replace(where, layer_type=part.layer_type or where.layer_type, expert=expert)
 
 
 def _scale_line(name: str, tuned_name: str, scale_of: Mapping[str, str]) -> dict[str, Any] | None:

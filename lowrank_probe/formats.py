@@ -63,7 +63,7 @@ def open_pickle(file: Path) -> Opened:
 def open_memory(source: Any) -> tuple[Opened, dict[str, Any], str]:
     """(tensors, config, description) of a state dict or of a model: anything with `state_dict()`.
 
-    Raises `CheckpointError` for tensors on the meta device, for a model that wears PEFT adapters, and for anything else.
+    Raises `CheckpointError` for tensors on the meta device, a model that wears PEFT adapters, or anything else.
     """
     config: dict[str, Any] = {}
     if hasattr(source, "state_dict"):

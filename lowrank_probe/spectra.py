@@ -74,12 +74,14 @@ def spectrum(
 ) -> Result:
     """Singular values, ranks and verdicts of ΔW = W_tuned − W_base for every matrix of two checkpoints.
 
-    base, tuned: checkpoint directories or files, hub ids, models or state dicts in memory (`checkpoints.open_checkpoint`
-    says what is read); tuned may be a PEFT LoRA adapter's directory, which may also be given alone as `base`.
+    base, tuned: checkpoint directories or files, hub ids, models or state dicts in memory
+    (`checkpoints.open_checkpoint` says what is read); tuned may be a PEFT LoRA adapter's directory, which may also be
+    given alone as `base`.
     include, exclude: patterns (`q_proj`, `layers.3`, `*mlp*`, a layer type). layers: first and last layer number,
-    inclusive. split: take fused projections (qkv, gate_up) apart where their layout is known. top: only the K largest values of each matrix, certified.
-    exact_tail: float64 SVD of the matrix itself, for values below 2e-5·σ₁. base_rounded: training started from a
-    wider base than the one stored. device: "auto", "cpu", "cuda", "cuda:1". resume: an interrupted run's result.
+    inclusive. split: take fused projections (qkv, gate_up) apart where their layout is known. top: only the K largest
+    values of each matrix, certified. exact_tail: float64 SVD of the matrix itself, for values below 2e-5·σ₁.
+    base_rounded: training started from a wider base than the one stored. device: "auto", "cpu", "cuda", "cuda:1".
+    resume: an interrupted run's result.
 
     Raises `CheckpointError`, `MatchError`, `NumericsError`; on Ctrl-C `Interrupted` with what was finished. On Linux it
     sets glibc's malloc for the whole process so that every matrix goes back to the system when it is freed.

@@ -123,20 +123,20 @@ def test_an_empty_directory(tmp_path):
     refused(tmp_path, tmp_path, "empty")
 
 
-def test_a_directory_of_pickles_says_what_to_do(tmp_path):
+def test_a_directory_with_a_damaged_pickle(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
     (tmp_path / "config.json").write_text("{}")
-    refused(tmp_path, "pytorch_model.bin", "save_pretrained")
+    refused(tmp_path, "pytorch_model.bin", "cannot be opened as PyTorch weights")
 
 
 def test_a_directory_with_one_file_of_another_name_says_what_to_do(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "weights.safetensors")
-    refused(tmp_path, "weights.safetensors", "give the .safetensors file itself")
+    refused(tmp_path, "give the file itself", tmp_path / "weights.safetensors")
 
 
-def test_a_file_that_is_no_safetensors_file(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    refused(tmp_path / "model.gguf", "expected a .safetensors file", "*.gguf")
+def test_a_file_of_another_kind(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"ONNX")
+    refused(tmp_path / "model.onnx", "expected a .safetensors", ".gguf file", "*.onnx")
 
 
 def test_an_adapter_without_its_weights(tmp_path):

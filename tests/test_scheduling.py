@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from lowrank_probe.scheduling import MAX_WORKERS, SHARE_OF_LARGEST, run_jobs
+from lowrank_probe.scheduling import MAX_WORKERS, READ_AHEAD, SHARE_OF_LARGEST, run_jobs
 
 CPU = torch.device("cpu")
 
@@ -25,14 +25,19 @@ def identity(item):
     return item
 
 
+def jobs(items, job, device):
+    """`run_jobs` on items that are their own sizes, with nothing to load."""
+    return run_jobs(items, identity, identity, lambda item, _: job(item), device)
+
+
 @pytest.mark.parametrize("items", [[], [5], [3, 1, 2], [100, *range(1, 40)], [7] * 20, [0, 0, 0]], ids=str)
 def test_every_item_comes_back_once(items):
-    assert sorted(run_jobs(items, identity, identity, CPU)) == sorted(items)
+    assert sorted(jobs(items, identity, CPU)) == sorted(items)
 
 
 def test_one_after_the_other_largest_first_where_nothing_fits_beside():
     order = []
-    assert list(run_jobs([3, 9, 9, 1], identity, lambda item: order.append(item) or item, CPU)) == [9, 9, 3, 1]
+    assert list(jobs([3, 9, 9, 1], lambda item: order.append(item) or item, CPU)) == [9, 9, 3, 1]
     assert order == [9, 9, 3, 1]
 
 
@@ -51,7 +56,7 @@ def test_matrices_beside_each_other_stay_within_a_share_of_the_largest():
             running.remove(size)
         return size
 
-    assert sorted(run_jobs(sizes, identity, job, CPU)) == sorted(sizes)
+    assert sorted(jobs(sizes, job, CPU)) == sorted(sizes)
     assert 1 < max(most) <= MAX_WORKERS
     assert max(peaks) <= SHARE_OF_LARGEST * 1000
 
@@ -64,7 +69,7 @@ def test_an_error_of_a_job_ends_the_run(sizes):
         return size
 
     with pytest.raises(ValueError, match="planted"):
-        list(run_jobs(sizes, identity, job, CPU))
+        list(jobs(sizes, job, CPU))
 
 
 def test_closing_waits_for_what_runs_and_drops_the_rest():
@@ -76,7 +81,7 @@ def test_closing_waits_for_what_runs_and_drops_the_rest():
         finished.append(size)
         return size
 
-    stream = run_jobs([100] + [1] * 50, identity, job, CPU)
+    stream = jobs([100] + [1] * 50, job, CPU)
     next(stream)
     next(stream)
     stream.close()
@@ -85,6 +90,42 @@ def test_closing_waits_for_what_runs_and_drops_the_rest():
 
 
 def test_workers_share_the_cores():
-    seen = set(run_jobs([100] + [1] * 10, identity, lambda _: torch.get_num_threads(), CPU))
+    seen = set(jobs([100] + [1] * 10, lambda _: torch.get_num_threads(), CPU))
     assert seen <= {1, 4}
     assert 1 in seen
+
+
+ELSEWHERE = torch.device("meta")  # any device that is no CPU: what runs there is the caller's business
+
+
+@pytest.mark.parametrize("items", [[], [5], [3, 1, 2], [*range(40)]], ids=str)
+def test_on_a_device_every_item_comes_back_once_and_largest_first(items):
+    assert list(jobs(items, identity, ELSEWHERE)) == sorted(items, reverse=True)
+
+
+def test_on_a_device_the_next_items_are_read_while_one_is_computed():
+    reading = {size: threading.Event() for size in range(1, 7)}
+
+    def load(size):
+        reading[size].set()
+        return 10 * size
+
+    def compute(size, loaded):
+        assert loaded == 10 * size
+        for following in range(max(1, size - READ_AHEAD), size):
+            assert reading[following].wait(10), f"{following} was not read while {size} was computed"
+        assert not any(reading[later].is_set() for later in range(1, size - READ_AHEAD - 1))
+        return size
+
+    assert list(run_jobs(range(1, 7), identity, load, compute, ELSEWHERE)) == [6, 5, 4, 3, 2, 1]
+
+
+def test_on_a_device_an_error_of_reading_ends_the_run():
+    def load(size):
+        if size == 2:
+            raise ValueError("planted")
+        return size
+
+    stream = run_jobs([5, 4, 3, 2, 1], identity, load, lambda item, _: item, ELSEWHERE)
+    with pytest.raises(ValueError, match="planted"):
+        list(stream)
