@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lowrank_probe.reports import report
     from lowrank_probe.runs import Result, load
     from lowrank_probe.spectra import spectrum
+    from lowrank_probe.trajectories import Trajectory, trajectory
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,8 @@ _VERBS = {
     "spectrum": "spectra",
     "load": "runs",
     "Result": "runs",
+    "trajectory": "trajectories",
+    "Trajectory": "trajectories",
     "report": "reports",
     "demo": "demos",
 }
@@ -36,11 +39,13 @@ __all__ = [
     "OutputError",
     "ProbeError",
     "Result",
+    "Trajectory",
     "__version__",
     "demo",
     "load",
     "report",
     "spectrum",
+    "trajectory",
 ]
 
 
