@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lowrank_probe.reports import report
     from lowrank_probe.runs import Result, load
     from lowrank_probe.spectra import Interrupted, spectrum
+    from lowrank_probe.trajectories import Trajectory, trajectory
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,8 @@ _VERBS = {
     "Interrupted": "spectra",
     "load": "runs",
     "Result": "runs",
+    "trajectory": "trajectories",
+    "Trajectory": "trajectories",
     "report": "reports",
     "demo": "demos",
 }
@@ -38,11 +41,13 @@ __all__ = [
     "OutputError",
     "ProbeError",
     "Result",
+    "Trajectory",
     "__version__",
     "demo",
     "load",
     "report",
     "spectrum",
+    "trajectory",
 ]
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -104,7 +104,8 @@ def _checked(side: Checkpoint) -> Checkpoint:
     return replace(side, tensors=tensors, scales=scales)
 
 
-_PICKLES = (".bin", ".pt", ".pth")
+_PICKLES: Final = (".bin", ".pt", ".pth")
+WEIGHT_SUFFIXES: Final = (".safetensors", ".gguf", *_PICKLES)
 
 
 def _open_file(file: Path) -> Checkpoint:
@@ -142,7 +143,7 @@ def _open_directory(root: Path) -> Checkpoint:
             f"{root}: the directory is empty (expected model.safetensors, shards with an index, or an adapter)"
         )
     listed = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-    weights = [name for name in found if name.endswith((".safetensors", ".gguf", *_PICKLES))]
+    weights = [name for name in found if name.endswith(WEIGHT_SUFFIXES)]
     hint = f"; give the file itself, such as {root / weights[0]}" if weights else ""
     raise CheckpointError(
         f"{root}: expected model.safetensors, pytorch_model.bin, an index of shards or adapter_config.json, found "

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -61,7 +61,12 @@ def _global(
 @app.command(epilog="Example: probe spectrum base/ finetuned/ --exclude embed_tokens")
 def spectrum(
     base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id; or an adapter alone.")],
-    tuned: Annotated[str | None, typer.Argument(help="Fine-tuned checkpoint, or a PEFT LoRA adapter.")] = None,
+    tuned: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Fine-tuned checkpoint or PEFT LoRA adapter; several: the steps of a trajectory, siblings."
+        ),
+    ] = None,
     out: Out = None,
     include: Annotated[list[str] | None, typer.Option(help="Only tensors that match (repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave out what matches: q_proj, layers.3, *mlp*.")] = None,
@@ -81,21 +86,31 @@ def spectrum(
     open_report: Open = False,
     quiet: Quiet = False,
 ) -> None:
-    """Singular values, ranks and a verdict per layer type of ΔW = W_tuned − W_base."""
+    """Singular values, ranks and a verdict per layer type of ΔW = W_tuned − W_base.
+
+    With several TUNED also how their updates compare: over the steps, in the directions they share.
+    """
     span = _layers(layers)
     if fail_on is not None and fail_on not in VERDICTS:
         raise typer.BadParameter(f"{fail_on!r}: expected one of {', '.join(VERDICTS)}", param_hint="--fail-on")
     from lowrank_probe import runs, spectra
 
-    directory = out or Path("probe-runs") / f"{_slug(tuned or base)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    last = tuned[-1] if tuned else base
+    directory = out or Path("probe-runs") / f"{_slug(last)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    options: dict[str, Any] = {
+        "include": include or (), "exclude": exclude or (), "layers": span, "split": split, "top": top, "exact_tail": exact_tail,
+        "base_rounded": base_rounded, "device": device, "seed": seed,
+    }  # fmt: skip
+    if tuned and len(tuned) > 1:
+        verdicts = _trajectory(base, tuned, directory, options, as_json, quiet)
+        _finish(directory, verdicts, open_report, fail_on)
+        return
     earlier = runs.unfinished(directory)
     with _progress(quiet) as on_progress:
         try:
             result = spectra.spectrum(
-                base, tuned, include=include or (), exclude=exclude or (), layers=span, split=split, top=top,
-                exact_tail=exact_tail, base_rounded=base_rounded, device=device, seed=seed, resume=earlier,
-                on_progress=on_progress,
-            )  # fmt: skip
+                base, tuned[0] if tuned else None, **options, resume=earlier, on_progress=on_progress
+            )
         except spectra.Interrupted as stopped:
             stopped.result.save(directory)
             kept = len(stopped.result.table)
@@ -106,9 +121,57 @@ def spectrum(
     if earlier is not None:
         _note(f"resumed the interrupted run in {directory}: {len(earlier.table)} matrices were finished", quiet)
     _show(result, directory, as_json, quiet)
+    _finish(directory, list(result.summary["verdict"]), open_report, fail_on)
+
+
+def _trajectory(
+    base: str, steps: list[str], directory: Path, options: dict[str, Any], as_json: bool, quiet: bool
+) -> list[str]:
+    """`probe spectrum` with several steps; returns the verdicts."""
+    from lowrank_probe import spectra, trajectories
+
+    labels = trajectories.step_labels(steps)
+    earlier = trajectories.unfinished_steps(directory, labels)
+    kept = sum(result.facts["status"] == "complete" for result in earlier.values())
+
+    def on_step(label: str, result: "Result") -> None:
+        nonlocal kept
+        trajectories.save_step(directory, label, result)
+        kept += result.facts["status"] == "complete"
+
+    try:
+        with _progress(quiet) as on_progress:
+            found = trajectories.trajectory(
+                base, steps, **options, labels=labels, resume=earlier, on_step=on_step, on_progress=on_progress
+            )
+        found.save(directory)
+    except (spectra.Interrupted, KeyboardInterrupt):
+        _note(
+            f"interrupted: {kept} of {len(steps)} steps are finished in {directory}; the same command with --out {directory} resumes",
+            False,
+        )
+        raise typer.Exit(130) from None
+    if earlier:
+        _note(f"resumed the interrupted run in {directory}: {len(earlier)} steps were finished or begun", quiet)
+    if as_json:
+        print(found.to_json())  # noqa: T201
+    else:
+        from lowrank_probe.trajectory_terminal import print_trajectory
+
+        print_trajectory(found)
+    for label, result in found.results.items():
+        for warning in result.facts.get("warnings", []):
+            _note(f"warning: {label}: {warning}", False)
+        for note in result.facts.get("notes", []):
+            _note(f"note: {label}: {note}", quiet)
+    _note(f"report: {directory / 'report.html'}", quiet)
+    return list(found.table["verdict"])
+
+
+def _finish(directory: Path, verdicts: list[str], open_report: bool, fail_on: str | None) -> None:
     if open_report:
         typer.launch(str((directory / "report.html").resolve()))
-    if fail_on and any(str(verdict).startswith(fail_on) for verdict in result.summary["verdict"]):
+    if fail_on and any(str(verdict).startswith(fail_on) for verdict in verdicts):
         _note(f"--fail-on {fail_on}: at least one verdict is {fail_on}", False)
         raise typer.Exit(3)
 

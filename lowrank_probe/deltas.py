@@ -349,7 +349,7 @@ def read_pair(pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: to
     if pair.lora is not None:
         return _read_lora(pair, base, tuned, device)
     assert base is not None
-    a, b = (_read_part(side, name, pair.part, device) for side, name in ((base, pair.name), (tuned, pair.tuned_name)))
+    a, b = (read_part(side, name, pair.part, device) for side, name in ((base, pair.name), (tuned, pair.tuned_name)))
     wide = torch.float64 if max(a.dtype.itemsize, b.dtype.itemsize) >= 4 else torch.float32
     delta = torch.empty(b.shape, dtype=wide, device=device)
     for out, x, y in zip(_parts(delta), _parts(b), _parts(a), strict=True):
@@ -373,8 +373,8 @@ def read_pair(pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: to
     )  # fmt: skip
 
 
-def _read_part(side: Checkpoint, name: str, part: Part, device: torch.device) -> Tensor:
-    """The matrix of one side, (m, n); reads no more of the file than it where it lies in one piece."""
+def read_part(side: Checkpoint, name: str, part: Part, device: torch.device) -> Tensor:
+    """One matrix of one side, (m, n), in its stored dtype; reads no more of the file than it where it is in one piece."""
     stored = side.tensors[name].shape
     if len(stored) < 2:
         return side.read(name, device)

@@ -8,6 +8,8 @@ float64; λ its eigenvalues, σ = √λ; r the number of values asked for; q the
     top_spectrum       the r largest, bracketed from both sides, or None where that was not reached ("Tier 1")
     factored_spectrum  the r values of scaling·B·A by QR of both factors: never a dense matrix
     leading_singular_values   σ₁ … of a noise matrix by a few Lanczos steps
+    top_triplets       the r largest singular triplets (U, s, Vh), with the residual of each; `factored_triplets` the
+                       same of scaling·B·A
 """
 
 import math
@@ -27,6 +29,10 @@ ENERGY_BAR: Final = 1e-6
 CHUNK_ENTRIES: Final = 1 << 17
 # The same for the Gram matrix, where every block costs one more pass over G.
 GRAM_ENTRIES: Final = 1 << 19
+# Up to this short side the eigenvectors of the Gram matrix cost less than a block Krylov iteration.
+EIGH_LIMIT: Final = 1024
+# A triplet is settled when ‖A v − σ u‖ is at most this share of σ₁.
+TRIPLET_BAR: Final = 1e-10
 
 
 @dataclass(frozen=True)
@@ -251,6 +257,108 @@ def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 
         v = E.T @ U[j]
     lam = torch.linalg.eigvalsh((U @ U.T).double()).flip(0).cpu().numpy()
     return np.asarray(np.sqrt(np.maximum(lam, 0.0)), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """The r largest singular triplets: A·Vhᵀ ≈ U·diag(s), A (m, n).
+
+    U (m, r), s (r,) descending, Vh (r, n): float64 on A's device, with orthonormal columns (rows for Vh), whatever the
+    rank of A. Of each uᵢ the entry of largest magnitude is positive.
+    residual: (r,) the larger of ‖A vᵢ − σᵢ uᵢ‖ and ‖Aᵀuᵢ − σᵢ vᵢ‖, one of which is 0 by construction.
+    following: σ_{r+1}, from below; 0 at r = k.
+    """
+
+    U: Tensor
+    s: Tensor
+    Vh: Tensor
+    residual: Tensor
+    following: float
+
+    @property
+    def gaps(self) -> NDArray[np.float64]:
+        """(r,) σᵢ − σᵢ₊₁: the first i directions turn by at most residual/gap (Wedin 1972), so 0 leaves them open."""
+        s = np.append(self.s.cpu().numpy(), self.following)
+        return np.asarray(s[:-1] - s[1:], dtype=np.float64)
+
+
+def top_triplets(A: Tensor, r: int, *, oversample: int = 16, rounds: int = 40, seed: int = 0) -> Triplets:
+    """The r largest singular triplets of A (m, n), in float64: eigenvectors of the Gram matrix, or block Krylov.
+
+    min(m, n) ≤ 1024: `eigh` of the float64 Gram matrix of the short side. Larger: a block Krylov iteration restarted
+    from its q = r + oversample best Ritz vectors, span{X, GX, G²X} a round, until ‖Aᵀu − σv‖ ≤ 1e-10·σ₁ for each of the
+    r (1e-4·σ₁ for the next one), or `rounds` are spent (a flat spectrum): `residual` says what was reached. Either way
+    the last step is a two-sided Rayleigh–Ritz on A itself, so that small σ keep the digits that squaring costs.
+    A residual cannot notice a triplet that was missed: compare s with certified values (`full_spectrum`) for that.
+
+    r is cut to min(m, n). Works on CPU and CUDA tensors; deterministic for a given seed. Memory: the Gram matrix
+    (k ≤ 1024), or a few (m + n, 3q) blocks.
+    Source: Halko, Martinsson & Tropp 2011, alg. 5.1; Musco & Musco 2015 (block Krylov).
+    """
+    r = min(r, *A.shape)
+    tall = A if A.shape[0] > A.shape[1] else A.T  # as `gram` chooses
+    k = tall.shape[1]
+    q = min(k, r + oversample)
+    if k <= EIGH_LIMIT:
+        basis = torch.linalg.eigh(gram(A))[1][:, k - q :].flip(1)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        basis = torch.linalg.qr(torch.randn(k, q, generator=generator, dtype=torch.float64).to(A.device)).Q
+        GX = product(tall.T, product(tall, basis))
+        for _ in range(rounds):
+            G2X = product(tall.T, product(tall, GX))
+            wide = torch.linalg.qr(torch.cat([basis, GX, G2X], dim=1)[:, :k]).Q
+            Q, R = torch.linalg.qr(product(tall, wide))
+            W, s, Zh = _small_svd(R)
+            basis = wide @ Zh[:q].T
+            back = product(tall.T, Q @ W[:, :q])  # Aᵀu, from which both the residual and the next GX follow
+            GX = back * s[:q]
+            residual = torch.linalg.vector_norm(back - basis * s[:q], dim=0)
+            if float(residual[:r].max()) <= TRIPLET_BAR * s[0] and float(residual[: r + 1].max()) <= 1e-4 * s[0]:
+                break
+    left, s, right = _two_sided(tall, basis)
+    U, V = (left, right) if tall is A else (right, left)
+    residual = torch.linalg.vector_norm(product(tall, right[:, :r]) - left[:, :r] * s[:r], dim=0)
+    return _signed(U[:, :r], s[:r], V[:, :r], residual, float(s[r]) if len(s) > r else 0.0)
+
+
+def factored_triplets(B: Tensor, A: Tensor, scaling: float, r: int) -> Triplets:
+    """The r largest triplets of scaling·B·A for B (m, R), A (R, n): QR of both factors, then an R×R SVD, float64.
+
+    Never forms the (m, n) product; r is cut to R.
+    """
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().T)
+    core = scaling * (R_B @ R_A.T)
+    W, s, Zh = _small_svd(core)
+    r = min(r, len(s))
+    residual = torch.linalg.vector_norm(core @ Zh[:r].T - W[:, :r] * s[:r], dim=0)
+    return _signed(Q_B @ W[:, :r], s[:r], Q_A @ Zh[:r].T, residual, float(s[r]) if len(s) > r else 0.0)
+
+
+def product(A: Tensor, X: Tensor) -> Tensor:
+    """A·X in float64, (m, p), for A (m, n) in any dtype, X (n, p) float64; A is upcast chunk by chunk."""
+    return torch.cat([chunk.double() @ X for chunk in row_chunks(A, GRAM_ENTRIES)])
+
+
+def _two_sided(A: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, s, V) of A restricted to the range of A·basis: QR of A·basis, then SVD of QᵀA by QR of its transpose."""
+    Q = torch.linalg.qr(product(A, basis)).Q
+    P, R = torch.linalg.qr(product(A.T, Q))
+    W, s, Zh = _small_svd(R.T)
+    return Q @ W, s, P @ Zh.T
+
+
+def _small_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, s, Vh) of a matrix of a few hundred rows, on the host: cuSOLVER's Jacobi default is inaccurate."""
+    U, s, Vh = torch.linalg.svd(A.cpu(), full_matrices=False)
+    return U.to(A.device), s.to(A.device), Vh.to(A.device)
+
+
+def _signed(U: Tensor, s: Tensor, V: Tensor, residual: Tensor, following: float) -> Triplets:
+    largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
+    return Triplets(U * sign, s, (V * sign).T.contiguous(), residual, following)
 
 
 def row_chunks(A: Tensor, entries: int | None = None) -> Iterator[Tensor]:

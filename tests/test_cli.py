@@ -124,7 +124,7 @@ def test_no_arguments_show_the_help():
     ("arguments", "words"),
     [
         (["spectrum"], "base"),
-        (["spectrum", "a", "b", "c"], "unexpected extra argument"),
+        (["report", "a", "b"], "unexpected extra argument"),
         (["spectrum", "a", "b", "--layers", "x"], "expected a layer number or a range such as 0-3"),
         (["spectrum", "a", "b", "--layers", "3-0"], "--layers"),
         (["spectrum", "a", "b", "--top", "0"], "--top"),

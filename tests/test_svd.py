@@ -28,7 +28,7 @@ class TestAgainstFloat64:
     def matrix(self, shape, kind):
         if kind == "spikes":
             noise = torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-            return planted(shape, torch.linspace(5, 2, 12)) + noise / (4 * max(shape) ** 0.5)
+            return planted(shape, torch.linspace(5, 2, 12)[: min(shape)]) + noise / (4 * max(shape) ** 0.5)
         return planted(shape, spectra(min(shape))[kind])
 
     def test_full(self, shape, kind):
@@ -115,3 +115,88 @@ def test_leading_singular_values_of_noise():
         truth = float(torch.linalg.svdvals(E)[0])
         found = max(svd.leading_singular_values(E, generator)[0] for _ in range(3))
         assert 0.98 * truth <= found <= 1.0001 * truth
+
+
+def noise_with_spikes(shape, seed=3):
+    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return planted(shape, torch.linspace(5, 2, 12)[: min(shape)]) + noise / (4 * max(shape) ** 0.5)
+
+
+def check_triplets(A, found, r):
+    """Orthonormal, the truth's σ, and A·v = σ·u as closely as it says."""
+    truth = np.linalg.svd(A.double().cpu().numpy(), compute_uv=False)
+    U, s, V = found.U.cpu().numpy(), found.s.cpu().numpy(), found.Vh.T.cpu().numpy()
+    assert (U.shape, V.shape) == ((A.shape[0], r), (A.shape[1], r))
+    np.testing.assert_allclose(U.T @ U, np.eye(r), atol=1e-13)
+    np.testing.assert_allclose(V.T @ V, np.eye(r), atol=1e-13)
+    np.testing.assert_allclose(s, truth[:r], atol=1e-12 * truth[0])
+    assert found.following == pytest.approx(truth[r] if r < len(truth) else 0.0, abs=1e-5 * truth[0])
+    A64 = A.double().cpu().numpy()
+    residual = np.maximum(np.linalg.norm(A64 @ V - U * s, axis=0), np.linalg.norm(A64.T @ U - V * s, axis=0))
+    np.testing.assert_allclose(found.residual.cpu().numpy(), residual, atol=1e-13 * truth[0])
+    assert residual.max() <= 1e-9 * truth[0]
+
+
+class TestTopTriplets:
+    @pytest.mark.parametrize("shape", [*SHAPES, (40, 7)])
+    @pytest.mark.parametrize("kind", ["flat", "steep", "harmonic", "rank one", "spikes"])
+    @pytest.mark.parametrize("limit", [svd.EIGH_LIMIT, 0], ids=["eigh", "krylov"])
+    def test_against_float64(self, shape, kind, limit, monkeypatch):
+        monkeypatch.setattr(svd, "EIGH_LIMIT", limit)
+        A = noise_with_spikes(shape) if kind == "spikes" else planted(shape, spectra(min(shape))[kind])
+        r = min(8, *shape)
+        check_triplets(A, svd.top_triplets(A, 8), r)
+
+    def test_a_large_short_side_takes_the_krylov_path_and_finds_the_same_subspace(self, monkeypatch):
+        A = noise_with_spikes((1030, 1040)).float()
+        found = svd.top_triplets(A, 12)
+        monkeypatch.setattr(svd, "EIGH_LIMIT", 2000)
+        U = svd.top_triplets(A, 12).U
+        assert float(torch.linalg.matrix_norm(U.T @ found.U) ** 2) == pytest.approx(12, abs=1e-10)
+        assert float(found.residual.max()) < 1e-9
+
+    @pytest.mark.parametrize("limit", [svd.EIGH_LIMIT, 0], ids=["eigh", "krylov"])
+    def test_deterministic_with_a_fixed_sign_and_the_same_for_the_transpose(self, limit, monkeypatch):
+        monkeypatch.setattr(svd, "EIGH_LIMIT", limit)
+        A = noise_with_spikes((90, 90))
+        first, again, transposed = svd.top_triplets(A, 6), svd.top_triplets(A, 6), svd.top_triplets(A.T, 6)
+        assert torch.equal(first.U, again.U)
+        assert torch.equal(first.Vh, again.Vh)
+        assert bool((first.U.gather(0, first.U.abs().argmax(0, keepdim=True)) > 0).all())
+        np.testing.assert_allclose(
+            ((first.U * first.s) @ first.Vh).numpy(),
+            ((transposed.U * transposed.s) @ transposed.Vh).T.numpy(),
+            atol=1e-9,
+        )
+
+    def test_bf16_is_upcast_and_small_values_keep_their_digits(self):
+        A = planted((300, 80), torch.logspace(0, -7, 12, dtype=torch.float64))
+        # Squaring in the Gram matrix alone would lose the last ones: σ² = 1e-14·σ₁².
+        np.testing.assert_allclose(svd.top_triplets(A, 12).s, torch.logspace(0, -7, 12, dtype=torch.float64), rtol=1e-8)
+        B = A.bfloat16()
+        check_triplets(B, svd.top_triplets(B, 5), 5)
+
+    def test_zero_and_an_open_gap(self):
+        found = svd.top_triplets(torch.zeros(30, 20), 4)
+        assert found.s.tolist() == [0.0] * 4
+        np.testing.assert_allclose((found.U.T @ found.U).numpy(), np.eye(4), atol=1e-14)
+        gaps = svd.top_triplets(planted((60, 50), torch.tensor([3.0, 2.0, 2.0, 1.0])), 4).gaps
+        np.testing.assert_allclose(gaps, [1, 0, 1, 1], atol=1e-12)
+
+    def test_factored(self):
+        generator = torch.Generator().manual_seed(0)
+        B, A = torch.randn(70, 6, generator=generator), torch.randn(6, 40, generator=generator)
+        product = -0.5 * (B.double() @ A.double())
+        check_triplets(product, svd.factored_triplets(B, A, -0.5, 4), 4)
+        found = svd.factored_triplets(B, A, -0.5, 16)
+        np.testing.assert_allclose(((found.U * found.s) @ found.Vh).numpy(), product.numpy(), atol=1e-12)
+        assert found.following == 0.0
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.parametrize("shape", [(300, 120), (1100, 1300)])
+    def test_on_a_gpu(self, shape):
+        A = noise_with_spikes(shape).float().cuda()
+        found = svd.top_triplets(A, 8)
+        assert found.U.is_cuda
+        check_triplets(A, found, 8)
+        np.testing.assert_allclose(found.U.cpu().numpy(), svd.top_triplets(A.cpu(), 8).U.numpy(), atol=1e-8)
