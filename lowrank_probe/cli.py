@@ -37,6 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
+Figures = Annotated[Path | None, typer.Option("--figures", help="Also write every figure there, as SVG and PNG.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -78,6 +79,7 @@ def spectrum(
     seed: Seed = 0,
     as_json: Json = False,
     open_report: Open = False,
+    figures: Figures = None,
     quiet: Quiet = False,
 ) -> None:
     """Singular values, ranks and a verdict per layer type of ΔW = W_tuned − W_base."""
@@ -85,7 +87,10 @@ def spectrum(
     if fail_on is not None and fail_on not in VERDICTS:
         raise typer.BadParameter(f"{fail_on!r}: expected one of {', '.join(VERDICTS)}", param_hint="--fail-on")
     from lowrank_probe import runs, spectra
+    from lowrank_probe.figures import check_writable, write
 
+    if figures is not None:
+        check_writable()  # before the minutes of work, not after them
     directory = out or Path("probe-runs") / f"{_slug(tuned or base)}-{time.strftime('%Y%m%d-%H%M%S')}"
     earlier = runs.unfinished(directory)
     with _progress(quiet) as on_progress:
@@ -104,6 +109,9 @@ def spectrum(
     if earlier is not None:
         _note(f"resumed the interrupted run in {directory}: {len(earlier.table)} matrices were finished", quiet)
     _show(result, directory, as_json, quiet)
+    if figures is not None:
+        write(result, figures)
+        _note(f"figures: {figures}", quiet)
     if open_report:
         typer.launch(str((directory / "report.html").resolve()))
     if fail_on and any(str(verdict).startswith(fail_on) for verdict in result.summary["verdict"]):
@@ -115,11 +123,14 @@ def spectrum(
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     open_report: Open = False,
+    figures: Figures = None,
 ) -> None:
     """Rebuild report.html of a run directory, and print its path."""
     from lowrank_probe.reports import report as rebuild
 
-    print(rebuild(run, open_browser=open_report))  # noqa: T201
+    print(rebuild(run, open_browser=open_report, figures_dir=figures))  # noqa: T201
+    if figures is not None:
+        _note(f"figures: {figures}", False)
 
 
 @app.command(epilog="Example: probe demo --open")
