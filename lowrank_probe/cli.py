@@ -37,6 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
+Figures = Annotated[Path | None, typer.Option("--figures", help="Also write every figure there, as SVG and PNG.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -84,6 +85,7 @@ def spectrum(
     seed: Seed = 0,
     as_json: Json = False,
     open_report: Open = False,
+    figures: Figures = None,
     quiet: Quiet = False,
 ) -> None:
     """Singular values, ranks and a verdict per layer type of ΔW = W_tuned − W_base.
@@ -95,15 +97,19 @@ def spectrum(
         raise typer.BadParameter(f"{fail_on!r}: expected one of {', '.join(VERDICTS)}", param_hint="--fail-on")
     from lowrank_probe import runs, spectra
 
+    if figures is not None:
+        from lowrank_probe.figures import check_writable
+
+        check_writable()  # before the minutes of work, not after them
     last = tuned[-1] if tuned else base
     directory = out or Path("probe-runs") / f"{_slug(last)}-{time.strftime('%Y%m%d-%H%M%S')}"
     options: dict[str, Any] = {
-        "include": include or (), "exclude": exclude or (), "layers": span, "split": split, "top": top, "exact_tail": exact_tail,
-        "base_rounded": base_rounded, "device": device, "seed": seed,
+        "include": include or (), "exclude": exclude or (), "layers": span, "split": split, "top": top,
+        "exact_tail": exact_tail, "base_rounded": base_rounded, "device": device, "seed": seed,
     }  # fmt: skip
     if tuned and len(tuned) > 1:
-        verdicts = _trajectory(base, tuned, directory, options, as_json, quiet)
-        _finish(directory, verdicts, open_report, fail_on)
+        results = _trajectory(base, tuned, directory, options, as_json, quiet)
+        _finish(directory, results, open_report, fail_on, figures, quiet)
         return
     earlier = runs.unfinished(directory)
     with _progress(quiet) as on_progress:
@@ -121,13 +127,13 @@ def spectrum(
     if earlier is not None:
         _note(f"resumed the interrupted run in {directory}: {len(earlier.table)} matrices were finished", quiet)
     _show(result, directory, as_json, quiet)
-    _finish(directory, list(result.summary["verdict"]), open_report, fail_on)
+    _finish(directory, {"": result}, open_report, fail_on, figures, quiet)
 
 
 def _trajectory(
     base: str, steps: list[str], directory: Path, options: dict[str, Any], as_json: bool, quiet: bool
-) -> list[str]:
-    """`probe spectrum` with several steps; returns the verdicts."""
+) -> dict[str, "Result"]:
+    """`probe spectrum` with several steps; returns their results by label."""
     from lowrank_probe import spectra, trajectories
 
     labels = trajectories.step_labels(steps)
@@ -146,10 +152,8 @@ def _trajectory(
             )
         found.save(directory)
     except (spectra.Interrupted, KeyboardInterrupt):
-        _note(
-            f"interrupted: {kept} of {len(steps)} steps are finished in {directory}; the same command with --out {directory} resumes",
-            False,
-        )
+        done = f"{kept} of {len(steps)} steps are finished in {directory}"
+        _note(f"interrupted: {done}; the same command with --out {directory} resumes", False)
         raise typer.Exit(130) from None
     if earlier:
         _note(f"resumed the interrupted run in {directory}: {len(earlier)} steps were finished or begun", quiet)
@@ -165,13 +169,23 @@ def _trajectory(
         for note in result.facts.get("notes", []):
             _note(f"note: {label}: {note}", quiet)
     _note(f"report: {directory / 'report.html'}", quiet)
-    return list(found.table["verdict"])
+    return dict(found.results)
 
 
-def _finish(directory: Path, verdicts: list[str], open_report: bool, fail_on: str | None) -> None:
+def _finish(
+    directory: Path, results: dict[str, "Result"], open_report: bool, fail_on: str | None, figures: Path | None,
+    quiet: bool,
+) -> None:  # fmt: skip
+    if figures is not None:
+        from lowrank_probe.figures import write
+
+        for label, result in results.items():
+            write(result, figures / label)
+        _note(f"figures: {figures}", quiet)
     if open_report:
         typer.launch(str((directory / "report.html").resolve()))
-    if fail_on and any(str(verdict).startswith(fail_on) for verdict in verdicts):
+    verdicts = [str(verdict) for result in results.values() for verdict in result.summary["verdict"]]
+    if fail_on and any(verdict.startswith(fail_on) for verdict in verdicts):
         _note(f"--fail-on {fail_on}: at least one verdict is {fail_on}", False)
         raise typer.Exit(3)
 
@@ -180,11 +194,14 @@ def _finish(directory: Path, verdicts: list[str], open_report: bool, fail_on: st
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     open_report: Open = False,
+    figures: Figures = None,
 ) -> None:
     """Rebuild report.html of a run directory, and print its path."""
     from lowrank_probe.reports import report as rebuild
 
-    print(rebuild(run, open_browser=open_report))  # noqa: T201
+    print(rebuild(run, open_browser=open_report, figures_dir=figures))  # noqa: T201
+    if figures is not None:
+        _note(f"figures: {figures}", False)
 
 
 @app.command(epilog="Example: probe demo --open")

@@ -374,7 +374,7 @@ def read_pair(pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: to
 
 
 def read_part(side: Checkpoint, name: str, part: Part, device: torch.device) -> Tensor:
-    """One matrix of one side, (m, n), in its stored dtype; reads no more of the file than it where it is in one piece."""
+    """One matrix of one side, (m, n), in its stored dtype; reads nothing else of the file where it is in one piece."""
     stored = side.tensors[name].shape
     if len(stored) < 2:
         return side.read(name, device)

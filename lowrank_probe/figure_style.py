@@ -1,36 +1,48 @@
-"""The look of the figures, and how values and names become plotly's: palette, axes, menus, text."""
+"""The look of the figures, and how values and names become plotly's: palette, axes, menus, text. Plain dicts only."""
 
 import html
 from typing import Any, Final
 
 import numpy as np
-import plotly.graph_objects as go
 from numpy.typing import NDArray
+
+Spec = dict[str, Any]  # a plotly figure as its JSON: {"data": [trace, …], "layout": {…}}
 
 INK: Final = "#7d8594"  # readable on white and on near-black
 # Okabe & Ito's colour-blind-safe set without black and yellow, which vanish on one of the two themes.
 COLOURS: Final = ("#0a84c1", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c", "#a57c1b")
 DASHES: Final = ("solid", "dashdot", "dot")
+SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "cross", "star")
 # 0.625 lies between the verdict's thresholds 0.5 (low-rank) and 0.75 (not low-rank).
 DIVERGING: Final = ((0.0, "#0868a6"), (0.5, "#8fc3e3"), (0.625, "#ece7dc"), (0.75, "#f2b26b"), (1.0, "#c04d00"))
 UNKNOWN: Final = ((0.0, "rgba(128,128,128,.22)"), (1.0, "rgba(128,128,128,.22)"))
+NULL_LINE: Final = {"color": INK, "width": 1.4, "dash": "dash"}
+THRESHOLD_LINE: Final = {"color": INK, "width": 1, "dash": "dot"}
 
 
-def styled(figure: go.Figure, title: str, height: int) -> go.Figure:
-    """The figure with the common look: no background of its own and a mid-grey ink, for light and dark pages."""
-    figure.update_layout(
-        template="none", title={"text": title, "x": 0, "xref": "paper"}, height=height, paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)", font={"color": INK, "size": 13, "family": "system-ui, sans-serif"},
-        margin={"l": 70, "r": 20, "t": 80, "b": 50}, hoverlabel={"align": "left"},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
-    )  # fmt: skip
+def spec(data: list[Spec], title: str, height: int, x: Spec, y: Spec, **layout: Any) -> Spec:
+    """A figure with the common look: no background of its own and a mid-grey ink, for light and dark pages.
+
+    height: pixels. x, y: the properties of the two axes beyond the common ones.
+    """
+    common = {
+        "template": {}, "title": {"text": title, "x": 0, "xref": "paper"}, "height": height,
+        "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": INK, "size": 13, "family": "system-ui, sans-serif"},
+        "margin": {"l": 70, "r": 20, "t": 80, "b": 50}, "hoverlabel": {"align": "left"}, "showlegend": True,
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        "xaxis": axis(**x), "yaxis": axis(automargin=True, **y),
+    }  # fmt: skip
+    return {"data": data, "layout": common | layout}
+
+
+def axis(title: str = "", **more: Any) -> Spec:
+    """A quiet axis: a faint grid, a thin line, no zero line."""
     line = {"gridcolor": "rgba(128,128,128,.18)", "zeroline": False, "linecolor": "rgba(128,128,128,.5)"}
-    figure.update_xaxes(**line)
-    figure.update_yaxes(**line, automargin=True)
-    return figure
+    return line | ({"title": {"text": title}} if title else {}) | more
 
 
-def menu(buttons: list[dict[str, Any]], active: int = 0) -> dict[str, Any]:
+def menu(buttons: list[Spec], active: int = 0) -> Spec:
     """A drop-down above the figure's right end. Plotly lights the active entry, hence the dark text on every theme."""
     return {"buttons": buttons, "active": active, "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom",
             "bgcolor": "#ffffff", "bordercolor": "#c5cad3", "font": {"color": "#22262e"}}  # fmt: skip
@@ -38,7 +50,8 @@ def menu(buttons: list[dict[str, Any]], active: int = 0) -> dict[str, Any]:
 
 def numbers(values: Any) -> list[float | None]:
     """Six digits of each value, which make a smaller page than float64 in full; None for NaN and ∞."""
-    return [float(f"{v:.6g}") if np.isfinite(v) else None for v in np.asarray(values, dtype=float)]
+    values = np.asarray(values, dtype=float)
+    return [float(f"{v:.6g}") if ok else None for v, ok in zip(values.tolist(), np.isfinite(values), strict=True)]
 
 
 def log_spaced(k: int, points: int) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 The page is `report.html.j2`, rendered with autoescape: paths, tensor names and notes come from strangers' files.
 """
 
+import html
 import math
 import os
 import webbrowser
@@ -17,7 +18,10 @@ from markupsafe import Markup
 
 from lowrank_probe import __version__
 from lowrank_probe.columns import LEDGER, TABLE, Column
-from lowrank_probe.figures import all_figures
+from lowrank_probe.figure_data import packed_spectra, verdict_alone
+from lowrank_probe.figure_spectra import opening, points_for
+from lowrank_probe.figure_style import Spec
+from lowrank_probe.figures import specs, write
 from lowrank_probe.runs import Result, load, plain, write_directory
 
 # Figure name → heading, and the one sentence on how to read it.
@@ -30,7 +34,17 @@ READING: Final[dict[str, tuple[str, str]]] = {
     "bracket": (
         "What is the true r90, layer by layer?",
         "Each bar spans the possible values of r90, the rank that keeps 90 % of ‖ΔW‖²: well below the dashed line is "
-        "low-rank, near it no more so than noise; “?” is undecidable, a triangle an end that --top did not reach.",
+        "low-rank, near it no more so than noise; “?” is undecidable.",
+    ),
+    "distribution": (
+        "How do the layer types differ?",
+        "A dot is one matrix and a box the middle half of its type: types whose boxes do not overlap really differ, "
+        "and “?” says that some matrices were left out as undecidable.",
+    ),
+    "relative_update": (
+        "How large is the update, layer by layer?",
+        "A point is ‖ΔW‖ as a share of ‖W‖ (the median where a layer has several of a type): the fine-tune worked "
+        "hardest where a line is high.",
     ),
     "energy_curves": (
         "How much of the update does rank r keep?",
@@ -39,14 +53,18 @@ READING: Final[dict[str, tuple[str, str]]] = {
     ),
     "singular_values": (
         "What does one spectrum look like?",
-        "Only the singular values above the dotted line can be told from storage rounding; a straight steep fall above "
-        "it is a low-rank update, a flat shelf is not.",
+        "Read the blue line against the grey area, which storage rounding alone would fill: only singular values above "
+        "the dotted line are told from rounding, and a straight steep fall there is a low-rank update, a shelf is not.",
     ),
 }
+WIDE: Final = ("heatmap", "bracket", "relative_update")  # scroll sideways on a phone
+
+# A column of the page alone, beside the table's own.
+ALONE: Final = Column("the verdict's rule on this matrix alone: low-rank, not low-rank, between or undecidable")
 
 MAIN: Final = (
-    "name", "layer_type", "layer", "rows", "cols", "relative_update", "stable_rank", "signal_rank", "r50_low",
-    "r50_high", "r90", "r90_low", "r90_high", "null_r90", "relative_r90", "energy_16", "unchanged_fraction",
+    "name", "layer_type", "layer", "rows", "cols", "verdict_alone", "relative_update", "stable_rank", "signal_rank",
+    "r50_low", "r50_high", "r90", "r90_low", "r90_high", "null_r90", "relative_r90", "energy_16", "unchanged_fraction",
 )  # fmt: skip
 LEDGER_MAIN: Final = ("name", "status", "layer_type", "base_shape", "tuned_shape", "note")
 
@@ -58,13 +76,20 @@ FLAGS: Final = {
 }
 
 
-def report(run_dir: str | os.PathLike[str], open_browser: bool = False) -> Path:
+def report(
+    run_dir: str | os.PathLike[str], open_browser: bool = False, figures_dir: str | os.PathLike[str] | None = None
+) -> Path:
     """Render a run directory's report.html anew from its tables; returns the page's path.
 
-    Raises `CheckpointError` where `run_dir` is no run directory, `OutputError` where the page cannot be written.
+    figures_dir: also write every figure there as SVG and PNG (needs kaleido and a Chromium).
+    Raises `CheckpointError` where `run_dir` is no run directory, `OutputError` where the page cannot be written,
+    `ProbeError` where the figures cannot be drawn.
     """
     root = Path(run_dir).absolute()
-    page = render(load(root))
+    result = load(root)
+    page = render(result)
+    if figures_dir is not None:
+        write(result, figures_dir)
     write_directory(root, {"report.html": lambda path: path.write_text(page, encoding="utf-8")})
     path = root / "report.html"
     if open_browser:
@@ -76,10 +101,9 @@ def render(result: Result) -> str:
     """The report as one HTML page, plotly.js included: no file beside it, no network."""
     facts = result.facts
     cards = [_card(row) for row in result.summary.to_dict("records")]
-    figures = [
-        {"name": name, "heading": READING[name][0], "sentence": READING[name][1], "json": Markup(figure.to_json())}
-        for name, figure in all_figures(result).items()
-    ]
+    figures = [_figure(name, spec) for name, spec in specs(result).items()]
+    table = result.table.assign(verdict_alone=verdict_alone(result.table))
+    drawn = result.table["name"].isin(result.singular_values.keys())
     return _template().render(
         sides=[_side(word, facts.get(key)) for word, key in (("base", "base"), ("tuned", "tuned")) if facts.get(key)],
         dtypes=_dtypes(result.table),
@@ -93,12 +117,27 @@ def render(result: Result) -> str:
         figures=figures,
         n_matrices=len(result.table),
         n_tensors=len(result.ledger),
-        matrices=_payload(result.table, TABLE, MAIN),
+        matrices=_payload(table, {**TABLE, "verdict_alone": ALONE}, MAIN),
+        spectra=packed_spectra(result, points_for(len(table))) if figures else None,
+        first_spectrum=str(result.table[drawn].iloc[opening(result.table[drawn])]["name"]) if drawn.any() else None,
         ledger=_payload(result.ledger, LEDGER, LEDGER_MAIN),
         facts=list(_flat(facts)),
         version=_versions(facts).get("lowrank_probe", __version__),
         plotly_js=_plotly_js() if figures else "",
     )
+
+
+def _figure(name: str, spec: Spec) -> dict[str, Any]:
+    """One figure for the page, which has its own heading and turns the figure's menu into a <select>."""
+    layout = {key: value for key, value in spec["layout"].items() if key not in ("title", "updatemenus")}
+    layout["margin"] = layout["margin"] | {"t": 56 if layout["showlegend"] else 40}
+    menu = spec["layout"].get("updatemenus", [{"buttons": [], "active": 0}])[0]
+    return {
+        "name": name, "heading": READING[name][0], "sentence": READING[name][1], "height": layout["height"],
+        "wide": name in WIDE, "active": menu["active"],
+        "labels": [html.unescape(button["label"]) for button in menu["buttons"]],
+        "spec": {"data": spec["data"], "layout": layout, "buttons": [button["args"] for button in menu["buttons"]]},
+    }  # fmt: skip
 
 
 @lru_cache(maxsize=1)
@@ -125,9 +164,9 @@ def _card(row: Mapping[Any, Any]) -> dict[str, Any]:
     kind = next((k for k in ("low-rank", "not low-rank", "undecidable") if verdict.startswith(k)), "unrelated")
     null, low, high = row["null_r90"], row["r90_low"], row["r90_high"]
     bar = None
-    if _known(low) and _known(null) and null > 0 and not pd.isna(high) and kind != "unrelated":
-        start = min(99.0, 100 * low / null)
-        bar = {"start": start, "width": max(1.5, min(100.0, 100 * high / null) - start), "open": math.isinf(high)}
+    if _known(low) and _known(null) and null > 0 and _known(high) and kind != "unrelated":
+        start = min(98.5, 100 * low / null)
+        bar = {"start": start, "width": max(1.5, min(100.0, 100 * high / null) - start)}
     return {**row, "kind": kind.replace(" ", "-"), "bar": bar}
 
 

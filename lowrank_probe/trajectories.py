@@ -161,8 +161,10 @@ def trajectory(
     if rank < 1:
         raise ProbeError(f"rank {rank}: expected at least 1 direction")
     where = spectra.choose_device(device)
-    options: dict[str, Any] = {"include": include, "exclude": exclude, "layers": layers, "split": split,
-                               "top": top, "exact_tail": exact_tail, "base_rounded": base_rounded, "seed": seed}  # fmt: skip
+    options: dict[str, Any] = {
+        "include": include, "exclude": exclude, "layers": layers, "split": split, "top": top, "exact_tail": exact_tail,
+        "base_rounded": base_rounded, "seed": seed,
+    }  # fmt: skip
     base_side = open_checkpoint(base)
     opened: dict[str, tuple[Checkpoint, dict[str, Pair]]] = {}
     for label, path in paths.items():  # every header before any work

@@ -1,7 +1,7 @@
 """A realistic `Result` from synthetic spectra: every column, layers × types, with what storage noise does to each.
 
-q, o: a clear low rank · k, v: a heavy tail, the bracket open in the last layer · gate, up, down: close to noise ·
-embedding and lm_head: outside the blocks, swallowed by storage, so undecidable.
+q, o: a clear low rank · k, v: a heavy tail, r90 not reached in v's last layer (as with --top) · gate, up, down: close
+to noise · embedding and lm_head: outside the blocks, swallowed by storage, so undecidable.
 """
 
 import math
@@ -60,7 +60,8 @@ def build(layers=6, hidden=64, types=tuple(TYPES), hostile=None, seed=0, copies=
     table = pd.DataFrame(rows, columns=list(TABLE))
     table["layer"] = table["layer"].astype("Int64")
     last = table["layer"] == layers - 1
-    table.loc[last & table["layer_type"].eq("v"), ["r90_high", "r90_denoised"]] = [math.inf, math.nan]
+    unreached = ["r90_low", "r90_high", "r90_denoised", "relative_r90"]
+    table.loc[last & table["layer_type"].eq("v"), unreached] = math.nan
     return Result(table, ledger(table, layers, hidden), spectra, denoised, facts())
 
 
@@ -82,7 +83,8 @@ def row(name, layer_type, layer, shape, s, fro_norm, noise_std, unchanged):
         "numerical_rank": metrics.numerical_rank(s, shape) if whole else math.nan,
         "hard_threshold_rank": metrics.hard_threshold_rank(s, shape) if whole else math.nan,
         "break_even_rank": metrics.break_even_rank(shape), "unchanged_fraction": unchanged, "noise_model": "rounding",
-        "noise_std": noise_std / math.sqrt(max(shape)), "noise_edge": edge, "edge_ratio": 1.02,
+        "noise_std": noise_std / math.sqrt(max(shape)), "noise_edge": edge,
+        "edge_ratio": edge * math.sqrt(max(shape)) / (noise_std * (math.sqrt(shape[0]) + math.sqrt(shape[1]))),
         "signal_rank": float(np.count_nonzero(s > 1.05 * edge)), "denoised_fro_norm": 0.98 * fro_norm,
         "decidable_signal_rank": unchanged <= 0.7, "decidable_r50": unchanged <= 0.45,
         "decidable_r90": unchanged <= 0.2, "seconds": 0.31,

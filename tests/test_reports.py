@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from builders import build
 from lowrank_probe import reports
 from lowrank_probe.columns import LEDGER, TABLE
 from lowrank_probe.errors import CheckpointError
+from lowrank_probe.figure_data import verdict_alone
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7 * 7 }}"
 
@@ -60,21 +62,20 @@ def test_hostile_names_stay_text():
     assert "<script>alert" not in page
     assert "</script>alert" not in page
     assert "{{ 7 * 7 }}" in page
-    assert page.count("<script>") == 2  # plotly and the page's own
+    assert page.count("<script>") == 3  # the page's own, plotly, and the start of the drawing
     assert HOSTILE in {row[0] for row in data(page, "matrices")["rows"]}
 
 
 def test_every_value_of_the_table_is_in_the_page(result, page):
     found = data(page, "matrices")
     keys = [column["key"] for column in found["columns"]]
-    assert set(keys) == set(TABLE)
+    assert set(keys) == {*TABLE, "verdict_alone"}
     assert len(found["rows"]) == len(result.table)
-    for row, expected in zip(found["rows"], result.table.to_dict("records"), strict=True):
+    table = result.table.assign(verdict_alone=verdict_alone(result.table))
+    for row, expected in zip(found["rows"], table.to_dict("records"), strict=True):
         for key, value in zip(keys, row, strict=True):
             if pd.isna(expected[key]):
                 assert value is None
-            elif expected[key] == np.inf:
-                assert value == "∞"
             else:
                 assert value == (
                     pytest.approx(expected[key], rel=1e-5) if not isinstance(value, str) else expected[key]
@@ -108,7 +109,19 @@ def test_every_figure_has_a_heading_and_one_sentence(result, page):
         heading, sentence = reports.READING[name]
         assert f"<h2>{heading}</h2>" in page
         assert sentence in page
+        assert sentence.endswith(".")
+        assert ". " not in sentence
         assert data(page, name)["data"]
+        section = re.search(rf'<section id="{name}">.*?</section>', page, re.S)[0]
+        height = data(page, name)["layout"]["height"]
+        assert f'style="height:{height}px"' in section  # nothing moves when the plot is drawn
+        assert section.count("<option") == len(data(page, name)["buttons"])
+
+
+def test_every_spectrum_is_in_the_page(result, page):
+    packed = data(page, "spectra")
+    assert len(packed["rows"]) == len(result.table)
+    assert all(row[0] >= 0 for row in packed["rows"])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +168,19 @@ def test_report_of_no_run_says_so(tmp_path):
         reports.report(tmp_path)
 
 
+def test_report_writes_the_figures_where_asked(result, tmp_path):
+    pytest.importorskip("kaleido")
+    if not Path("/usr/bin/chromium").exists():
+        pytest.skip("/usr/bin/chromium is missing: apt-get install chromium")
+    result.save(tmp_path / "run")
+    reports.report(tmp_path / "run", figures_dir=tmp_path / "figures")
+    assert len(list((tmp_path / "figures").iterdir())) == 2 * len(result.figures)
+
+
 def test_a_large_model_stays_light():
     result = build(layers=60, hidden=64, copies=12)
     assert len(result.table) > 5000
-    assert len(reports.render(result).encode()) < 15e6
+    page = reports.render(result)
+    assert len(page.encode()) < 15e6
+    assert len(data(page, "spectra")["rows"]) == len(data(page, "matrices")["rows"]) == len(result.table)
+    assert "<tr>" not in without_scripts(page)
