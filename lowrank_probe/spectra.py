@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +20,9 @@ from lowrank_probe.columns import LEDGER, TABLE
 from lowrank_probe.deltas import Delta, Matching, Pair, complete_ledger, find_tied, ledger_line, match, read_pair
 from lowrank_probe.errors import OutputError, ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
+from lowrank_probe.kinds import recognise
 from lowrank_probe.layers import sort_key
+from lowrank_probe.marks import measure
 from lowrank_probe.metrics import Values
 from lowrank_probe.precision import StorageNoise, assess
 from lowrank_probe.runs import SCHEMA_VERSION, Result
@@ -197,12 +199,14 @@ class _Run:
         if not isinstance(delta, Delta):
             return _Done(pair, delta, seconds={"read": clock[1] - clock[0]})
         found = singular_values(delta, top=settings.top, exact_tail=settings.exact_tail)
+        marks = measure(delta)
         clock.append(time.perf_counter())
         # After the raw values: it may overwrite `delta.dense` by the corrected update.
         noise = assess(delta, base_rounded=settings.base_rounded, seed=settings.seed)
         corrected = found.values if noise.corrected is None else svd.full_spectrum(noise.corrected).values
         clock.append(time.perf_counter())
         row, denoised = describe(delta, found, noise, corrected)
+        row |= marks
         denoised = None if denoised is None else denoised[: len(found.values)]
         row["seconds"] = clock[-1] - clock[0]
         seconds = dict(zip(("read", "spectrum", "noise"), np.diff(clock).tolist(), strict=True))
@@ -251,11 +255,13 @@ class _Run:
             phase: sum(item.seconds.get(phase, 0.0) for item in done) for phase in ("read", "spectrum", "noise")
         }
         by_name = list(table["name"])
-        return Result(
+        found = Result(
             table, ledger,
             {name: values for name in by_name if (values := self.done[name].values) is not None},
             {name: values for name in by_name if (values := self.done[name].denoised) is not None}, facts,
         )  # fmt: skip
+        facts["findings"] = [asdict(finding) for finding in recognise(found)]
+        return found
 
 
 def singular_values(delta: Delta, *, top: int | None = None, exact_tail: bool = False) -> svd.SingularValues:
