@@ -92,6 +92,15 @@ TABLE: Final[dict[str, Column]] = {
     "decidable_signal_rank": Column("whether signal_rank can be trusted: resolved ≥ 0.5"),
     "decidable_r50": Column("whether the r50 bracket can be trusted: resolved ≥ 0.5"),
     "decidable_r90": Column("whether the r90 bracket can be trusted: resolved ≥ 0.5"),
+    "scale": Column("⟨ΔW, W_base⟩ / ‖W_base‖²: the c of the best fit W_tuned ≈ (1 + c)·W_base"),
+    "base_alignment": Column("⟨ΔW, W_base⟩ / (‖ΔW‖‖W_base‖): ±1 where the matrix was only scaled"),
+    "zeroed_fraction": Column("share of the entries with W_base ≠ 0 that are exactly 0 in W_tuned"),
+    "zeroed_energy": Column("share of ‖ΔW‖² in those entries: 1 where pruning is all that happened"),
+    "zero_pattern": Column('what the zeros of W_tuned make: "rows", "columns", "2:4" or ""'),
+    "grid_bits": Column("bits of the grid that the values of W_tuned lie on and those of W_base do not; missing: none"),
+    "grid_group": Column("consecutive entries of a row that share one scale; cols: a row, rows·cols: the whole matrix"),
+    "grid_levels": Column("most distinct values of W_tuned in such a group (a few rows are looked at)"),
+    "base_levels": Column("median number of distinct values of W_base in such a group"),
     "seconds": Column("reading and computing this matrix", unit="s"),
 }
 

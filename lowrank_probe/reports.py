@@ -113,6 +113,7 @@ def render(result: Result) -> str:
         interrupted=facts.get("status") == "interrupted",
         notes=[str(note) for note in facts.get("notes") or ()],
         headline=_headline(cards),
+        findings=facts.get("findings") or (),
         cards=cards,
         figures=figures,
         n_matrices=len(result.table),
@@ -121,7 +122,7 @@ def render(result: Result) -> str:
         spectra=packed_spectra(result, points_for(len(table))) if figures else None,
         first_spectrum=str(result.table[drawn].iloc[opening(result.table[drawn])]["name"]) if drawn.any() else None,
         ledger=_payload(result.ledger, LEDGER, LEDGER_MAIN),
-        facts=list(_flat(facts)),
+        facts=list(_flat({key: value for key, value in facts.items() if key != "findings"})),
         version=_versions(facts).get("lowrank_probe", __version__),
         plotly_js=_plotly_js() if figures else "",
     )

@@ -6,7 +6,7 @@ Legend: m out, n in, k = min(m, n); one row of the table a matrix, its columns d
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -30,7 +30,9 @@ from lowrank_probe.deltas import (
 )
 from lowrank_probe.errors import OutputError, ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
+from lowrank_probe.kinds import recognise
 from lowrank_probe.layers import sort_key
+from lowrank_probe.marks import measure
 from lowrank_probe.metrics import Values
 from lowrank_probe.precision import StorageNoise, assess
 from lowrank_probe.runs import SCHEMA_VERSION, Result
@@ -239,12 +241,14 @@ class _Run:
             return _Done(pair, delta, times=times)
         clock = [time.perf_counter() - started]
         found = singular_values(delta, top=settings.top, exact_tail=settings.exact_tail)
+        marks = measure(delta)
         clock.append(time.perf_counter() - started)
         # After the raw values: it may overwrite `delta.dense` by the corrected update.
         noise = assess(delta, base_rounded=settings.base_rounded, seed=settings.seed)
         corrected = found.values if noise.corrected is None else svd.full_spectrum(noise.corrected).values
         clock.append(time.perf_counter() - started)
         row, denoised = describe(delta, found, noise, corrected)
+        row |= marks
         times += [("spectrum", clock[0], clock[1]), ("noise", clock[1], clock[2])]
         row["seconds"] = sum(stop - start for _, start, stop in times)
         note = f"both factors, with {pair.lora.name_B}" if pair.lora is not None else ""
@@ -301,12 +305,14 @@ class _Run:
             columns=["name", "phase", "start_s", "stop_s"],
         )
         by_name = list(table["name"])
-        return Result(
+        found = Result(
             table, ledger,
             {name: values for name in by_name if (values := self.done[name].values) is not None},
             {name: values for name in by_name if (values := self.done[name].denoised) is not None}, facts,
             timeline.sort_values("start_s", ignore_index=True),
         )  # fmt: skip
+        facts["findings"] = [asdict(finding) for finding in recognise(found)]
+        return found
 
 
 def singular_values(delta: Delta, *, top: int | None = None, exact_tail: bool = False) -> svd.SingularValues:

@@ -24,6 +24,7 @@ def print_summary(result: "Result") -> None:
     console.print("ledger: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     if result.table.empty:
         console.print(_empty(counts))
+        _print_findings(result, console)
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     heads = ("type", "n", "‖ΔW‖/‖W‖", "stable", "signal", "r50", "null", "r90", "null")
@@ -48,6 +49,14 @@ def print_summary(result: "Result") -> None:
         "noise of that shape. stable, E (energy kept by rank r, in %): of ΔW as stored. Medians over n matrices.",
         style="dim",
     )
+    _print_findings(result, console)
+
+
+def _print_findings(result: "Result", console: Console) -> None:
+    """What kind of update it is, a line each."""
+    for finding in result.facts.get("findings") or ():
+        if finding["kind"] != "identical":  # said already
+            console.print(Text(f"kind: {finding['statement']}"))
 
 
 def _empty(counts: dict[str, int]) -> str:

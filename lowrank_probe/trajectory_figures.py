@@ -17,7 +17,7 @@ from markupsafe import Markup
 from plotly.subplots import make_subplots
 
 from lowrank_probe import __version__
-from lowrank_probe.figure_style import COLOURS, DASHES, INK, UNKNOWN, menu, numbers, styled, text
+from lowrank_probe.figure_style import COLOURS, DASHES, INK, UNKNOWN, axis, menu, numbers, spec, text
 from lowrank_probe.terminal import _bracket, _number, _rank
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def steps_lines(trajectory: "Trajectory", column: str, title: str) -> go.Figure:
     for number, kind in enumerate(_types(table)):
         part = table[table["layer_type"] == kind].set_index("step").reindex(list(trajectory.results))
         figure.add_trace(_line(labels, part[column].astype(float).where(lambda v: v > 0), kind, number))
-    styled(figure, title, height=430)
+    _styled(figure, title, height=430)
     return figure.update_yaxes(title=title, **_log_ticks(percent=column == "relative_update"))
 
 
@@ -105,7 +105,7 @@ def r90_steps(trajectory: "Trajectory") -> go.Figure:
         ):  # fmt: skip
             figure.add_trace(trace, **places[number])
         figure.update_yaxes(range=[-0.06 * null, 1.14 * null], **places[number])
-    styled(figure, "Does the update's rank grow?", height=height)
+    _styled(figure, "Does the update's rank grow?", height=height)
     figure.update_annotations(font_size=14)
     figure.update_xaxes(categoryorder="array", categoryarray=labels, range=[-0.4, len(labels) - 0.6])
     return figure.update_xaxes(automargin=True, **_short_ticks(labels))
@@ -153,7 +153,7 @@ def similarity_heatmap(trajectory: "Trajectory") -> go.Figure:
             )  # fmt: skip
         figure.data[-1].textfont = {"color": INK, "size": 13}
         figure.layout.annotations[number].text = first[1][f"annotations[{number}].text"]
-    styled(figure, "Do the steps move in the same directions?", height=height)
+    _styled(figure, "Do the steps move in the same directions?", height=height)
     figure.update_annotations(font_size=14)
     figure.update_layout(updatemenus=[menu(buttons, active)])
     figure.update_xaxes(type="category", showgrid=False, automargin=True, **_short_ticks(labels))
@@ -196,7 +196,7 @@ def similarity_grid(trajectory: "Trajectory") -> go.Figure:
                 colorbar={"title": {"text": "φ(i, j)", "side": "right"}, "thickness": 12, "outlinewidth": 0},
             ), row=1, col=panel + 1,
         )  # fmt: skip
-    styled(figure, f"How many directions are shared? {text(str(trajectory.facts['grid_matrix']))}", height=430)
+    _styled(figure, f"How many directions are shared? {text(str(trajectory.facts['grid_matrix']))}", height=430)
     figure.update_annotations(font_size=14)
     figure.update_layout(updatemenus=[menu(buttons, active)])
     figure.update_xaxes(type="category", showgrid=False, title="j, directions of B")
@@ -222,7 +222,7 @@ def amplification_lines(trajectory: "Trajectory") -> go.Figure:
     figure = go.Figure([_line(labels, y, kind, n) for n, (kind, y) in enumerate(zip(kinds, first["y"], strict=True))])
     for trace, symbols in zip(figure.data, first["marker.symbol"], strict=True):
         trace.marker.symbol = symbols
-    styled(figure, "Does the update amplify what the base already does?", height=430)
+    _styled(figure, "Does the update amplify what the base already does?", height=430)
     figure.update_layout(updatemenus=[menu(buttons, active)])
     figure.add_hline(y=1, line={"color": INK, "width": 1, "dash": "dot"})
     return figure.update_yaxes(title="‖ΔW‖ / ‖UᵀWV‖", **_log_ticks())
@@ -340,3 +340,12 @@ def _square(part: pd.DataFrame, steps: list[str], column: str) -> Any:
         at = steps.index(a), steps.index(b)
         values[at] = values[at[::-1]] = value
     return values
+
+
+def _styled(figure: go.Figure, title: str, height: int) -> go.Figure:
+    """The figure with the report's look."""
+    layout = spec([], title, height, {}, {})["layout"]
+    figure.update_layout({key: value for key, value in layout.items() if key not in ("xaxis", "yaxis")})
+    figure.update_xaxes(**axis())
+    figure.update_yaxes(**axis())
+    return figure
