@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -99,22 +100,32 @@ def _module(adapter: Checkpoint, module: str, is_embedding: bool, pair: Mapping[
             f"{adapter.path}: {module}: lora_A {A.shape} and lora_B {B.shape} do not share a rank (damaged?)"
         )
     rank = A.shape[0]
-    expected = _by_pattern(adapter.config.get("rank_pattern"), module, adapter.config.get("r"))
-    if expected is not None and int(expected) != rank:
+    where = adapter.path / "adapter_config.json"
+    expected = _number(where, "r", "rank_pattern", adapter.config, module)
+    if rank == 0 or (expected is not None and expected != rank):
         raise CheckpointError(
-            f"{adapter.path}: {module}: lora_A has rank {rank}, adapter_config.json says {expected} (r or rank_pattern)"
+            f"{adapter.path}: {module}: lora_A has rank {rank}, {where.name} says {expected:g} (r or rank_pattern)"
+            if rank
+            else f"{adapter.path}: {module}: its factors have rank 0"
         )
-    alpha = _by_pattern(adapter.config.get("alpha_pattern"), module, adapter.config.get("lora_alpha"))
+    alpha = _number(where, "lora_alpha", "alpha_pattern", adapter.config, module)
     if alpha is None:
-        raise CheckpointError(f"{adapter.path / 'adapter_config.json'}: lora_alpha is missing")
-    scaling = float(alpha) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+        raise CheckpointError(f"{where}: lora_alpha is missing")
+    scaling = alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
     shape = (A.shape[1], B.shape[0]) if is_embedding else (B.shape[0], A.shape[1])
     return LoraModule(f"{module}.weight", shape, rank, scaling, pair["A"], pair["B"], is_embedding)
 
 
-def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's own rule: the first key that matches `(.*\\.)?(key)$` on the module's name wins."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def _number(where: Path, key: str, pattern_key: str, config: Mapping[str, Any], module: str) -> float | None:
+    """config[key], or what its patterns say for this module: PEFT's own rule, the first key that matches
+    `(.*\\.)?(key)$` on the module's name wins. None where it is missing."""
+    patterns, value = config.get(pattern_key) or {}, config.get(key)
+    try:
+        value = next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), value)
+    except (re.error, AttributeError, TypeError):
+        raise CheckpointError(f"{where}: {pattern_key} is no map of regular expressions to numbers") from None
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CheckpointError(f"{where}: {key} for {module} is {value!r}, expected a number")
+    return float(value)

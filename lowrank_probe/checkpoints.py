@@ -137,6 +137,9 @@ def _open_directory(root: Path) -> Checkpoint:
             return Checkpoint(root, infos, config, loaders=loaders)
         if (root / stem).exists():
             return replace(_open_file(root / stem), path=root, config=config)
+    broken = [p for p in sorted(root.iterdir()) if p.is_symlink() and not p.exists()]
+    if broken:
+        raise CheckpointError(f"{broken[0]}: is a link to a file that is not there; is the download complete?")
     found = sorted(p.name for p in root.iterdir())
     if not found:
         raise CheckpointError(
@@ -157,7 +160,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{file}: is not valid JSON") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")

@@ -5,8 +5,10 @@ Exit codes: 0 done, 1 a `ProbeError`, 2 wrong usage, 3 a check that was asked fo
 """
 
 import gc
+import io
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowrank_probe.errors import ProbeError
+from lowrank_probe.errors import ProbeError, printable
 
 if TYPE_CHECKING:
     from lowrank_probe.runs import Result
@@ -35,7 +37,7 @@ VERDICTS = ("undecidable", "low-rank", "not low-rank", "unrelated")
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory. Default: probe-runs/<tuned>-<time>/.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
 Figures = Annotated[Path | None, typer.Option("--figures", help="Also write every figure there, as SVG and PNG.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -118,6 +120,7 @@ def spectrum(
                 base, tuned[0] if tuned else None, **options, resume=earlier, on_progress=on_progress
             )
         except spectra.Interrupted as stopped:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not lose what is kept
             stopped.result.save(directory)
             kept = len(stopped.result.table)
             again = "the same command" if out else f"the same command with --out {directory}"
@@ -227,6 +230,11 @@ def demo(
 
 def main() -> None:
     """Entry point of `probe`: the one place where a `ProbeError` becomes text and an exit code."""
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
@@ -238,13 +246,18 @@ def main() -> None:
     except ProbeError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {printable(error)}", file=sys.stderr)  # noqa: T201
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        if debug:
+            raise
+        print(f"error: {printable(error.filename or 'output')}: {error.strerror or error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(1) from None
     finally:
         gc.freeze()
@@ -265,7 +278,7 @@ def _slug(path: str) -> str:
 
 def _note(text: str, quiet: bool) -> None:
     if not quiet:
-        print(text, file=sys.stderr)  # noqa: T201
+        print(printable(text), file=sys.stderr)  # noqa: T201
 
 
 @contextmanager

@@ -38,6 +38,8 @@ MAX_NORM_RATIO: Final = 1.5
 # tables that are looked up reach down to FLOOR and are interpolated to steps of 1/64.
 LOW, HIGH, FLOOR, COARSE, FINE = -2.5, 6.0, -8.0, 8, 64
 TINY: Final = 1e-38
+# The step that marks an entry known not to have moved; its square is still a float32.
+MASKED: Final = 2.0**60
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ def correct(Q: Tensor, u: Tensor) -> DeadZone | None:
     # A power of two, so exact: squares of very large or very small updates would leave float32's range.
     unit = 2.0 ** math.floor(math.log2(largest))
     Q = Q.div_(unit).float()
-    u = (u / unit).clamp_(min=2.0**-126)
+    # A weight that is zero on both sides has the finest grid of all, and would show any update: there is none (a mask).
+    masked = (u <= 2.0**-126) & (Q == 0)
+    u = (u / unit).clamp_(min=2.0**-126).masked_fill_(masked, MASKED)
     row, col = torch.zeros(m, device=Q.device), torch.zeros(n, device=Q.device)
     for rows in _chunks(Q):
         square = Q[rows] ** 2
@@ -94,24 +98,29 @@ def correct(Q: Tensor, u: Tensor) -> DeadZone | None:
     scales, tables = fit
     log_row, log_col = scales.log2()
     resolved_row, resolved_col = torch.zeros_like(row), torch.zeros_like(col)
+    total_row, total_col = torch.zeros_like(row), torch.zeros_like(col)
     fine_seen = fine_expected = 0.0
     for rows in _chunks(Q):
         x = _log_ratio(u[rows], log_row[rows], log_col)
         rho = tables.share[_index(x, FLOOR)]
         resolved_row[rows] = rho @ scales.col
         resolved_col += scales.row[rows] @ rho
+        alive = (u[rows] < MASKED).float()
+        total_row[rows] = alive @ scales.col
+        total_col += scales.row[rows] @ alive
         fine = (x <= 0).float()
         fine_seen += float((torch.square(Q[rows]) - torch.square(u[rows].float()).div_(12)).mul_(fine).sum())
         fine_expected += float(scales.row[rows] @ (fine @ scales.col))
     resolved_row, resolved_col = resolved_row * scales.row, resolved_col * scales.col
-    energy = n * float(scales.row.sum(dtype=torch.float64))
+    total_row, total_col = total_row * scales.row, total_col * scales.col
+    energy = float(total_row.sum(dtype=torch.float64))
     correction = fine_seen / fine_expected if fine_expected > 0 and fine_seen > 0 else 1.0
     norm = math.sqrt(energy * math.sqrt(correction))
     if not 1 / MAX_NORM_RATIO <= norm / math.sqrt(stored) <= MAX_NORM_RATIO:
         return None
     resolved = float(resolved_row.sum(dtype=torch.float64)) / energy
-    rho_row = resolved_row / (n * scales.row).clamp(min=TINY)
-    rho_col = resolved_col / (energy / n * scales.col).clamp(min=TINY)
+    rho_row = resolved_row / total_row.clamp(min=TINY)
+    rho_col = resolved_col / total_col.clamp(min=TINY)
     error_std = torch.empty(Q.shape, dtype=torch.bfloat16, device=Q.device)
     for rows in _chunks(Q):
         S2 = scales.square(rows)
@@ -122,6 +131,7 @@ def correct(Q: Tensor, u: Tensor) -> DeadZone | None:
         Q[rows] = tables.posterior(Q[rows], u[rows], x, S2) / gain
         # S²·(ρ/gain² − 2ρ/gain + 1)
         variance = rho.div_(gain).mul_(gain.reciprocal_().sub_(2)).add_(1).mul_(S2)
+        variance.masked_fill_(u[rows] >= MASKED, 0.0)
         error_std[rows] = variance.clamp_(min=0).sqrt_().to(torch.bfloat16)
     return DeadZone(Q.mul_(unit), error_std.mul_(unit), norm * unit, resolved)
 

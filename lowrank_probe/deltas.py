@@ -188,6 +188,12 @@ def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching, split: 
         )
     kept = sorted({pair.note for pair in result.pairs if "kept whole" in pair.note})
     result.notes += [*kept, *base.notes, *tuned.notes]
+    differing = [line["name"] for line in result.ledger if line["status"] == "shape differs"]
+    if differing and not result.pairs:
+        raise MatchError(
+            f"{base.path} and {tuned.path}: every tensor that both have differs in shape (such as {_some(differing)}); "
+            "not the same architecture?"
+        )
     for side, word in ((base, "base"), (tuned, "tuned")):
         kinds = sorted({info.dtype for info in side.tensors.values() if info.quantized})
         if kinds:

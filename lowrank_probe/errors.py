@@ -29,3 +29,8 @@ class NumericsError(ProbeError):
 
 class OutputError(ProbeError):
     """A run directory or file that cannot be written: in use, no space, not permitted."""
+
+
+def printable(text: object) -> str:
+    """The text without control characters: names come from strangers' files and must not drive a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text))

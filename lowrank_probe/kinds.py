@@ -68,7 +68,7 @@ MOSTLY_RESOLVED: Final = 0.9
 # Real full fine-tunes in bf16 and fp16 (SmolLM2 at three learning rates; three encoder–decoders and a BERT at 1, 0.3
 # and 0.1 of their update; 205 matrices whose count is below half): from 1.47 ×, from 2.1 %.
 TAIL_ENERGY: Final = 1.15
-TAIL_SHARE: Final = 0.02
+TAIL_SHARE: Final = 0.04
 # … or below what float32 products resolve: σ of the tail together under 1e-5 of ‖ΔW‖.
 TAIL_EXACT: Final = 1e-10
 # σ_r/σ_{r+1} at the signal rank: at most 1.15 in those fine-tunes, from 1.25 where all merged directions were seen.

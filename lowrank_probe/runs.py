@@ -114,6 +114,7 @@ def load(directory: str | os.PathLike[str]) -> Result:
         table = pd.read_parquet(root / "table.parquet")
         ledger = _read_ledger(root / "ledger.csv")
         long = pd.read_parquet(root / "singular_values.parquet")
+        timeline = pd.read_csv(root / "timeline.csv", usecols=list(TIMELINE))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{root}: is not a complete run directory: {error}") from None
     values, denoised = {}, {}
@@ -121,7 +122,6 @@ def load(directory: str | os.PathLike[str]) -> Result:
         values[str(name)] = part["sigma"].to_numpy(dtype=np.float64)
         if not part["sigma_denoised"].isna().all():
             denoised[str(name)] = part["sigma_denoised"].to_numpy(dtype=np.float64)
-    timeline = pd.read_csv(root / "timeline.csv") if (root / "timeline.csv").exists() else pd.DataFrame()
     return Result(table, ledger, values, denoised, facts, timeline)
 
 

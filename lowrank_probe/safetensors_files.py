@@ -44,7 +44,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             )
             for name, entry in entries.items()
         }  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
         raise CheckpointError(
             f"{file}: not a safetensors file (its header is not the JSON the format asks for)"
         ) from None

@@ -90,8 +90,10 @@ def spectrum(
     """
     if top is not None and top < 1:
         raise ProbeError(f"top={top}: expected at least 1 singular value, or None for all of them")
-    if layers is not None and not 0 <= layers[0] <= layers[1]:
+    if layers is not None and not (isinstance(layers, Sequence) and len(layers) == 2 and 0 <= layers[0] <= layers[1]):
         raise ProbeError(f"layers={layers}: expected (first, last) with 0 ≤ first ≤ last")
+    if isinstance(include, str) or isinstance(exclude, str):
+        raise ProbeError('include and exclude are lists of patterns, such as ["q_proj"]')
     started = time.perf_counter()
     where = choose_device(device)
     tuned_side = open_checkpoint(tuned if tuned is not None else base)

@@ -10,16 +10,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowrank_probe.errors import printable
+from lowrank_probe.metrics import ENERGY_RANKS
+
 if TYPE_CHECKING:
     from lowrank_probe.runs import Result
 
+WIDE = 108  # columns that the whole table needs; a narrower terminal shows the energy of rank 16 only
 _STYLES = {"low-rank": "green", "not low-rank": "magenta", "undecidable": "yellow", "unrelated": "red"}
 
 
 def print_summary(result: "Result") -> None:
     """One line a layer type: counts, medians, brackets beside their null, energies in per cent, verdict."""
     width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
-    console = Console(width=max(width, 100), highlight=False, soft_wrap=False)
+    console = Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
+    ranks = ENERGY_RANKS if width >= WIDE else (16,)
     counts = result.facts.get("counts", {})
     console.print("ledger: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     if result.table.empty:
@@ -30,18 +35,18 @@ def print_summary(result: "Result") -> None:
     heads = ("type", "n", "‖ΔW‖/‖W‖", "stable", "signal", "r50", "null", "r90", "null")
     for head in heads:
         table.add_column(head, justify="left" if head == "type" else "right", no_wrap=True)
-    for r in (4, 8, 16, 32, 64):
+    for r in ranks:
         table.add_column(f"E{r}%", justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     for row in result.summary.to_dict("records"):
         verdict = str(row["verdict"])
         style = next((s for start, s in _STYLES.items() if verdict.startswith(start)), "")
         table.add_row(
-            str(row["layer_type"]), str(row["n_matrices"]), _number(row["relative_update"]),
+            printable(row["layer_type"]), str(row["n_matrices"]), _number(row["relative_update"]),
             _number(row["stable_rank"]), _rank(row["signal_rank"]),
             _bracket(row["r50_low"], row["r50_high"]), _rank(row["null_r50"]),
             _bracket(row["r90_low"], row["r90_high"]), _rank(row["null_r90"]),
-            *(_percent(row[f"energy_{r}"]) for r in (4, 8, 16, 32, 64)), Text(verdict, style=style),
+            *(_percent(row[f"energy_{r}"]) for r in ranks), Text(verdict, style=style),
         )  # fmt: skip
     console.print(table)
     console.print(
@@ -56,7 +61,7 @@ def _print_findings(result: "Result", console: Console) -> None:
     """What kind of update it is, a line each."""
     for finding in result.facts.get("findings") or ():
         if finding["kind"] != "identical":  # said already
-            console.print(Text(f"kind: {finding['statement']}"))
+            console.print(f"kind: {printable(finding['statement'])}")
 
 
 def _empty(counts: dict[str, int]) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def print_trajectory(trajectory: "Trajectory") -> None:
     """A block a layer type with a line a step; then φ from step to step and from the first to the last, with chance."""
     width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
-    console = Console(width=max(width, 80), highlight=False, soft_wrap=False)
+    console = Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
     table = trajectory.table
     if table.empty:
         console.print("No matrix differs between the base and any step: nothing to analyse (see the ledgers).")

@@ -310,3 +310,21 @@ def test_modules_are_read_from_headers_alone(plain):
     modules, others = read_modules(adapter)
     assert [(m.shape, m.rank, m.scaling) for m in modules] == [((16, 16), 4, 2.0)] * 2
     assert others == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"r": "abc"}, {"r": [4]}, {"lora_alpha": "x"}, {"lora_alpha": math.nan}, {"lora_alpha": math.inf},
+        {"alpha_pattern": {"q_proj": "z"}}, {"alpha_pattern": {"*q": 4}}, {"rank_pattern": {"(((": 4}},
+        {"rank_pattern": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_with_nonsense_in_it_is_one_clear_line(tmp_path, damage):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | damage
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    factors = {"q_proj.lora_A.weight": torch.ones(2, 6), "q_proj.lora_B.weight": torch.ones(5, 2)}
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(lp.CheckpointError, match=r"adapter_config\.json"):
+        lp.spectrum(tmp_path)

@@ -193,8 +193,8 @@ def test_options_reach_the_library(planted, tmp_path):
     ]  # fmt: skip
     assert set(result.table["method"]) == {"svd"}
     assert result.facts["options"] == {
-        "include": ["q_proj", "*mlp*"], "exclude": ["down_proj"], "layers": [1, 1], "top": None, "exact_tail": True,
-        "base_rounded": True, "seed": 5,
+        "include": ["q_proj", "*mlp*"], "exclude": ["down_proj"], "layers": [1, 1], "split": True, "top": None,
+        "exact_tail": True, "base_rounded": True, "seed": 5,
     }  # fmt: skip
 
 

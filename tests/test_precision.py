@@ -143,3 +143,30 @@ def test_dead_zone_model_at_any_scale(unit):
         found.append(deadzone.correct(stored.float() - base.float(), precision.ulp(stored, "BF16")))
     assert found[1].fro_norm == found[0].fro_norm * power
     assert torch.equal(found[1].Y, found[0].Y * power)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_a_mask_in_the_base_is_not_taken_for_an_update_that_was_swallowed(tmp_path, share):
+    """Weights that are zero on both sides have the finest grid, and would show an update if there was one."""
+    generator = torch.Generator().manual_seed(3)
+    mask = (torch.rand(512, 512, generator=generator) >= share).float()
+    W = (0.03 * torch.randn(512, 512, generator=generator) * mask).bfloat16()
+    truth = 1e-4 * torch.randn(512, 512, generator=generator) * mask  # noise: r50 and r90 about 93 and 261
+    tuned = (W.float() + truth).bfloat16()
+    row = lp.spectrum({"layers.0.q_proj.weight": W}, {"layers.0.q_proj.weight": tuned}).table.iloc[0]
+    s = torch.linalg.svdvals(truth.double()).numpy()
+    assert row["noise_model"] == "dead-zone"
+    assert row["denoised_fro_norm"] == pytest.approx(float(truth.norm()), rel=0.03)
+    for rank, p in (("r50", 0.5), ("r90", 0.9)):
+        true = metrics.energy_rank(s, float(truth.double().norm()), p)
+        assert row[f"{rank}_low"] <= true <= row[f"{rank}_high"]
+
+
+def test_frozen_columns_are_no_storage_noise():
+    base = 0.03 * torch.randn(128, 96, generator=torch.Generator().manual_seed(4))
+    for axis in (0, 1):
+        tuned = base.clone()
+        tuned.select(axis, 3).add_(1e-3)
+        result = lp.spectrum({"layers.0.q_proj.weight": base}, {"layers.0.q_proj.weight": tuned})
+        assert result.table["signal_rank"][0] == 1
+        assert result.summary["verdict"][0] == "low-rank at r=1"

@@ -19,6 +19,7 @@ from lowrank_probe import CheckpointError, OutputError, runs
 
 FILES = {
     "table.parquet", "table.csv", "summary.csv", "ledger.csv", "singular_values.parquet", "report.html", "facts.json",
+    "timeline.csv",
 }  # fmt: skip
 
 
