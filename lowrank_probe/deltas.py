@@ -323,7 +323,7 @@ def join_parts(lines: list[tuple[Pair, dict[str, Any]]]) -> list[dict[str, Any]]
         if len(members) > 1:
             counts = Counter(part["status"] for _, part in members)
             status = "analysed" if "analysed" in counts else counts.most_common(1)[0][0]
-            told = [f"{n} {word}" for word, n in counts.items()] if len(counts) > 1 else []
+            told = [f"{n} {word}" for word, n in sorted(counts.items())] if len(counts) > 1 else []
             square = sum(part["fro_norm"] ** 2 for _, part in members if part["fro_norm"] > 0)
             base = sum((p["fro_norm"] / p["relative_update"]) ** 2 for _, p in members if p["relative_update"] > 0)
             known = any(not math.isnan(part["fro_norm"]) for _, part in members)

