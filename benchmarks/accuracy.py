@@ -160,9 +160,9 @@ def real_pairs() -> Iterator[tuple[str, Path, Path]]:
 def compare(base: Path, tuned: Path, scratch: Path) -> Iterator[tuple[str, Errors]]:
     """(matrix, errors) for every matrix of a pair: three commands and three kernels against numpy's float64 SVD."""
     runs = {
-        "full": probe(scratch / "full", base, tuned),
-        "exact": probe(scratch / "exact", base, tuned, "--exact-tail"),
-        "top": probe(scratch / "top", base, tuned, "--top", str(TOP)),
+        "full": probe(scratch / "full", base, tuned, "--no-split"),
+        "exact": probe(scratch / "exact", base, tuned, "--no-split", "--exact-tail"),
+        "top": probe(scratch / "top", base, tuned, "--no-split", "--top", str(TOP)),
     }
     sides = open_checkpoint(base), open_checkpoint(tuned)
     for line in runs["full"].ledger.to_dict("records"):

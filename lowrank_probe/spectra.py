@@ -391,6 +391,8 @@ def _storage_columns(row: dict[str, Any], s: Any, shape: tuple[int, int], noise:
     row["signal_rank"] = float(np.count_nonzero(s > limit)) if counted else math.nan
     seen = s[:k] if whole else with_tail(s, row["fro_norm"], k)
     denoised = deconvolve(seen, noise.noise_std, shape, noise.fro_norm)
+    # The same with every direction taken for an isolated one: better where few stand out of uneven noise.
+    isolated = metrics.denoise(seen, noise.noise_std, shape)
     noise_energy = float((metrics.denoise(noise.outliers, noise.noise_std, shape) ** 2).sum()) / noise.fro_norm**2
     slack = SLACK[0] + SLACK[1] * (1 - noise.resolved) ** 2
     for p in (0.5, 0.9):
@@ -399,6 +401,9 @@ def _storage_columns(row: dict[str, Any], s: Any, shape: tuple[int, int], noise:
         row[f"{rank}_low"], row[f"{rank}_high"] = metrics.energy_rank_bracket(
             denoised, noise.fro_norm, p, slack=slack, noise_energy=noise_energy
         )
+        alone = metrics.energy_rank(isolated, noise.fro_norm, p)
+        if not math.isnan(alone):  # the bracket holds both estimates
+            row[f"{rank}_low"], row[f"{rank}_high"] = min(row[f"{rank}_low"], alone), max(row[f"{rank}_high"], alone)
         if not whole and not row[f"{rank}_high"] <= len(s):
             # --top did not reach it
             row[f"{rank}_low"] = row[f"{rank}_high"] = row[f"{rank}_denoised"] = math.nan
