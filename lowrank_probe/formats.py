@@ -35,7 +35,7 @@ def open_pickle(file: Path) -> Opened:
         is_zip = handle.read(4) == b"PK\x03\x04"
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip or None)
-    except Exception as error:
+    except Exception as error:  # pickle, zip and torch raise errors of a dozen kinds for a damaged file
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         unsafe = re.search(r"(?:GLOBAL|Unsupported global:?) ?([\w.]+)", str(error))
         if unsafe:

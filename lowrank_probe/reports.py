@@ -141,12 +141,17 @@ def _figure(name: str, spec: Spec) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
+def page_environment() -> jinja2.Environment:
+    """The templates beside this module, with autoescape: paths, names and notes come from strangers' files."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    environment = page_environment()
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
     environment.filters["number"] = _number
     environment.filters["percent"] = lambda value: f"{_number(100 * value)} %" if _known(value) else "–"

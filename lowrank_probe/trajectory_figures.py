@@ -5,7 +5,7 @@ Step labels and tensor names are untrusted: as plotly text they go through `text
 
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
@@ -18,6 +18,7 @@ from plotly.subplots import make_subplots
 
 from lowrank_probe import __version__
 from lowrank_probe.figure_style import COLOURS, DASHES, INK, UNKNOWN, axis, menu, numbers, spec, text
+from lowrank_probe.reports import page_environment
 from lowrank_probe.terminal import _bracket, _number, _rank
 
 if TYPE_CHECKING:
@@ -268,10 +269,7 @@ def render(trajectory: "Trajectory") -> str:
 
 @lru_cache(maxsize=1)
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    environment = page_environment()
     environment.filters |= {
         "number": _number, "rank": _rank, "bracket": lambda row: _bracket(row["r90_low"], row["r90_high"])
     }  # fmt: skip
