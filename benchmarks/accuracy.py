@@ -28,6 +28,7 @@ from torch import Tensor
 import lowrank_probe as lp
 from lowrank_probe import svd
 from lowrank_probe.checkpoints import open_checkpoint
+from lowrank_probe.devices import choose_device
 from lowrank_probe.facts import machine_facts
 from lowrank_probe.runs import Result
 
@@ -261,7 +262,7 @@ def publish(
     print("\n\n".join(parts) + "\n\n" + bars)
     if not write:
         return
-    facts = machine_facts(torch.device("cpu"))
+    facts = machine_facts(choose_device("cpu"))
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     text = (
         f"# {title}\n\nWritten by `python benchmarks/{name}.py` on {facts['device']['name']}, {os.cpu_count()} cores, "

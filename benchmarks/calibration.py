@@ -21,8 +21,9 @@ from torch import Tensor
 from truth import collect, compare
 
 from lowrank_probe.checkpoints import open_checkpoint
+from lowrank_probe.devices import choose_device
 from lowrank_probe.facts import machine_facts
-from lowrank_probe.spectra import RESOLVED_GATE, SLACK
+from lowrank_probe.rows import RESOLVED_GATE, SLACK
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SHAPES = ((512, 512), (1024, 384), (192, 576))
@@ -193,7 +194,7 @@ def main() -> int:
     if not quick:
         DOCS.mkdir(exist_ok=True)
         plot(table, DOCS / "calibration.png")
-        facts = machine_facts(torch.device("cpu"))
+        facts = machine_facts(choose_device("cpu"))
         text = (
             "# Calibration of the gates and brackets\n\n"
             f"Written by `python benchmarks/calibration.py` on {facts['device']['name']}, torch "

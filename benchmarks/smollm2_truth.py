@@ -16,6 +16,7 @@ import torch
 from truth import collect, compare, score
 
 from lowrank_probe.checkpoints import open_checkpoint
+from lowrank_probe.devices import choose_device
 from lowrank_probe.facts import machine_facts
 from lowrank_probe.layers import sort_key
 
@@ -93,7 +94,7 @@ def main() -> int:
     }
     line = "; ".join(f"{bar}: {'PASS' if held else 'FAIL'}" for bar, held in bars.items())
     print(line)
-    facts = machine_facts(torch.device(arguments.device))
+    facts = machine_facts(choose_device(arguments.device))
     text = (
         "# Full fine-tunes of SmolLM2-135M: truth, raw, ours\n\n"
         "Written by `python benchmarks/smollm2_truth.py` after `python benchmarks/smollm2_finetune.py`: 200 steps of "

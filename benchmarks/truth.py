@@ -12,7 +12,7 @@ from lowrank_probe import metrics, svd
 from lowrank_probe.deltas import Delta
 from lowrank_probe.layers import place
 from lowrank_probe.precision import assess
-from lowrank_probe.spectra import describe
+from lowrank_probe.rows import describe
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

@@ -55,8 +55,9 @@ class Checkpoint:
         if name in self.loaders or name in self.scales:
             whole = self.loaders[name]() if name in self.loaders else self._dequantized(name)
             return whole.reshape(-1)[first : first + count].reshape(shape).to(device)
-        pinned = torch.device(device).type == "cuda"
-        return read_entries(info, first, count, pinned=pinned).reshape(shape).to(device)
+        if torch.device(device).type == "cuda":  # straight there
+            return read_entries(info, first, count, device).reshape(shape)
+        return read_entries(info, first, count).reshape(shape).to(device)
 
     def _dequantized(self, name: str) -> Tensor:
         info, scale_info = self.tensors[name], self.tensors[self.scales[name]]

@@ -40,7 +40,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no note
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
 Figures = Annotated[Path | None, typer.Option("--figures", help="Also write every figure there, as SVG and PNG.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 
 
 def _version(asked: bool) -> None:
@@ -97,8 +97,15 @@ def spectrum(
     span = _layers(layers)
     if fail_on is not None and fail_on not in VERDICTS:
         raise typer.BadParameter(f"{fail_on!r}: expected one of {', '.join(VERDICTS)}", param_hint="--fail-on")
+    from lowrank_probe import cuda_driver
+
+    cuda_driver.wake(device)
+    from lowrank_probe import devices
+
+    devices.start(device)
     from lowrank_probe import runs, spectra
 
+    devices.import_beside("lowrank_probe.reports", "plotly.offline", "jinja2", "pyarrow.parquet")
     if figures is not None:
         from lowrank_probe.figures import check_writable
 

@@ -10,10 +10,12 @@ import torch
 
 from lowrank_probe import __version__
 from lowrank_probe.checkpoints import Checkpoint
+from lowrank_probe.devices import Choice
 
 
-def machine_facts(device: torch.device) -> dict[str, Any]:
-    """Versions, device and time of a run."""
+def machine_facts(choice: Choice) -> dict[str, Any]:
+    """Versions, device (with what its float64 was measured at) and time of a run."""
+    device = choice.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "versions": {
@@ -21,6 +23,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
             "numpy": version("numpy"), "pandas": version("pandas"),
         },
         "device": {"type": str(device), "name": name, "n_threads": torch.get_num_threads()},
+        "float64_s": choice.float64_s,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 

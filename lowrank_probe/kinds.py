@@ -14,7 +14,7 @@ for whole layer types is said.
     partially frozen              from the ledger: only some layers or types moved
     full fine-tune, fine-tune     none of these; the rest beside one of these
 
-The numbers of a single matrix are columns of the table (`marks.measure`, `spectra.describe`).
+The numbers of a single matrix are columns of the table (`marks.measure`, `rows.describe`).
 
 Legend: m out, n in, k = min(m, n); r the rank at which a spectrum ends.
 """

@@ -59,7 +59,7 @@ def measure(delta: "Delta") -> dict[str, Any]:
     }
     n_rows = min(delta.shape[0], max(4, min(16, SAMPLE // delta.shape[1])))
     rows = torch.linspace(0, delta.shape[0] - 1, n_rows).long().to(delta.dense.device)
-    grid = _grid(delta.base[rows], delta.tuned[rows])
+    grid = _grid(delta.base[rows].cpu(), delta.tuned[rows].cpu())  # hundreds of small steps: no work for a device
     if grid and grid["grid_group"] == math.inf:  # one scale for the matrix
         grid["grid_group"] = float(size)
     return found | grid

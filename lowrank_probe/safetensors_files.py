@@ -5,7 +5,10 @@ read with positioned reads into memory that we own, and every fault of a file be
 Source: the safetensors specification, version 0.4.
 """
 
+import io
+import itertools
 import json
+import threading
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +19,7 @@ from lowrank_probe.errors import CheckpointError
 from lowrank_probe.tensor_info import TORCH_DTYPES, WIDTHS, TensorInfo
 
 MAX_HEADER: Final = 100_000_000
+STAGE_BYTES: Final = 1 << 23
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -61,30 +65,52 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def read_entries(info: TensorInfo, first: int, count: int, *, pinned: bool = False) -> Tensor:
+def read_entries(info: TensorInfo, first: int, count: int, device: str | torch.device = "cpu") -> Tensor:
     """`count` entries from entry `first` of a tensor's flat data, (count,), in its stored dtype, in memory of our own.
 
-    pinned: page-locked memory, from which a copy to a CUDA device is three times as fast.
     Raises `CheckpointError` where the file cannot be read, or ends inside.
     """
     dtype = TORCH_DTYPES[info.dtype]
-    raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8, pin_memory=pinned)
+    out = torch.empty(count, dtype=dtype, device=device)
     if count:
-        view = memoryview(raw.numpy().data)
+        fill = _fill_from_host if out.is_cuda else _fill
         try:
             with open(info.file, "rb", buffering=0) as handle:
                 handle.seek(info.start + first * dtype.itemsize)
-                filled = 0
-                while filled < len(view):
-                    got = handle.readinto(view[filled:])
-                    if not got:
-                        raise CheckpointError(
-                            f"{info.file}: ends inside tensor {info.name} (changed while it was read?)"
-                        )
-                    filled += got
+                fill(out.view(torch.uint8), handle)
+        except EOFError:
+            raise CheckpointError(f"{info.file}: ends inside tensor {info.name} (changed while it was read?)") from None
         except OSError as error:
             raise CheckpointError(f"{info.file}: cannot read tensor {info.name}: {error.strerror}") from None
-    return raw.view(dtype)
+    return out
+
+
+def _fill(out: Tensor, handle: io.FileIO) -> None:
+    view = memoryview(out.numpy().data)
+    filled = 0
+    while filled < len(view):
+        got = handle.readinto(view[filled:])
+        if not got:
+            raise EOFError
+        filled += got
+
+
+_own = threading.local()
+
+
+def _fill_from_host(out: Tensor, handle: io.FileIO) -> None:
+    """Through two small page-locked buffers a thread, one filled while the other is copied.
+
+    Page-locking memory of the tensor's own size stops the whole device for as long as reading it takes.
+    """
+    if not hasattr(_own, "stages"):
+        stages = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        _own.stages = [(stage, torch.cuda.Event()) for stage in stages]  # type: ignore[no-untyped-call]
+    for piece, (stage, copied) in zip(torch.split(out, STAGE_BYTES), itertools.cycle(_own.stages), strict=False):
+        copied.synchronize()
+        _fill(stage[: len(piece)], handle)
+        piece.copy_(stage[: len(piece)], non_blocking=True)
+        copied.record()
 
 
 def _n_bytes(info: TensorInfo) -> int:

@@ -1,4 +1,4 @@
-"""Run per-matrix jobs: in worker threads on a CPU; on a GPU one after the other, while the next ones are being read.
+"""Run per-matrix jobs: in worker threads on a CPU; on a GPU a few at a time, while the next ones are being read.
 
 Linear algebra of small matrices does not fill several cores, so matrices run beside each other, each on its share of
 the cores. How many may be in memory at once is bounded by the largest one: beside each other, matrices never hold more
@@ -25,7 +25,9 @@ Done = TypeVar("Done")
 
 MAX_WORKERS: Final = 4
 # Matrices read, copied and subtracted on a GPU's side while another is computed.
-READ_AHEAD: Final = 3
+READ_AHEAD: Final = 2
+# Computed beside each other there: one in the eigen-solver, the others in what follows it.
+COMPUTING: Final = 3
 SHARE_OF_LARGEST: Final = 0.72
 _glibc = ctypes.CDLL(None) if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt") else None
 
@@ -46,7 +48,7 @@ def run_jobs(
     cores = torch.get_num_threads()
     workers = _workers([entries(item) for item in queue], cores) if device.type == "cpu" else 1
     if device.type != "cpu":
-        yield from _read_ahead(queue, load, compute)
+        yield from _read_ahead(_small_ones_first(queue, entries), load, compute, device)
         return
 
     def job(item: Item) -> Done:
@@ -84,25 +86,67 @@ def run_jobs(
 
 
 def _read_ahead(
-    queue: Sequence[Item], load: Callable[[Item], Loaded], compute: Callable[[Item, Loaded], Done]
+    queue: Sequence[Item],
+    load: Callable[[Item], Loaded],
+    compute: Callable[[Item, Loaded], Done],
+    device: torch.device,
 ) -> Iterator[Done]:
-    """The next READ_AHEAD items are read and copied by other threads while one is computed."""
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        coming: deque[tuple[Item, Future[Loaded]]] = deque()
+    """READ_AHEAD threads read and copy the next items while COMPUTING others compute, each on a CUDA stream of its own.
+
+    Several streams, because every matrix leaves the device waiting for the host (noise, deconvolution) for a while.
+    """
+    own = threading.local()
+
+    def read(item: Item) -> Loaded:
+        loaded = load(item)
+        if device.type == "cuda":  # whoever computes does so on another stream
+            torch.cuda.current_stream(device).synchronize()
+        return loaded
+
+    def job(item: Item, loaded: Future[Loaded]) -> Done:
+        if device.type != "cuda":
+            return compute(item, loaded.result())
+        if not hasattr(own, "stream"):
+            own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(own.stream):
+            done = compute(item, loaded.result())
+            # What was read belongs to another stream: nothing may run on it any more when it is freed.
+            own.stream.synchronize()
+        return done
+
+    todo = iter(queue)
+    coming: deque[tuple[Item, Future[Loaded]]] = deque()
+    running: set[Future[Done]] = set()
+    with ThreadPoolExecutor(READ_AHEAD) as readers, ThreadPoolExecutor(COMPUTING) as computers:
         try:
-            for item in queue:
-                coming.append((item, pool.submit(load, item)))
-                if len(coming) > READ_AHEAD:
-                    first, loaded = coming.popleft()
-                    yield compute(first, loaded.result())
-                    del loaded
-            while coming:
-                first, loaded = coming.popleft()
-                yield compute(first, loaded.result())
-                del loaded
+            while True:
+                while len(coming) + len(running) < READ_AHEAD + COMPUTING:
+                    item = next(todo, None)
+                    if item is None:
+                        break
+                    coming.append((item, readers.submit(read, item)))
+                while coming and len(running) < COMPUTING:
+                    running.add(computers.submit(job, *coming.popleft()))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
         finally:
-            for _, future in coming:
+            for _, loaded in coming:
+                loaded.cancel()
+            for future in running:
                 future.cancel()
+
+
+def _small_ones_first(queue: Sequence[Item], entries: Callable[[Item], int]) -> list[Item]:
+    """Largest first, behind the smallest ones that together make up one largest: they compute while it is read."""
+    order = deque(queue)
+    first, left = [], entries(queue[0]) if queue else 0
+    while order and left > 0:
+        first.append(order.pop())
+        left -= entries(first[-1])
+    return [*first, *order]
 
 
 @contextmanager

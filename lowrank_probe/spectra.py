@@ -11,12 +11,9 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-import torch
 
-from lowrank_probe import metrics, svd
 from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint
 from lowrank_probe.columns import LEDGER, TABLE
-from lowrank_probe.deconvolution import deconvolve, with_tail
 from lowrank_probe.deltas import (
     Delta,
     Matching,
@@ -28,13 +25,13 @@ from lowrank_probe.deltas import (
     match,
     read_pair,
 )
+from lowrank_probe.devices import choose_device
 from lowrank_probe.errors import OutputError, ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.kinds import recognise
 from lowrank_probe.layers import sort_key
-from lowrank_probe.marks import measure
 from lowrank_probe.metrics import Values
-from lowrank_probe.precision import StorageNoise, assess
+from lowrank_probe.rows import Settings, analyse
 from lowrank_probe.runs import SCHEMA_VERSION, Result
 from lowrank_probe.scheduling import interruptible, run_jobs
 
@@ -42,10 +39,6 @@ Progress = Callable[[str, int, int], None]
 
 # Median cosine of the weights below which two checkpoints are not a base and its fine-tune.
 UNRELATED_COSINE: Final = 0.1
-# Share of ‖ΔW‖² that the stored entries must resolve for a number to be decidable, and how far the denoised energy
-# curve may be off: SLACK[0] + SLACK[1]·(1 − resolved)², as a share of ‖ΔW‖². Calibrated by benchmarks/calibration.py.
-RESOLVED_GATE: Final = 0.5
-SLACK: Final = (0.006, 0.35)
 # What an interrupted run must share with the one that resumes it.
 _SAME_RUN: Final = ("base", "tuned", "options", "versions", "device")
 
@@ -82,7 +75,8 @@ def spectrum(
     include, exclude: patterns (`q_proj`, `layers.3`, `*mlp*`, a layer type). layers: first and last layer number,
     inclusive. split: take fused projections (qkv, gate_up) apart where their layout is known. top: only the K largest
     values of each matrix, certified. exact_tail: float64 SVD of the matrix itself, for values below 2e-5·σ₁.
-    base_rounded: training started from a wider base than the one stored. device: "auto", "cpu", "cuda", "cuda:1".
+    base_rounded: training started from a wider base than the one stored. device: as
+    `devices.choose_device`.
     resume: an interrupted run's result.
 
     Raises `CheckpointError`, `MatchError`, `NumericsError`; on Ctrl-C `Interrupted` with what was finished. On Linux it
@@ -95,7 +89,8 @@ def spectrum(
     if isinstance(include, str) or isinstance(exclude, str):
         raise ProbeError('include and exclude are lists of patterns, such as ["q_proj"]')
     started = time.perf_counter()
-    where = choose_device(device)
+    choice = choose_device(device)
+    where = choice.device
     tuned_side = open_checkpoint(tuned if tuned is not None else base)
     base_side = open_checkpoint(base) if tuned is not None else None
     matching = match(base_side, tuned_side, include=include, exclude=exclude, layers=layers, split=split)
@@ -110,8 +105,8 @@ def spectrum(
         "base": side_facts(base_side),
         "tuned": side_facts(tuned_side),
         "options": options,
-        "notes": list(matching.notes),
-        **machine_facts(where),
+        "notes": [*matching.notes, *filter(None, [choice.note])],
+        **machine_facts(choice),
     }
     if resume is not None and any(resume.facts.get(key) != facts[key] for key in _SAME_RUN):
         raise OutputError(
@@ -121,37 +116,11 @@ def spectrum(
     run = _Run(matching, base_side, tuned_side, facts, resume)
     headers_s = time.perf_counter() - started
     try:
-        run.work(_Settings(where, top, exact_tail, base_rounded, seed), on_progress)
+        run.work(Settings(where, top, exact_tail, base_rounded, seed).with_turns(), on_progress)
     except KeyboardInterrupt:
         run.facts["status"] = "interrupted"
         raise Interrupted(run.result(headers_s)) from None
     return run.result(headers_s)
-
-
-def choose_device(device: str) -> torch.device:
-    """ "auto" is the first CUDA device, else the CPU. Raises `ProbeError` for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ProbeError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise ProbeError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ProbeError(f"--device {device}: found {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return chosen
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What a job needs to know beside its pair."""
-
-    device: torch.device
-    top: int | None
-    exact_tail: bool
-    base_rounded: bool
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -202,7 +171,7 @@ class _Run:
                 done[pair.key] = _Done(pair, line, row, *values)
         return done
 
-    def work(self, settings: _Settings, on_progress: Progress | None) -> None:
+    def work(self, settings: Settings, on_progress: Progress | None) -> None:
         """Run what is not finished yet, largest matrix first."""
         tied = {}
         if self.base is not None and not self.tuned.is_adapter:
@@ -236,26 +205,17 @@ class _Run:
                 if asked_to_stop():
                     raise KeyboardInterrupt
 
-    def _analyse(self, pair: Pair, loaded: "_Loaded", settings: _Settings, started: float) -> _Done:
+    def _analyse(self, pair: Pair, loaded: "_Loaded", settings: Settings, started: float) -> _Done:
         delta = loaded.delta
         times = [("read", loaded.start_s, loaded.stop_s)]
         if not isinstance(delta, Delta):
             return _Done(pair, delta, times=times)
-        clock = [time.perf_counter() - started]
-        found = singular_values(delta, top=settings.top, exact_tail=settings.exact_tail)
-        marks = measure(delta)
-        clock.append(time.perf_counter() - started)
-        # After the raw values: it may overwrite `delta.dense` by the corrected update.
-        noise = assess(delta, base_rounded=settings.base_rounded, seed=settings.seed)
-        corrected = found.values if noise.corrected is None else svd.full_spectrum(noise.corrected).values
-        clock.append(time.perf_counter() - started)
-        row, denoised = describe(delta, found, noise, corrected)
-        row |= marks
-        times += [("spectrum", clock[0], clock[1]), ("noise", clock[1], clock[2])]
-        row["seconds"] = sum(stop - start for _, start, stop in times)
+        found = analyse(delta, settings)
+        times += [(phase, start - started, stop - started) for phase, start, stop in found.times]
+        row = found.row | {"seconds": sum(stop - start for _, start, stop in times)}
         note = f"both factors, with {pair.lora.name_B}" if pair.lora is not None else ""
         line = ledger_line(pair, "analysed", note, delta.fro_norm, delta.relative_update)
-        return _Done(pair, line, row, found.values, denoised, times)
+        return _Done(pair, line, row, found.values, found.denoised, times)
 
     def _is_matrix(self, pair: Pair) -> bool:
         info = self.base.tensors.get(pair.name) if self.base is not None else None
@@ -315,103 +275,6 @@ class _Run:
         )  # fmt: skip
         facts["findings"] = [asdict(finding) for finding in recognise(found)]
         return found
-
-
-def singular_values(delta: Delta, *, top: int | None = None, exact_tail: bool = False) -> svd.SingularValues:
-    """The singular values of one `Delta` by the tier asked for; `top` falls through to the whole spectrum."""
-    if delta.factors is not None:
-        return svd.factored_spectrum(*delta.factors)
-    assert delta.dense is not None
-    if exact_tail:
-        return svd.exact_spectrum(delta.dense)
-    if top is not None:
-        found = svd.top_spectrum(delta.dense, top, delta.fro_norm)
-        if found is not None:
-            return found
-    return svd.full_spectrum(delta.dense, delta.fro_norm)
-
-
-def describe(
-    delta: Delta, found: svd.SingularValues, noise: StorageNoise, corrected: Values
-) -> tuple[dict[str, Any], Values | None]:
-    """One row of the table (without `seconds`), and the denoised singular values where there is noise to take out.
-
-    corrected: the singular values that are denoised: those of ΔW as stored, or of `noise.corrected`.
-    """
-    s, shape, norm = found.values, delta.shape, delta.fro_norm
-    whole = len(s) == min(shape) or delta.factors is not None
-    row: dict[str, Any] = {
-        "name": delta.name, "layer_type": delta.place.layer_type, "layer": delta.place.layer,
-        "stack": delta.place.stack, "rows": shape[0], "cols": shape[1], "base_dtype": delta.base_dtype,
-        "tuned_dtype": delta.tuned_dtype, "storage": noise.storage, "method": found.method,
-        "compute_dtype": found.dtype, "n_kept": len(s), "n_resolved": found.resolved,
-        "sigma_error": float(found.error.max() / s[0]) if len(s) and s[0] > 0 else 0.0,
-        "energy_error": found.energy_error, "fro_norm": norm, "base_norm": delta.base_norm,
-        "relative_update": delta.relative_update, "cosine": delta.cosine, "spectral_norm": float(s[0]),
-        "nuclear_norm": metrics.nuclear_norm(s) if whole else math.nan, "stable_rank": metrics.stable_rank(s, norm),
-        "effective_rank": metrics.effective_rank(s) if whole else math.nan,
-        "energy_effective_rank": metrics.energy_effective_rank(s) if whole else math.nan,
-        "participation_ratio": metrics.participation_ratio(s) if whole else math.nan,
-        "numerical_rank": metrics.numerical_rank(s, shape) if whole else math.nan,
-        "hard_threshold_rank": metrics.hard_threshold_rank(s, shape) if len(s) == min(shape) else math.nan,
-        "break_even_rank": metrics.break_even_rank(shape),
-    }  # fmt: skip
-    for p in metrics.ENERGY_LEVELS:
-        name = f"r{100 * p:.0f}"
-        row[name] = metrics.energy_rank(s, norm, p)
-        row[f"null_{name}"] = metrics.null_energy_rank(shape, p)
-    for r in metrics.ENERGY_RANKS:
-        row[f"energy_{r}"] = metrics.energy(s, norm, r)
-    denoised = _storage_columns(row, corrected, shape, noise)
-    for rank in ("r50", "r90"):
-        row[f"relative_{rank}"] = row.get(f"{rank}_denoised", math.nan) / row[f"null_{rank}"]
-    return {name: row.get(name, math.nan) for name in TABLE}, denoised
-
-
-def _storage_columns(row: dict[str, Any], s: Any, shape: tuple[int, int], noise: StorageNoise) -> Values | None:
-    row.update(
-        unchanged_fraction=noise.unchanged_fraction, noise_model=noise.model, noise_std=noise.noise_std,
-        noise_edge=noise.noise_edge, edge_ratio=noise.edge_ratio, resolved=noise.resolved,
-        denoised_fro_norm=noise.fro_norm,
-    )  # fmt: skip
-    if noise.model == "none":
-        for rank in ("r50", "r90"):
-            row[f"{rank}_low"] = row[f"{rank}_high"] = row[f"{rank}_denoised"] = row[rank]
-        row["signal_rank"] = row["numerical_rank"]
-        row.update(decidable_signal_rank=True, decidable_r50=True, decidable_r90=True)
-        return None
-    if not noise.fro_norm > 0.0 or not math.isfinite(noise.noise_std):
-        row.update(decidable_signal_rank=False, decidable_r50=False, decidable_r90=False)
-        return None
-    shape = noise.shape  # rows that did not move carry neither update nor error
-    k = min(shape)
-    whole = len(s) >= k
-    limit = metrics.SIGNAL_FACTOR[noise.model] * noise.noise_edge
-    counted = whole or not float(s[-1]) > limit
-    row["signal_rank"] = float(np.count_nonzero(s > limit)) if counted else math.nan
-    seen = s[:k] if whole else with_tail(s, row["fro_norm"], k)
-    denoised = deconvolve(seen, noise.noise_std, shape, noise.fro_norm)
-    # The same with every direction taken for an isolated one: better where few stand out of uneven noise.
-    isolated = metrics.denoise(seen, noise.noise_std, shape)
-    noise_energy = float((metrics.denoise(noise.outliers, noise.noise_std, shape) ** 2).sum()) / noise.fro_norm**2
-    slack = SLACK[0] + SLACK[1] * (1 - noise.resolved) ** 2
-    for p in (0.5, 0.9):
-        rank = f"r{100 * p:.0f}"
-        row[f"{rank}_denoised"] = metrics.energy_rank(denoised, noise.fro_norm, p)
-        row[f"{rank}_low"], row[f"{rank}_high"] = metrics.energy_rank_bracket(
-            denoised, noise.fro_norm, p, slack=slack, noise_energy=noise_energy
-        )
-        alone = metrics.energy_rank(isolated, noise.fro_norm, p)
-        if not math.isnan(alone):  # the bracket holds both estimates
-            row[f"{rank}_low"], row[f"{rank}_high"] = min(row[f"{rank}_low"], alone), max(row[f"{rank}_high"], alone)
-        if not whole and not row[f"{rank}_high"] <= len(s):
-            # --top did not reach it
-            row[f"{rank}_low"] = row[f"{rank}_high"] = row[f"{rank}_denoised"] = math.nan
-    for name in ("signal_rank", "r50", "r90"):
-        row[f"decidable_{name}"] = noise.resolved >= RESOLVED_GATE
-    row["decidable_signal_rank"] &= counted
-    # As long as the list of values as stored: zeros for rows that did not move.
-    return np.pad(denoised, (0, max(0, row["n_kept"] - len(denoised))))[: row["n_kept"]]
 
 
 def _position(row: Mapping[str, Any]) -> tuple[Any, ...]:

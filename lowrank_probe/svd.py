@@ -257,8 +257,8 @@ def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 
         V[j] = v / length
         U[j] = E @ V[j]
         v = E.T @ U[j]
-    lam = torch.linalg.eigvalsh((U @ U.T).double()).flip(0).cpu().numpy()
-    return np.asarray(np.sqrt(np.maximum(lam, 0.0)), dtype=np.float64)
+    lam = torch.linalg.eigvalsh((U @ U.T).double()).cpu().numpy()
+    return np.asarray(np.sqrt(np.maximum(lam[::-1], 0.0)), dtype=np.float64)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import Tensor
 from lowrank_probe import runs, spectra, svd
 from lowrank_probe.checkpoints import WEIGHT_SUFFIXES, Checkpoint, open_checkpoint
 from lowrank_probe.deltas import Delta, Pair, match, read_pair, read_part
+from lowrank_probe.devices import choose_device
 from lowrank_probe.errors import OutputError, ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.layers import is_conv1d, sort_key
@@ -160,7 +161,7 @@ def trajectory(
     paths = dict(zip(step_labels(steps) if labels is None else _checked(labels, steps), steps, strict=True))
     if rank < 1:
         raise ProbeError(f"rank {rank}: expected at least 1 direction")
-    where = spectra.choose_device(device)
+    choice = choose_device(device)
     options: dict[str, Any] = {
         "include": include, "exclude": exclude, "layers": layers, "split": split, "top": top, "exact_tail": exact_tail,
         "base_rounded": base_rounded, "seed": seed,
@@ -191,9 +192,9 @@ def trajectory(
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "status": "complete", "base": side_facts(base_side),
         "steps": [{"label": label, "path": os.path.abspath(path)} for label, path in paths.items()],
-        "rank": rank, "grid_matrix": _grid_matrix(results), "options": options, **machine_facts(where),
+        "rank": rank, "grid_matrix": _grid_matrix(results), "options": options, **machine_facts(choice),
     }  # fmt: skip
-    compare = _Comparison(base_side, opened, results, rank, facts["grid_matrix"], where, seed)
+    compare = _Comparison(base_side, opened, results, rank, facts["grid_matrix"], choice.device, seed)
     similarity, amplification = compare.run(_told(on_progress, "subspaces"))
     return Trajectory(results, similarity, amplification, facts)
 

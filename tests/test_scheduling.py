@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from lowrank_probe.scheduling import MAX_WORKERS, READ_AHEAD, SHARE_OF_LARGEST, run_jobs
+from lowrank_probe.scheduling import COMPUTING, MAX_WORKERS, READ_AHEAD, SHARE_OF_LARGEST, run_jobs
 
 CPU = torch.device("cpu")
 
@@ -99,25 +99,42 @@ ELSEWHERE = torch.device("meta")  # any device that is no CPU: what runs there i
 
 
 @pytest.mark.parametrize("items", [[], [5], [3, 1, 2], [*range(40)]], ids=str)
-def test_on_a_device_every_item_comes_back_once_and_largest_first(items):
-    assert list(jobs(items, identity, ELSEWHERE)) == sorted(items, reverse=True)
+def test_on_a_device_every_item_comes_back_once(items):
+    assert sorted(jobs(items, identity, ELSEWHERE)) == sorted(items)
 
 
-def test_on_a_device_the_next_items_are_read_while_one_is_computed():
-    reading = {size: threading.Event() for size in range(1, 7)}
+def test_on_a_device_small_items_are_computed_while_the_largest_is_read():
+    order = []
+    sizes = [9, 1, 30, 8, 5, 20, 7, 8]
+    done = list(run_jobs(sizes, identity, identity, lambda item, _: order.append(item) or item, ELSEWHERE))
+    # 1 + 5 + 7 + 8 + 8 = 29 < 30, so 9 goes first too; computing threads may swap neighbours
+    assert sorted(done) == sorted(sizes)
+    assert sorted(order[:5]) <= [1, 5, 7, 8, 9]
+    assert set(order[-2:]) == {20, 30}
 
-    def load(size):
-        reading[size].set()
-        return 10 * size
 
-    def compute(size, loaded):
-        assert loaded == 10 * size
-        for following in range(max(1, size - READ_AHEAD), size):
-            assert reading[following].wait(10), f"{following} was not read while {size} was computed"
-        assert not any(reading[later].is_set() for later in range(1, size - READ_AHEAD - 1))
-        return size
+def test_on_a_device_some_are_computed_beside_each_other_while_the_next_are_read():
+    begun, finished, lock = [], [], threading.Lock()
+    together, enough = threading.Barrier(COMPUTING, timeout=10), threading.Event()
 
-    assert list(run_jobs(range(1, 7), identity, load, compute, ELSEWHERE)) == [6, 5, 4, 3, 2, 1]
+    def load(item):
+        with lock:
+            begun.append(item)
+            assert len(begun) <= len(finished) + 2 * COMPUTING + READ_AHEAD
+            if len(begun) == COMPUTING + READ_AHEAD:
+                enough.set()
+        return 10 * item
+
+    def compute(item, loaded):
+        assert loaded == 10 * item
+        together.wait()
+        assert enough.wait(10), "nothing was read ahead"
+        with lock:
+            finished.append(item)
+        return item
+
+    items = [7] * (6 * COMPUTING)
+    assert sorted(run_jobs(items, identity, load, compute, ELSEWHERE)) == items
 
 
 def test_on_a_device_an_error_of_reading_ends_the_run():

@@ -1,0 +1,136 @@
+"""Which device computes: asked for by name, and kept only where its float64 beats the CPU's, which is measured.
+
+Every spectrum here rests on float64. A laptop's GPU may have none (Apple's), or one that is slower than the CPU
+(many consumer cards): that is found by doing the job itself in small on both, not by the card's name.
+"""
+
+import contextlib
+import importlib
+import math
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+from lowrank_probe.errors import ProbeError
+from lowrank_probe.svd import full_spectrum
+
+EXPECTED: Final = "expected auto, cpu, cuda, cuda:N or mps"
+# (m, n) of the matrix whose spectrum is timed on both.
+PROBED: Final = (2048, 1024)
+# No CPU does that in less (65 ms and more were seen), so that a device that does need not be compared with it.
+FAST_S: Final = 0.05
+
+
+@dataclass(frozen=True)
+class Choice:
+    """device: where spectra are computed. note: why that is not the device asked for, or "".
+
+    float64_s: device → seconds of one float64 spectrum of a `PROBED` matrix there, ∞ where it has no float64; empty
+    where there was nothing to compare.
+    """
+
+    device: torch.device
+    note: str = ""
+    float64_s: dict[str, float] = field(default_factory=dict)
+
+
+_choices: dict[str, Choice] = {}
+_choosing = threading.Lock()
+
+
+def choose_device(asked: str) -> Choice:
+    """The device for "auto" (the first CUDA or MPS device, else the CPU), "cpu", "cuda", "cuda:1" or "mps".
+
+    Once per process; raises `ProbeError` for a device that is not there.
+    """
+    with _choosing:
+        if asked not in _choices:
+            _choices[asked] = _choose(_find(asked))
+        return _choices[asked]
+
+
+def start(asked: str) -> None:
+    """Find, probe and warm up the device in the background, while the caller imports and reads headers."""
+
+    def quietly() -> None:
+        with contextlib.suppress(ProbeError, RuntimeError):  # raised again where the device is needed
+            device = choose_device(asked).device
+            if device.type != "cpu":
+                from lowrank_probe.rows import warm_up
+
+                warm_up(device)
+
+    threading.Thread(target=quietly, daemon=True).start()
+
+
+def _find(asked: str) -> torch.device:
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+    try:
+        found = torch.device(asked)
+    except RuntimeError:
+        raise ProbeError(f"--device {asked}: {EXPECTED}") from None
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise ProbeError(f"--device {asked}: {EXPECTED}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ProbeError(f"--device {asked}: found {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if found.type == "mps" and not _has_mps():
+        raise ProbeError(f"--device {asked}: found no Apple GPU (MPS); use --device cpu")
+    return found
+
+
+def _has_mps() -> bool:
+    return bool(torch.backends.mps.is_available())
+
+
+def _choose(found: torch.device) -> Choice:
+    if found.type == "cpu":
+        return Choice(found)
+    try:
+        found_s = float64_s(found)
+    except torch.OutOfMemoryError:
+        return Choice(torch.device("cpu"), f"{found} has no memory left: spectra are computed on the CPU")
+    except RuntimeError as error:  # a driver that does not fit, a card that fell off
+        raise ProbeError(f"--device {found}: {str(error).splitlines()[0]}; use --device cpu") from None
+    if found_s < FAST_S:
+        return Choice(found, "", {str(found): found_s})
+    return decide(found, found_s, float64_s(torch.device("cpu")))
+
+
+def decide(found: torch.device, found_s: float, cpu_s: float) -> Choice:
+    """The device where it is the faster in float64, else the CPU, with the reason."""
+    measured = {str(found): found_s, "cpu": cpu_s}
+    if found_s < cpu_s:
+        return Choice(found, "", measured)
+    why = (
+        "has no float64"
+        if math.isinf(found_s)
+        else f"takes {1e3 * found_s:.0f} ms in float64 for a matrix that takes the CPU {1e3 * cpu_s:.0f} ms"
+    )
+    return Choice(torch.device("cpu"), f"{found} {why}: spectra are computed on the CPU", measured)
+
+
+def float64_s(device: torch.device) -> float:
+    """Seconds of one float64 spectrum of a `PROBED` matrix on the device, warmed up; ∞ where it has no float64."""
+    try:
+        A = torch.randn(PROBED, generator=torch.Generator().manual_seed(0)).to(device)
+        if device.type != "cpu":
+            full_spectrum(A)  # loads libraries and kernels
+        begun = time.perf_counter()
+        full_spectrum(A)  # ends on the host, so nothing is left running
+        return time.perf_counter() - begun
+    except (TypeError, NotImplementedError):  # as MPS answers to float64
+        return math.inf
+
+
+def import_beside(*modules: str) -> None:
+    """Import modules in the background: what is needed only at the end of a run costs nothing while it computes."""
+
+    def work() -> None:
+        for module in modules:
+            importlib.import_module(module)
+
+    threading.Thread(target=work, daemon=True).start()

@@ -1,0 +1,58 @@
+"""The device that computes: found by name, kept only where its float64 is measured to be the faster."""
+
+import math
+
+import pytest
+import torch
+
+from lowrank_probe.devices import choose_device, decide, float64_s, start
+from lowrank_probe.errors import ProbeError
+
+META = torch.device("meta")  # an accelerator that answers to nothing
+
+
+def test_the_cpu_is_itself_and_is_not_probed():
+    choice = choose_device("cpu")
+    assert (choice.device, choice.note, choice.float64_s) == (torch.device("cpu"), "", {})
+
+
+def test_auto_is_an_accelerator_only_where_there_is_one():
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    choice = choose_device("auto")
+    assert choice.device.type == expected or choice.note
+
+
+def test_a_device_without_float64_leaves_the_work_to_the_cpu_and_says_so():
+    assert math.isinf(float64_s(META))
+    choice = decide(META, float64_s(META), 0.1)
+    assert choice.device == torch.device("cpu")
+    assert choice.note == "meta has no float64: spectra are computed on the CPU"
+    assert choice.float64_s == {"meta": math.inf, "cpu": 0.1}
+
+
+def test_the_faster_of_two_measured_times_decides():
+    assert decide(META, 0.02, 0.1).device == META
+    assert decide(META, 0.02, 0.1).note == ""
+    slow = decide(META, 0.4, 0.1)
+    assert slow.device == torch.device("cpu")
+    assert slow.note == "meta takes 400 ms in float64 for a matrix that takes the CPU 100 ms: " + (
+        "spectra are computed on the CPU"
+    )
+
+
+def test_the_probe_measures_a_real_spectrum():
+    assert 0 < float64_s(torch.device("cpu")) < math.inf
+
+
+@pytest.mark.parametrize(
+    "asked", ["tpu", "cuda:99", "meta", "cpu:x", "mps:7" if not torch.backends.mps.is_available() else "x"]
+)
+def test_a_device_that_is_not_there_is_named(asked):
+    with pytest.raises(ProbeError, match=f"--device {asked}: (expected|found)"):
+        choose_device(asked)
+
+
+def test_a_start_in_the_background_swallows_the_error_that_the_choice_raises():
+    start("cuda:98")
+    with pytest.raises(ProbeError, match="cuda:98"):
+        choose_device("cuda:98")
