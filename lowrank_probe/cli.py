@@ -105,7 +105,6 @@ def spectrum(
     devices.start(device)
     from lowrank_probe import runs, spectra
 
-    devices.import_beside("lowrank_probe.reports", "plotly.offline", "jinja2", "pyarrow.parquet")
     if figures is not None:
         from lowrank_probe.figures import check_writable
 

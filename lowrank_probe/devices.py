@@ -5,7 +5,6 @@ Every spectrum here rests on float64. A laptop's GPU may have none (Apple's), or
 """
 
 import contextlib
-import importlib
 import math
 import threading
 import time
@@ -124,13 +123,3 @@ def float64_s(device: torch.device) -> float:
         return time.perf_counter() - begun
     except (TypeError, NotImplementedError):  # as MPS answers to float64
         return math.inf
-
-
-def import_beside(*modules: str) -> None:
-    """Import modules in the background: what is needed only at the end of a run costs nothing while it computes."""
-
-    def work() -> None:
-        for module in modules:
-            importlib.import_module(module)
-
-    threading.Thread(target=work, daemon=True).start()

@@ -25,7 +25,7 @@ Done = TypeVar("Done")
 
 MAX_WORKERS: Final = 4
 # Matrices read, copied and subtracted on a GPU's side while another is computed.
-READ_AHEAD: Final = 2
+READ_AHEAD: Final = 4
 # Computed beside each other there: one in the eigen-solver, the others in what follows it.
 COMPUTING: Final = 3
 SHARE_OF_LARGEST: Final = 0.72
