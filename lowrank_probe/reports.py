@@ -22,7 +22,8 @@ from lowrank_probe.figure_data import packed_spectra, verdict_alone
 from lowrank_probe.figure_spectra import opening, points_for
 from lowrank_probe.figure_style import Spec
 from lowrank_probe.figures import specs, write
-from lowrank_probe.runs import Result, load, plain, write_directory
+from lowrank_probe.outputs import write_directory
+from lowrank_probe.runs import Result, load, plain
 
 # Figure name → heading, and the one sentence on how to read it.
 READING: Final[dict[str, tuple[str, str]]] = {
