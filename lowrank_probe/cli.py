@@ -12,12 +12,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowrank_probe import interrupts
 from lowrank_probe.errors import ProbeError, printable
 
 if TYPE_CHECKING:
@@ -40,7 +41,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no note
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
 Figures = Annotated[Path | None, typer.Option("--figures", help="Also write every figure there, as SVG and PNG.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", text):
+        raise typer.BadParameter(f"{text!r}: expected auto, cpu, cuda, cuda:N or mps")
+    return text
+
+
+Device = Annotated[str, typer.Option("--device", callback=_device, help="auto, cpu, cuda, cuda:N or mps.")]
 
 
 def _version(asked: bool) -> None:
@@ -97,46 +106,65 @@ def spectrum(
     span = _layers(layers)
     if fail_on is not None and fail_on not in VERDICTS:
         raise typer.BadParameter(f"{fail_on!r}: expected one of {', '.join(VERDICTS)}", param_hint="--fail-on")
-    from lowrank_probe import cuda_driver
-
-    cuda_driver.wake(device)
-    from lowrank_probe import devices
-
-    devices.start(device)
-    from lowrank_probe import runs, spectra
-
-    if figures is not None:
-        from lowrank_probe.figures import check_writable
-
-        check_writable()  # before the minutes of work, not after them
-    last = tuned[-1] if tuned else base
-    directory = out or Path("probe-runs") / f"{_slug(last)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if top is not None and exact_tail:
+        raise typer.BadParameter("--exact-tail computes every value: leave one of the two out", param_hint="--top")
     options: dict[str, Any] = {
         "include": include or (), "exclude": exclude or (), "layers": span, "split": split, "top": top,
         "exact_tail": exact_tail, "base_rounded": base_rounded, "device": device, "seed": seed,
     }  # fmt: skip
-    if tuned and len(tuned) > 1:
-        results = _trajectory(base, tuned, directory, options, as_json, quiet)
+    with interrupts.ending_at_once():
+        from lowrank_probe import cuda_driver
+
+        cuda_driver.wake(device)
+        from lowrank_probe import devices
+
+        devices.start(device)
+        from lowrank_probe import spectra  # noqa: F401
+
+        if figures is not None:
+            from lowrank_probe.figures import check_writable
+
+            check_writable()  # before the minutes of work, not after them
+    with _directory(out, tuned[-1] if tuned else base) as directory:
+        if tuned and len(tuned) > 1:
+            results = _trajectory(base, tuned, directory, options, as_json, quiet)
+        else:
+            results = {"": _single(base, tuned[0] if tuned else None, directory, options, as_json, quiet)}
         _finish(directory, results, open_report, fail_on, figures, quiet)
-        return
+
+
+def _directory(out: Path | None, last: str) -> AbstractContextManager[Path]:
+    """The run directory: --out, or a new one that no other process has."""
+    from lowrank_probe.outputs import new_directory
+
+    named = f"{_slug(last)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return nullcontext(out) if out is not None else new_directory(Path("probe-runs") / named)
+
+
+def _single(
+    base: str, tuned: str | None, directory: Path, options: dict[str, Any], as_json: bool, quiet: bool
+) -> "Result":
+    """`probe spectrum` with one tuned side."""
+    from lowrank_probe import runs, spectra
+
     earlier = runs.unfinished(directory)
     with _progress(quiet) as on_progress:
         try:
-            result = spectra.spectrum(
-                base, tuned[0] if tuned else None, **options, resume=earlier, on_progress=on_progress
-            )
+            result = spectra.spectrum(base, tuned, **options, resume=earlier, on_progress=on_progress)
         except spectra.Interrupted as stopped:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not lose what is kept
             stopped.result.save(directory)
-            kept = len(stopped.result.table)
-            again = "the same command" if out else f"the same command with --out {directory}"
-            _note(f"interrupted: {kept} finished matrices kept in {directory}; {again} resumes", False)
-            raise typer.Exit(130) from None
+            kept = f"{len(stopped.result.table)} finished matrices kept in {directory}"
+            raise _stopped(kept, directory) from None
     result.save(directory)
     if earlier is not None:
         _note(f"resumed the interrupted run in {directory}: {len(earlier.table)} matrices were finished", quiet)
     _show(result, directory, as_json, quiet)
-    _finish(directory, {"": result}, open_report, fail_on, figures, quiet)
+    return result
+
+
+def _stopped(kept: str, directory: Path) -> interrupts.Stopped:
+    return interrupts.Stopped(printable(f"interrupted: {kept}; the same command with --out {directory} resumes"))
 
 
 def _trajectory(
@@ -151,6 +179,8 @@ def _trajectory(
 
     def on_step(label: str, result: "Result") -> None:
         nonlocal kept
+        if result.facts["status"] == "interrupted":
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # as above
         trajectories.save_step(directory, label, result)
         kept += result.facts["status"] == "complete"
 
@@ -161,9 +191,7 @@ def _trajectory(
             )
         found.save(directory)
     except (spectra.Interrupted, KeyboardInterrupt):
-        done = f"{kept} of {len(steps)} steps are finished in {directory}"
-        _note(f"interrupted: {done}; the same command with --out {directory} resumes", False)
-        raise typer.Exit(130) from None
+        raise _stopped(f"{kept} of {len(steps)} steps are finished in {directory}", directory) from None
     if earlier:
         _note(f"resumed the interrupted run in {directory}: {len(earlier)} steps were finished or begun", quiet)
     if as_json:
@@ -206,7 +234,8 @@ def report(
     figures: Figures = None,
 ) -> None:
     """Rebuild report.html of a run directory, and print its path."""
-    from lowrank_probe.reports import report as rebuild
+    with interrupts.ending_at_once():
+        from lowrank_probe.reports import report as rebuild
 
     print(rebuild(run, open_browser=open_report, figures_dir=figures))  # noqa: T201
     if figures is not None:
@@ -224,10 +253,14 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Train a tiny Llama on the standard library's source, fine-tune it on other text, and probe that real pair."""
-    from lowrank_probe import demos
+    with interrupts.ending_at_once():
+        from lowrank_probe import demos, spectra
 
-    with _progress(quiet) as on_progress:
-        result = demos.demo(out, seed=seed, on_progress=on_progress)
+    try:
+        with _progress(quiet) as on_progress:
+            result = demos.demo(out, seed=seed, on_progress=on_progress)
+    except spectra.Interrupted:  # the pair is kept, its spectra take a few seconds
+        raise interrupts.Stopped(interrupts.LINE) from None
     directory = Path(result.facts["demo"]["run"])
     _show(result, directory, as_json, quiet)
     if open_report:
@@ -235,7 +268,12 @@ def demo(
 
 
 def main() -> None:
-    """Entry point of `probe`: the one place where a `ProbeError` becomes text and an exit code."""
+    """The one place where a `ProbeError` becomes text and an exit code."""
+    with interrupts.one_line():
+        _main()
+
+
+def _main() -> None:
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -244,8 +282,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
-    # Importing torch and pandas sets off hundreds of collections, and leaving Python walks all of their objects once
-    # more: 0.7 s together. What is large here (tensors) is freed by reference counts.
+    # Importing torch and pandas sets off hundreds of collections. What is large here (tensors) is freed by reference
+    # counts.
     gc.set_threshold(200_000)
     try:
         app()
@@ -254,9 +292,6 @@ def main() -> None:
             raise
         print(f"error: {printable(error)}", file=sys.stderr)  # noqa: T201
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)  # noqa: T201
-        raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -265,8 +300,6 @@ def main() -> None:
             raise
         print(f"error: {printable(error.filename or 'output')}: {error.strerror or error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(1) from None
-    finally:
-        gc.freeze()
 
 
 def _layers(text: str | None) -> tuple[int, int] | None:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from lowrank_probe.errors import OutputError, ProbeError
+from lowrank_probe.outputs import ANOTHER_OUT, made, why
 
 if TYPE_CHECKING:
     from lowrank_probe.runs import Result
@@ -86,14 +87,14 @@ def train_pair(
     root, recipe = Path(out), recipe or Recipe()
     report = on_progress or _silent
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        if any(root.iterdir()):
-            raise OutputError(f"{root}: is not empty; choose another --out or remove what is in it")
-        with tempfile.TemporaryDirectory(dir=root, prefix=".training-") as scratch:
-            facts = _train_both(Path(scratch), seed, recipe, report)
-            (Path(scratch) / PAIR_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            for name in ("base", "finetuned", PAIR_FILE):  # pair.json last: where it is, the pair is whole
-                os.replace(Path(scratch) / name, root / name)
+        with made(root):
+            if any(root.iterdir()):
+                raise OutputError(f"{root}: is not empty; choose another --out or remove what is in it")
+            with tempfile.TemporaryDirectory(dir=root, prefix=".training-") as scratch:
+                facts = _train_both(Path(scratch), seed, recipe, report)
+                (Path(scratch) / PAIR_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+                for name in ("base", "finetuned", PAIR_FILE):  # pair.json last: where it is, the pair is whole
+                    os.replace(Path(scratch) / name, root / name)
     except OSError as error:
         raise _cannot_write(root, error) from None
     return root / "base", root / "finetuned"
@@ -396,16 +397,16 @@ def _cached_pair(seed: int, recipe: Recipe, key: str, on_progress: Progress | No
     home = _cache() / key
     if _is_pair(home, key):
         return home
+    elsewhere = "set LOWRANK_PROBE_CACHE to a directory that can be written"
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home.parent, prefix=".training-") as scratch:
+        with made(home.parent, elsewhere), tempfile.TemporaryDirectory(dir=home.parent, prefix=".training-") as scratch:
             fresh = Path(scratch) / "pair"
             train_pair(fresh, seed=seed, recipe=recipe, on_progress=on_progress)
             if not _is_pair(home, key):  # another demo may have finished first
                 shutil.rmtree(home, ignore_errors=True)
                 os.replace(fresh, home)
     except OSError as error:
-        raise _cannot_write(home.parent, error, "set LOWRANK_PROBE_CACHE to a directory that can be written") from None
+        raise _cannot_write(home.parent, error, elsewhere) from None
     return home
 
 
@@ -422,8 +423,7 @@ def _copy_pair(pair: Path, out: Path, key: str) -> Path:
     if _is_pair(out, key):
         return out
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".copying-") as scratch:
+        with made(out), tempfile.TemporaryDirectory(dir=out, prefix=".copying-") as scratch:
             for side in ("base", "finetuned"):
                 shutil.copytree(pair / side, Path(scratch) / side)
                 os.replace(Path(scratch) / side, out / side)
@@ -434,9 +434,9 @@ def _copy_pair(pair: Path, out: Path, key: str) -> Path:
     return out
 
 
-def _cannot_write(path: Path, error: OSError, mend: str = "free some space or choose another --out") -> OutputError:
+def _cannot_write(path: Path, error: OSError, elsewhere: str = ANOTHER_OUT) -> OutputError:
     name = Path(str(error.filename)).name if error.filename else "the pair"
-    return OutputError(f"{path}: cannot write {name}: {error.strerror or error}; {mend}")
+    return OutputError(f"{path}: cannot write {name}: {why(error, elsewhere)}")
 
 
 def _silent(phase: str, done: int, total: int) -> None:

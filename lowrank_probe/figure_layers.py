@@ -43,25 +43,29 @@ class Metric:
     """How a column is shown: its label, the flag that says whether it can be trusted, its colours on the heat map.
 
     colours: "relative" diverges about the verdict's thresholds, "share" runs from 0 to 1, "size" from 0 to the largest.
+    whole: a rank, whose medians are written as whole numbers.
     """
 
     label: str
     flag: str = ""
     colours: Literal["relative", "share", "size"] = "size"
     percent: bool = False
+    whole: bool = False
 
     @property
     def form(self) -> str:
         """The d3 format of one value."""
+        if self.whole:
+            return ".0f"
         return ".1%" if self.percent and self.colours == "share" else ".2~%" if self.percent else ".4~g"
 
 
 METRICS: Final[dict[str, Metric]] = {
     "relative_r90": Metric("r90 ÷ noise's r90", "decidable_r90", "relative"),
-    "r90": Metric("r90, as stored", "decidable_r90"),
-    "r90_denoised": Metric("r90, denoised", "decidable_r90"),
-    "r50": Metric("r50, as stored", "decidable_r50"),
-    "signal_rank": Metric("signal rank", "decidable_signal_rank"),
+    "r90": Metric("r90, as stored", "decidable_r90", whole=True),
+    "r90_denoised": Metric("r90, denoised", "decidable_r90", whole=True),
+    "r50": Metric("r50, as stored", "decidable_r50", whole=True),
+    "signal_rank": Metric("signal rank", "decidable_signal_rank", whole=True),
     "stable_rank": Metric("stable rank"),
     "energy_16": Metric("energy kept by rank 16", "", "share", percent=True),
     "relative_update": Metric("size of the update", percent=True),
@@ -173,10 +177,7 @@ def bracket_spec(table: pd.DataFrame) -> Spec:
         ]
         left, above = (i % wide) * (width + gap_x), 1 - (i // wide) * (height + gap_y)
         span: Spec = {"range": [int(layers.min()) - 0.8, int(layers.max()) + 0.8]}
-        if layers.max() < 0:
-            span |= {"tickvals": [-1], "ticktext": ["outside the blocks"]}
-        elif len(layers) < 8:
-            span |= {"tickvals": layers.tolist()}
+        span |= _layer_ticks(layers)
         axes[f"xaxis{x[1:]}"] = axis(anchor=y, domain=[left, left + width], **span)
         tall: Spec = {"domain": [max(0.0, above - height), above], "range": [-0.06 * top, 1.14 * top], "nticks": 6}
         axes[f"yaxis{y[1:]}"] = axis(anchor=x, automargin=True, **tall)
@@ -189,6 +190,16 @@ def bracket_spec(table: pd.DataFrame) -> Spec:
     drawn["layout"] |= axes
     drawn["layout"]["legend"]["y"] = 1 + 34 / (_PANEL * high)  # above the panels' titles
     return drawn
+
+
+def _layer_ticks(layers: Any) -> Spec:
+    """At most 8 ticks of a numeric axis, all of them layers: plotly's own fall between them where there are few."""
+    blocks = layers[layers >= 0].tolist()
+    ticks = blocks[:: max(1, -(-len(blocks) // 8))]
+    words = [str(n) for n in ticks]
+    if len(blocks) < len(layers):
+        ticks, words = [-1, *ticks], [OUTSIDE if blocks else "outside the blocks", *words]
+    return {"tickvals": ticks, "ticktext": words}
 
 
 def _layer_axis(columns: list[str]) -> Spec:
@@ -250,7 +261,7 @@ def _bracket_traces(layers: Any, part: dict[str, Any], colour: str, top: float) 
     return [
         scatter(layers[known].tolist(), numbers(low), "bracket", mode="markers", error_y=bars,
                 marker={"color": colour, "size": 5}, customdata=numbers(high),
-                hovertemplate="layer %{x}: r90 between %{y:.5~g} and %{customdata:.5~g}<extra></extra>"),
+                hovertemplate="layer %{x}: r90 between %{y:.0f} and %{customdata:.0f}<extra></extra>"),
         scatter(unknown.tolist(), [0] * len(unknown), "undecidable", mode="text",
                 text=np.where(noisy, "?", "–").tolist(),
                 textfont={"color": INK, "size": 13 if len(unknown) < 25 else 8},

@@ -16,7 +16,8 @@ from typing import Any, Final
 import pandas as pd
 import plotly.graph_objects as go
 
-from lowrank_probe.errors import OutputError, ProbeError
+from lowrank_probe import outputs
+from lowrank_probe.errors import ProbeError
 from lowrank_probe.figure_layers import (
     METRICS,
     bracket_spec,
@@ -139,20 +140,18 @@ def write(result: Result, directory: str | os.PathLike[str]) -> list[Path]:
     check_writable()
     import kaleido
 
-    root = Path(directory)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{root}: cannot write figures there: {error.strerror}; choose another --figures") from None
-    if not os.access(root, os.W_OK):
-        raise OutputError(f"{root}: no permission to write figures there; choose another --figures")
-    jobs = list(_jobs(specs(result), root))
-    try:
-        # Mathjax comes from the network and none of the figures needs it.
-        kaleido.write_fig_from_object_sync(jobs, cancel_on_error=True, kopts={"mathjax": False})
-    except Exception as error:  # the browser's protocol raises errors of many kinds
-        said = str(error.args[0] if error.args else error)
-        raise ProbeError(f"{root}: the browser did not draw the figures: {said} Is it a working Chromium?") from error
+    root, elsewhere = Path(directory), "choose another --figures"
+    with outputs.made(root, elsewhere):
+        outputs.check_writable(root, elsewhere)
+        jobs = list(_jobs(specs(result), root))
+        try:
+            # Mathjax comes from the network and none of the figures needs it.
+            kaleido.write_fig_from_object_sync(jobs, cancel_on_error=True, kopts={"mathjax": False})
+        except Exception as error:  # the browser's protocol raises errors of many kinds
+            said = str(error.args[0] if error.args else error)
+            raise ProbeError(
+                f"{root}: the browser did not draw the figures: {said} Is it a working Chromium?"
+            ) from error
     return [Path(job["path"]) for job in jobs]
 
 

@@ -22,7 +22,9 @@ from lowrank_probe.figure_data import packed_spectra, verdict_alone
 from lowrank_probe.figure_spectra import opening, points_for
 from lowrank_probe.figure_style import Spec
 from lowrank_probe.figures import specs, write
-from lowrank_probe.runs import Result, load, plain, write_directory
+from lowrank_probe.outputs import write_directory
+from lowrank_probe.runs import Result, load, plain
+from lowrank_probe.terminal import _rank
 
 # Figure name → heading, and the one sentence on how to read it.
 READING: Final[dict[str, tuple[str, str]]] = {
@@ -154,6 +156,7 @@ def _template() -> jinja2.Template:
     environment = page_environment()
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
     environment.filters["number"] = _number
+    environment.filters["rank"] = _rank
     environment.filters["percent"] = lambda value: f"{_number(100 * value)} %" if _known(value) else "–"
     return environment.get_template("report.html.j2")
 

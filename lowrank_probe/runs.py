@@ -1,13 +1,13 @@
 """`Result`: what a run found, in memory and as a run directory.
 
 A run directory holds table.parquet and table.csv (one row a matrix), singular_values.parquet, ledger.csv, summary.csv,
-timeline.csv, report.html and, written last, facts.json. All are written aside and renamed into place.
+timeline.csv, report.html and, written last, facts.json, which has the size and checksum of the files that `load` reads.
 """
 
+import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 from lowrank_probe.columns import LEDGER
 from lowrank_probe.errors import CheckpointError, OutputError
+from lowrank_probe.outputs import check_writable, write_directory
 from lowrank_probe.verdicts import summarise
 
 SCHEMA_VERSION: Final = 1
 TIMELINE: Final = ("name", "phase", "start_s", "stop_s")
+_READ: Final = ("table.parquet", "ledger.csv", "timeline.csv", "singular_values.parquet")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,10 @@ class Result:
         """Write the run directory, facts.json last; returns its path. Raises `OutputError` naming what failed."""
         from lowrank_probe.reports import render
 
-        text = json.dumps(plain(self.facts), indent=2, ensure_ascii=False) + "\n"
+        def facts(aside: Path) -> str:
+            told = plain(self.facts) | {"files": {name: _checksum(aside / name) for name in _READ}}
+            return json.dumps(told, indent=2, ensure_ascii=False) + "\n"
+
         files: dict[str, Callable[[Path], Any]] = {
             "table.parquet": lambda p: self.table.to_parquet(p, index=False),
             "table.csv": lambda p: self.table.to_csv(p, index=False),
@@ -67,7 +72,7 @@ class Result:
             "timeline.csv": lambda p: self.timeline.to_csv(p, index=False, float_format="%.6f"),
             "singular_values.parquet": lambda p: self._long().to_parquet(p, index=False),
             "report.html": lambda p: p.write_text(render(self), encoding="utf-8"),
-            "facts.json": lambda p: p.write_text(text, encoding="utf-8"),
+            "facts.json": lambda p: p.write_text(facts(p.parent), encoding="utf-8"),
         }
         return write_directory(Path(directory), files)
 
@@ -99,7 +104,10 @@ class Result:
 
 
 def load(directory: str | os.PathLike[str]) -> Result:
-    """Read a run directory back. Raises `CheckpointError` where it is none, or was written by a newer version."""
+    """Read a run directory back.
+
+    Raises `CheckpointError` where it is none, a file is not as it was written, or a newer version wrote it.
+    """
     root = Path(directory)
     if not (root / "facts.json").exists():
         raise CheckpointError(f"{root}: not a run directory (no facts.json in it)")
@@ -111,11 +119,18 @@ def load(directory: str | os.PathLike[str]) -> Result:
             raise CheckpointError(
                 f"{root}: written by a newer lowrank_probe (schema {facts['schema_version']}); upgrade"
             )
+        for name, written in facts.pop("files", {}).items():
+            found = _checksum(root / name)
+            if found != written:
+                raise ValueError(
+                    f"{name} is not as it was written ({found['n_bytes']} bytes, expected {written['n_bytes']}; "
+                    "truncated or edited?)"
+                )
         table = pd.read_parquet(root / "table.parquet")
         ledger = _read_ledger(root / "ledger.csv")
         long = pd.read_parquet(root / "singular_values.parquet")
         timeline = pd.read_csv(root / "timeline.csv", usecols=list(TIMELINE))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{root}: is not a complete run directory: {error}") from None
     values, denoised = {}, {}
     for name, part in long.groupby("name", sort=False):
@@ -123,6 +138,11 @@ def load(directory: str | os.PathLike[str]) -> Result:
         if not part["sigma_denoised"].isna().all():
             denoised[str(name)] = part["sigma_denoised"].to_numpy(dtype=np.float64)
     return Result(table, ledger, values, denoised, facts, timeline)
+
+
+def _checksum(file: Path) -> dict[str, Any]:
+    data = file.read_bytes()
+    return {"n_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _read_ledger(file: Path) -> pd.DataFrame:
@@ -152,14 +172,8 @@ def unfinished(directory: str | os.PathLike[str]) -> Result | None:
     Raises `OutputError` where it holds anything else, or cannot be written.
     """
     root = Path(directory)
-    above = root if root.exists() else next(parent for parent in root.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise OutputError(f"{above}: is a file (expected a directory for --out)")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise OutputError(f"{above}: no permission to write there; choose another --out")
-    if not root.exists():
-        return None
-    if not any(root.iterdir()):
+    check_writable(root)
+    if not root.exists() or not any(root.iterdir()):
         return None
     if (root / "facts.json").exists():
         earlier = load(root)
@@ -167,28 +181,3 @@ def unfinished(directory: str | os.PathLike[str]) -> Result | None:
             return earlier
         raise OutputError(f"{root}: already holds a finished run; choose another --out or remove it")
     raise OutputError(f"{root}: is not empty; choose another --out")
-
-
-def write_directory(root: Path, files: dict[str, Callable[[Path], Any]]) -> Path:
-    """Write every file aside, then rename them into place in order: the last one tells that all are there.
-
-    Raises `OutputError` naming what failed; then nothing of this call stays behind.
-    """
-    fresh = not root.exists()
-    aside = root / ".part"
-    name = root.name
-    try:
-        aside.mkdir(parents=True, exist_ok=True)
-        for name, write in files.items():
-            write(aside / name)
-        for name in files:
-            os.replace(aside / name, root / name)
-    except OSError as error:
-        raise OutputError(
-            f"{root}: cannot write {name}: {error.strerror or error}; free some space or choose another --out"
-        ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if fresh and root.exists() and not any(root.iterdir()):
-            root.rmdir()
-    return root

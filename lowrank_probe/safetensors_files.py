@@ -23,7 +23,10 @@ STAGE_BYTES: Final = 1 << 23
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """name → `TensorInfo` of one safetensors file, checked against the file's size and each tensor's shape."""
+    """name → `TensorInfo` of one safetensors file, checked against each tensor's shape, the others and the file's size.
+
+    As in the official library the tensors must fill the file from the header to its end without hole or overlap.
+    """
     try:
         size = file.stat().st_size
         with open(file, "rb") as handle:
@@ -62,7 +65,25 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(
                 f"{file}: tensor {info.name} ends at byte {info.stop} of {size}; truncated? download it again"
             )
+    _check_layout(file, infos, 8 + length, size)
     return infos
+
+
+def _check_layout(file: Path, infos: dict[str, TensorInfo], start: int, size: int) -> None:
+    """Raise `CheckpointError` unless the tensors follow each other from byte `start` to byte `size`, the end."""
+    end, before = start, "the header"
+    for info in sorted(infos.values(), key=lambda info: (info.start, info.stop)):
+        if info.start < end:
+            raise CheckpointError(f"{file}: tensors {before} and {info.name} overlap; damaged? download it again")
+        if info.start > end:
+            hole = f"{info.start - end} bytes between {before} and tensor {info.name} belong to no tensor"
+            raise CheckpointError(f"{file}: {hole}; damaged? download it again")
+        end, before = info.stop, info.name
+    if end < size:
+        raise CheckpointError(
+            f"{file}: {size - end} bytes after its last tensor belong to no tensor (it should end at byte {end}); "
+            "damaged? download it again"
+        )
 
 
 def read_entries(info: TensorInfo, first: int, count: int, device: str | torch.device = "cpu") -> Tensor:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import FrameType
@@ -38,7 +38,7 @@ def run_jobs(
     load: Callable[[Item], Loaded],
     compute: Callable[[Item, Loaded], Done],
     device: torch.device,
-) -> Iterator[Done]:
+) -> Generator[Done, None, None]:
     """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
     entries: the size of an item's matrix. Closing the iterator (Ctrl-C) waits for what is running and drops the rest.

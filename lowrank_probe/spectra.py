@@ -6,6 +6,7 @@ Legend: m out, n in, k = min(m, n); one row of the table a matrix, its columns d
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -84,6 +85,8 @@ def spectrum(
     """
     if top is not None and top < 1:
         raise ProbeError(f"top={top}: expected at least 1 singular value, or None for all of them")
+    if top is not None and exact_tail:
+        raise ProbeError(f"top={top} and exact_tail=True: exact_tail computes every value; leave one of the two out")
     if layers is not None and not (isinstance(layers, Sequence) and len(layers) == 2 and 0 <= layers[0] <= layers[1]):
         raise ProbeError(f"layers={layers}: expected (first, last) with 0 ≤ first ≤ last")
     if isinstance(include, str) or isinstance(exclude, str):
@@ -119,7 +122,9 @@ def spectrum(
         run.work(Settings(where, top, exact_tail, base_rounded, seed).with_turns(), on_progress)
     except KeyboardInterrupt:
         run.facts["status"] = "interrupted"
-        raise Interrupted(run.result(headers_s)) from None
+        with interruptible():  # a second Ctrl-C must not lose what is finished
+            kept = run.result(headers_s)
+        raise Interrupted(kept) from None
     return run.result(headers_s)
 
 
@@ -196,8 +201,9 @@ class _Run:
         total = sum(size(pair) for pair in self.matching.pairs)
         done = sum(size(pair) for pair in self.matching.pairs if pair.key in self.done)
         todo = [pair for pair in self.matching.pairs if pair.key not in self.done]
-        with interruptible() as asked_to_stop:
-            for result in run_jobs(todo, size, load, compute, settings.device):
+        # Closed here: left to the garbage collector, what a second Ctrl-C raises would be printed and ignored.
+        with interruptible() as asked_to_stop, closing(run_jobs(todo, size, load, compute, settings.device)) as jobs:
+            for result in jobs:
                 self.done[result.pair.key] = result
                 done += size(result.pair)
                 if on_progress:

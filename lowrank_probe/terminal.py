@@ -79,7 +79,8 @@ def _number(value: float) -> str:
 
 
 def _rank(value: float) -> str:
-    return f"{value:.0f}" if math.isfinite(value) else "?"
+    """A rank, or the median of several, as a whole number; halves go up, as in the figures."""
+    return str(math.floor(value + 0.5)) if math.isfinite(value) else "?"
 
 
 def _percent(value: float) -> str:

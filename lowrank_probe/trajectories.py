@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ from lowrank_probe.devices import choose_device
 from lowrank_probe.errors import OutputError, ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.layers import is_conv1d, sort_key
-from lowrank_probe.runs import SCHEMA_VERSION, Result, plain, write_directory
+from lowrank_probe.outputs import made, write_directory
+from lowrank_probe.runs import SCHEMA_VERSION, Result, plain
 from lowrank_probe.scheduling import interruptible, run_jobs
 from lowrank_probe.spectra import Interrupted, Progress
 from lowrank_probe.subspaces import (
@@ -218,9 +219,9 @@ class _Comparison:
         sizes = {name: math.prod(self._shape(pairs[name])) for name in names}
         rows: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
         done = 0
-        with interruptible() as asked_to_stop:
-            base = partial(self._base_matrix, pairs)
-            for name, found in run_jobs(names, sizes.__getitem__, base, self._matrix, self.device):
+        jobs = run_jobs(names, sizes.__getitem__, partial(self._base_matrix, pairs), self._matrix, self.device)
+        with interruptible() as asked_to_stop, closing(jobs):
+            for name, found in jobs:
                 rows[name] = found
                 done += sizes[name]
                 if on_progress:
@@ -301,10 +302,17 @@ def step_labels(steps: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 def save_step(root: Path, label: str, result: Result) -> None:
     """Save one step's run directory in a trajectory's, which is marked as unfinished until `Trajectory.save`."""
-    if not (root / FACTS).exists():
-        text = _json({"schema_version": SCHEMA_VERSION, "status": "interrupted"})
-        write_directory(root, {FACTS: lambda p: p.write_text(text, encoding="utf-8")})
-    result.save(root / label)
+    first = not (root / FACTS).exists()
+    with made(root):
+        if first:
+            text = _json({"schema_version": SCHEMA_VERSION, "status": "interrupted"})
+            write_directory(root, {FACTS: lambda p: p.write_text(text, encoding="utf-8")})
+        try:
+            result.save(root / label)
+        except BaseException:
+            if first:
+                (root / FACTS).unlink(missing_ok=True)
+            raise
 
 
 def unfinished_steps(directory: str | os.PathLike[str], labels: Sequence[str]) -> dict[str, Result]:
@@ -381,8 +389,9 @@ def _medians(part: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 def _holds(directory: Path, result: Result) -> bool:
     """Whether a run directory is of this very result."""
     try:
-        return bool(json.loads((directory / "facts.json").read_text(encoding="utf-8")) == plain(result.facts))
-    except (OSError, ValueError):
+        facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
+        return bool(facts == plain(result.facts) | {"files": facts["files"]})
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

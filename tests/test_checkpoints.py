@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pairs import llama_tensors, write, write_sharded
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lowrank_probe import CheckpointError, deltas
@@ -212,6 +213,37 @@ def test_a_header_that_is_not_what_the_format_asks_for(tmp_path, header):
 def test_an_entry_that_contradicts_itself(tmp_path, tensor, words):
     raw_file(tmp_path / "model.safetensors", {"planted": tensor}, b"\0" * 16)
     refused(tmp_path, "planted", words)
+
+
+LAYOUTS = {
+    "trailing": ({"a": entry(), "b": entry(start=16, stop=32)}, 40, "8 bytes after its last tensor belong to no"),
+    "overlap": ({"a": entry(), "b": entry(start=8, stop=24)}, 24, "tensors a and b overlap"),
+    "the same bytes": ({"a": entry(), "b": entry()}, 16, "tensors a and b overlap"),
+    "hole": ({"a": entry(), "b": entry(start=24, stop=40)}, 40, "8 bytes between a and tensor b belong to no tensor"),
+    "hole in front": ({"a": entry(start=4, stop=20)}, 20, "4 bytes between the header and tensor a belong to no"),
+    "no tensor": ({}, 16, "16 bytes after its last tensor"),
+    "a name given twice": (
+        b'{"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}, '
+        b'"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}', 8, "4 bytes between the header and tensor a",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("header", "n_bytes", "words"), LAYOUTS.values(), ids=LAYOUTS)
+def test_tensors_that_do_not_fill_the_file_are_refused_as_by_the_official_library(tmp_path, header, n_bytes, words):
+    file = raw_file(tmp_path / "model.safetensors", header, b"\0" * n_bytes)
+    refused(tmp_path, file, words, "damaged? download it again")
+    with pytest.raises(SafetensorError), safe_open(file, "pt"):
+        pass
+
+
+def test_tensors_in_any_order_and_empty_ones_fill_the_file_as_for_the_official_library(tmp_path):
+    empty = {"dtype": "F32", "shape": [0, 4]}
+    header = {"late": entry(start=16, stop=32), "early": entry(), "zero": empty | {"data_offsets": [16, 16]},
+              "first": empty | {"data_offsets": [0, 0]}, "last": empty | {"data_offsets": [32, 32]}}  # fmt: skip
+    file = raw_file(tmp_path / "model.safetensors", header, b"\0" * 32)
+    with safe_open(file, "pt") as official:
+        assert set(read_header(file)) == set(official.keys()) == set(header)
 
 
 def test_read_header_agrees_with_the_real_writer(tmp_path):

@@ -129,6 +129,11 @@ def test_no_arguments_show_the_help():
         (["spectrum", "a", "b", "--layers", "3-0"], "--layers"),
         (["spectrum", "a", "b", "--top", "0"], "--top"),
         (["spectrum", "a", "b", "--top", "many"], "--top"),
+        (["spectrum", "a", "b", "--top", "4", "--exact-tail"], "leave one of the two out"),
+        (["spectrum", "a", "b", "c", "--exact-tail", "--top", "4"], "leave one of the two out"),
+        (["spectrum", "a", "b", "--device", "gpu"], "expected auto, cpu, cuda, cuda:N or mps"),
+        (["spectrum", "a", "b", "--device", "cuda:x"], "expected auto, cpu, cuda, cuda:N or mps"),
+        (["spectrum", "a", "b", "--device", "xpu"], "--device"),
         (["spectrum", "a", "b", "--seed", "x"], "--seed"),
         (["spectrum", "a", "b", "--nope"], "--nope"),
         (["spectre", "a"], "spectre"),
@@ -246,6 +251,35 @@ def test_a_missing_checkpoint(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_device_that_is_not_there_is_no_wrong_usage(planted, tmp_path):
+    words = ["--device cuda:63: found", "CUDA devices", "use --device cpu"]
+    fails("spectrum", *planted, "--device", "cuda:63", cwd=tmp_path, words=words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_that_another_process_made_is_left_to_it(planted, tmp_path):
+    now = time.time()
+    taken = {f"tuned-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now + i))}" for i in range(-1, 120)}
+    for name in taken:
+        (tmp_path / "probe-runs" / name).mkdir(parents=True)
+    probe("spectrum", *planted, "--top", "2", cwd=tmp_path)
+    (run,) = [path for path in (tmp_path / "probe-runs").iterdir() if path.name not in taken]
+    assert run.name.removesuffix("-2") in taken
+    assert len(lp.load(run).table) == 9
+    assert not any(any((tmp_path / "probe-runs" / name).iterdir()) for name in taken)
+
+
+def test_runs_started_at_once_all_come_whole(planted, tmp_path):
+    command = [PROBE, "spectrum", *map(str, planted), "--top", "2", "--quiet", "--seed"]
+    seeds = ["1", "2", "3"]
+    started = [subprocess.Popen([*command, seed], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+               for seed in seeds]  # fmt: skip
+    assert [process.wait(120) for process in started] == [0, 0, 0]
+    found = [lp.load(run) for run in (tmp_path / "probe-runs").iterdir()]
+    assert sorted(str(result.facts["options"]["seed"]) for result in found) == seeds
+    assert {len(result.table) for result in found} == {9}
+
+
 def test_debug_shows_the_traceback(tmp_path):
     _, stderr = probe("--debug", "spectrum", tmp_path / "nope", tmp_path / "nope", code=1)
     assert "Traceback" in stderr
@@ -277,9 +311,18 @@ def test_no_space_for_the_output(planted, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    words = [tmp_path / "run", "cannot write", "free some space"]
-    fails("spectrum", *planted, "--out", tmp_path / "run", words=words, preexec_fn=limit)
+    words = [tmp_path / "a" / "run", "cannot write", "larger than a file may be here", "ulimit -f"]
+    fails("spectrum", *planted, "--out", tmp_path / "a" / "run", words=words, preexec_fn=limit)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_report_of_a_truncated_run(planted, tmp_path):
+    probe("spectrum", *planted, "--out", tmp_path / "run")
+    before = (tmp_path / "run" / "report.html").read_bytes()
+    os.truncate(tmp_path / "run" / "ledger.csv", 200)
+    words = [tmp_path / "run", "ledger.csv is not as it was written (200 bytes, expected ", "truncated"]
+    fails("report", tmp_path / "run", words=words)
+    assert (tmp_path / "run" / "report.html").read_bytes() == before
 
 
 def test_report_of_no_run(tmp_path):

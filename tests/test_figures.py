@@ -125,6 +125,39 @@ def test_bracket_null_and_thresholds_are_the_tables(result):
     assert len({t.xaxis for t in figure.data if t.name == "null"}) == len(titles)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 8, 9, 30, 48])
+def test_every_tick_of_a_layer_axis_is_a_layer(layers):
+    result = build(layers=layers, hidden=16)
+    here = set(result.table["layer"].dropna())
+    drawn = figures.bracket(result).layout
+    axes = [drawn[key] for key in drawn if key.startswith("xaxis")]
+    assert len(axes) == 9
+    for axis in axes:
+        if axis.ticktext == ("outside the blocks",):
+            assert axis.tickvals == (-1,)
+        else:
+            assert set(axis.tickvals) <= here
+            assert axis.ticktext == tuple(map(str, axis.tickvals))
+            assert min(layers, 5) <= len(axis.tickvals) <= 8
+    for figure in (figures.heatmap(result.table), figures.relative_update(result.table)):
+        assert figure.layout.xaxis.type == "category"
+        assert set(figure.layout.xaxis.tickvals) <= {*map(str, here), "outside"}
+
+
+def test_a_type_inside_and_outside_of_the_blocks_names_both():
+    result = build(layers=2, types=("q",))
+    axis = figures.bracket(replace(result, table=result.table.assign(layer_type="q"))).layout.xaxis
+    assert (axis.tickvals, axis.ticktext) == ((-1, 0, 1), ("outside", "0", "1"))
+
+
+def test_hovering_shows_ranks_as_whole_numbers(result):
+    bracket = figures.bracket(result)
+    assert "between %{y:.0f} and %{customdata:.0f}" in bracket.data[0].hovertemplate
+    formats = {name: metric.form for name, metric in figures.METRICS.items()}
+    ranks = {"r90", "r90_denoised", "r50", "signal_rank"}
+    assert {name for name, form in formats.items() if form == ".0f"} == ranks
+
+
 def test_relative_update_is_the_tables_by_layer(result):
     figure = figures.relative_update(result.table)
     assert [t.name for t in figure.data] == figure_data.groups(result.table)
@@ -383,5 +416,5 @@ def test_figures_cannot_be_written_into_a_file(result, tmp_path):
     if not Path("/usr/bin/chromium").exists():
         pytest.skip("/usr/bin/chromium is missing: apt-get install chromium")
     (tmp_path / "taken").write_text("a file", encoding="utf-8")
-    with pytest.raises(OutputError, match="taken: cannot write figures there"):
+    with pytest.raises(OutputError, match="taken: cannot be made: File exists; choose another --figures"):
         figures.write(result, tmp_path / "taken")

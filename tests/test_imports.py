@@ -37,7 +37,9 @@ except SystemExit as stop:
     assert python(code).splitlines()[-1].split() == []
 
 
-@pytest.mark.parametrize("module", ["metrics", "layers", "errors", "cli", "columns"])
+@pytest.mark.parametrize(
+    "module", ["metrics", "layers", "errors", "cli", "columns", "interrupts", "outputs", "__main__"]
+)
 def test_modules_that_need_no_torch(module):
     assert "torch" not in python(f"import lowrank_probe.{module}; {REPORT}").split()
 

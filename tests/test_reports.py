@@ -14,6 +14,7 @@ from lowrank_probe import reports
 from lowrank_probe.columns import LEDGER, TABLE
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.figure_data import verdict_alone
+from lowrank_probe.terminal import _rank, print_summary
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7 * 7 }}"
 
@@ -96,6 +97,28 @@ def test_verdicts_and_evidence_are_in_the_page(result, page):
     counts = [result.summary["verdict"].str.startswith(word).sum() for word in ("low-rank", "not low-rank", "undecid")]
     assert all(counts)
     assert "Of 9 layer types: {} low-rank, {} not low-rank, {} undecidable.".format(*counts) in page
+
+
+def test_medians_of_ranks_are_the_same_whole_numbers_in_the_terminal_and_in_the_page(capsys):
+    result = build(layers=2, types=("q",))
+    of_q = result.table["layer_type"] == "q"
+    for column, values in {"r90_low": [6, 7], "r90_high": [9, 12], "null_r90": [40, 41]}.items():
+        result.table.loc[of_q, column] = values
+    result.table.loc[of_q, ["decidable_r90", "decidable_r50"]] = True
+    print_summary(result)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["q"]]
+    assert line.split()[7:9] == ["7–11", "41"]
+    card = re.search(r"<h3>q</h3>.*?</li>", reports.render(result), re.S)[0]
+    assert 'aria-label="r90 from 7 to 11, noise 41"' in card
+    assert "<span>r90 7 to 11</span><span>noise 41</span>" in card
+    assert not re.search(r"r90 [^<]*\d\.\d", card.partition('class="evidence"')[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(6.0, "6"), (6.5, "7"), (7.5, "8"), (2088.5, "2089"), (np.nan, "?"), (np.inf, "?")]
+)
+def test_halves_of_ranks_go_up(value, shown):
+    assert _rank(value) == shown
 
 
 def test_undecidable_brackets_show_no_number(result, page):

@@ -162,6 +162,47 @@ def test_load_of_damaged_facts(tmp_path, text):
         lp.load(tmp_path)
 
 
+CUTS = {"half": 0.5, "one-line": None, "last-byte": -1}
+
+
+@pytest.mark.parametrize("file", ["ledger.csv", "timeline.csv", "table.parquet", "singular_values.parquet"])
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_load_of_a_truncated_file(everything, tmp_path, file, cut):
+    everything.save(tmp_path)
+    whole = (tmp_path / file).read_bytes()
+    size = {None: whole.rstrip(b"\n").rfind(b"\n") + 1, 0.5: len(whole) // 2, -1: len(whole) - 1}[cut]
+    (tmp_path / file).write_bytes(whole[:size])
+    expected = f"{file} is not as it was written \\({size} bytes, expected {len(whole)}"
+    with pytest.raises(CheckpointError, match=rf"is not a complete run directory: {expected}; truncated or edited\?\)"):
+        lp.load(tmp_path)
+    with pytest.raises(CheckpointError, match=expected):
+        lp.report(tmp_path)
+
+
+def test_load_of_a_file_edited_to_the_same_length(everything, tmp_path):
+    everything.save(tmp_path)
+    text = (tmp_path / "ledger.csv").read_text(encoding="utf-8")
+    (tmp_path / "ledger.csv").write_text(text.replace("analysed", "excluded"), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"ledger\.csv is not as it was written"):
+        lp.load(tmp_path)
+
+
+def test_an_interrupted_run_that_was_truncated_does_not_resume(tmp_path):
+    result = build(layers=1, types=("q",))
+    replace(result, facts=result.facts | {"status": "interrupted"}).save(tmp_path)
+    (tmp_path / "ledger.csv").write_bytes((tmp_path / "ledger.csv").read_bytes()[:-30])
+    with pytest.raises(CheckpointError, match=r"ledger\.csv is not as it was written"):
+        runs.unfinished(tmp_path)
+
+
+def test_a_run_without_checksums_is_read(everything, tmp_path):
+    everything.save(tmp_path)
+    facts = json.loads((tmp_path / "facts.json").read_text(encoding="utf-8"))
+    assert set(facts.pop("files")) == {"table.parquet", "ledger.csv", "timeline.csv", "singular_values.parquet"}
+    (tmp_path / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    same(lp.load(tmp_path), everything)
+
+
 def test_load_of_a_newer_schema(tmp_path):
     result = build(layers=1, types=("q",))
     replace(result, facts=result.facts | {"schema_version": runs.SCHEMA_VERSION + 1}).save(tmp_path)
@@ -200,7 +241,7 @@ def test_a_directory_of_something_else_is_not_touched(tmp_path):
 
 def test_an_output_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match=r"is a file \(expected a directory for --out\)"):
+    with pytest.raises(OutputError, match=r"is a file \(expected a directory\); choose another --out"):
         runs.unfinished(tmp_path / "file")
 
 
@@ -258,14 +299,16 @@ def full_disk(tmp_path):
 
 def test_no_space_is_told_and_leaves_nothing(full_disk):
     result = build(layers=1, types=("q",))
-    with pytest.raises(OutputError, match=r"cannot write \S+: No space left on device; free some space"):
+    with pytest.raises(
+        OutputError, match=r"cannot write \S+: the disk is full; free some space or choose another --out"
+    ):
         result.save(full_disk / "run")
     assert list(full_disk.iterdir()) == []
 
 
 def test_no_space_keeps_what_an_interrupted_run_had_written(full_disk):
     (full_disk / "facts.json").write_text("{}")
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match="the disk is full"):
         build(layers=1, types=("q",)).save(full_disk)
     assert [file.name for file in full_disk.iterdir()] == ["facts.json"]
 

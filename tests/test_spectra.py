@@ -327,7 +327,7 @@ def test_fewer_moved_rows_than_columns_can_be_saved_and_loaded(tmp_path):
         np.testing.assert_array_equal(again.denoised_values[name], values)
 
 
-@pytest.mark.parametrize("wrong", [{"top": 0}, {"layers": (3, 1)}, {"layers": (-1, 1)}])
+@pytest.mark.parametrize("wrong", [{"top": 0}, {"top": 4, "exact_tail": True}, {"layers": (3, 1)}, {"layers": (-1, 1)}])
 def test_impossible_options_are_refused_by_name(tmp_path, wrong):
     with pytest.raises(lp.ProbeError, match=next(iter(wrong))):
         lp.spectrum(*pair(tmp_path), **wrong)

@@ -1,0 +1,95 @@
+"""Output directories: made exclusively, filled whole or not at all, and gone again where nothing came of them."""
+
+import errno
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from lowrank_probe.errors import OutputError
+
+ANOTHER_OUT: Final = "choose another --out"
+_REASONS: Final = {
+    errno.EACCES: "no permission to write there",
+    errno.EPERM: "no permission to write there",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EFBIG: "larger than a file may be here; raise the limit (ulimit -f)",
+}
+
+
+def why(error: OSError, elsewhere: str = ANOTHER_OUT) -> str:
+    """Why a write failed, and the mend: what is the case, then `elsewhere`."""
+    if error.errno not in _REASONS:
+        return f"{error.strerror or error}; {elsewhere}"
+    reason = _REASONS[error.errno]
+    return f"{reason} or {elsewhere}" if ";" in reason else f"{reason}; {elsewhere}"
+
+
+def check_writable(directory: Path, elsewhere: str = ANOTHER_OUT) -> None:
+    """Raise `OutputError` where nothing can be written in a directory, or it cannot be made."""
+    above = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
+    if not above.is_dir():
+        raise OutputError(f"{above}: is a file (expected a directory); {elsewhere}")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".part-", dir=above))
+    except OSError as error:
+        raise OutputError(f"{above}: {why(error, elsewhere)}") from None
+
+
+@contextmanager
+def made(root: Path, elsewhere: str = ANOTHER_OUT) -> Iterator[None]:
+    """Make a directory and its parents; those made here are removed again where they are empty at the end."""
+    fresh = [path for path in (root, *root.parents) if not os.path.exists(path)]
+    try:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{root}: cannot be made: {why(error, elsewhere)}") from None
+        yield
+    finally:
+        for path in fresh:
+            with suppress(OSError):  # not empty, or never made
+                path.rmdir()
+
+
+@contextmanager
+def new_directory(wanted: Path) -> Iterator[Path]:
+    """A directory that was not there before, so that no other process has it: `wanted`, or with -2, -3, … added."""
+    with made(wanted.parent):
+        for number in itertools.count(1):
+            root = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+            try:
+                root.mkdir()
+                break
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise OutputError(f"{root}: cannot be made: {why(error)}") from None
+        try:
+            yield root
+        finally:
+            with suppress(OSError):
+                root.rmdir()
+
+
+def write_directory(root: Path, files: dict[str, Callable[[Path], Any]]) -> Path:
+    """Write every file aside, then rename them into place in order: the last one tells that all are there.
+
+    Raises `OutputError` naming what failed; then nothing of this call stays behind.
+    """
+    name = root.name
+    with made(root):
+        try:
+            with tempfile.TemporaryDirectory(prefix=".part-", dir=root, ignore_cleanup_errors=True) as aside:
+                for name, write in files.items():
+                    write(Path(aside) / name)
+                for name in files:
+                    os.replace(Path(aside) / name, root / name)
+        except OSError as error:
+            raise OutputError(f"{root}: cannot write {name}: {why(error)}") from None
+    return root
