@@ -87,11 +87,9 @@ def kernels_s(sides: tuple[Path, Path], device: torch.device) -> float:
 
 def whole_s(*arguments: str | Path) -> float:
     """Seconds of one whole `probe spectrum` process."""
-    probe = "import sys; from lowrank_probe.cli import main; main()"
     started = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-c", probe, "spectrum", *map(str, arguments), "--quiet"], check=True, capture_output=True
-    )
+    command = [sys.executable, "-m", "lowrank_probe", "spectrum", *map(str, arguments), "--quiet"]
+    subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - started
 
 
