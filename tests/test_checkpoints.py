@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pairs import llama_tensors, write, write_sharded
+from refusals import refused
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -15,17 +16,6 @@ from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.safetensors_files import read_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def refused(path, *words):
-    """Opening `path` raises a `CheckpointError` of one line that holds every word."""
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message
-    return message
 
 
 def raw_file(path, header, data=b""):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from ledgers import check_complete
 from pairs import add_update, llama_tensors, pair, planted, write, write_sharded
 from transformers import BertConfig, BertForPreTraining, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from transformers import LlamaForCausalLM as Llama
@@ -19,19 +20,6 @@ NAN = math.nan
 
 def sides(tmp_path, base, tuned, config=None):
     return write(tmp_path / "base", base, config), write(tmp_path / "tuned", tuned, config)
-
-
-def check_complete(result, base, tuned):
-    """Each tensor of each side is in exactly one ledger line, and each analysed line is a row of the table."""
-    ledger = result.ledger
-    for side, column in ((base, "base_shape"), (tuned, "tuned_shape")):
-        named = ledger["name" if side is base else "tuned_name"][ledger[column] != ""].tolist()
-        assert sorted(named) == sorted(open_checkpoint(side).tensors)
-    assert {name.partition("[")[0] for name in result.table["name"]} == set(
-        ledger["name"][ledger["status"] == "analysed"]
-    )
-    assert set(result.singular_values) == set(result.table["name"])
-    assert result.facts["counts"] == ledger["status"].value_counts().to_dict()
 
 
 def statuses(result):
