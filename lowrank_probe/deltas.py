@@ -22,6 +22,7 @@ from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import MatchError, NumericsError
 from lowrank_probe.layers import BASE_PREFIXES, Place, is_conv1d, is_known, matches, place
 from lowrank_probe.layouts import Part, parts
+from lowrank_probe.options import Options
 from lowrank_probe.svd import row_chunks
 
 # Buffers that checkpoints carry beside their weights; anything else that is not a float is refused by name.
@@ -103,19 +104,9 @@ class Pair:
         return math.prod(self.part.shape(stored) if len(stored) > 1 else stored)
 
 
-def match(
-    base: Checkpoint | None,
-    tuned: Checkpoint,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: tuple[int, int] | None = None,
-    split: bool = True,
-) -> Matching:
-    """Pair the tensors of two checkpoints from their headers alone.
+def match(base: Checkpoint | None, tuned: Checkpoint, options: Options) -> Matching:
+    """Pair the tensors of two checkpoints from their headers alone; of `options`, include, exclude, layers and split.
 
-    include, exclude: patterns as `layers.matches`; `layers`: first and last layer number, inclusive. split: take fused
-    projections apart where their layout is known.
     Raises `MatchError` where the two have no tensor in common, or a pattern selects nothing; `CheckpointError` for a
     dtype that cannot be read.
     """
@@ -127,8 +118,8 @@ def match(
             raise MatchError(f"{tuned.path}: is not an adapter, so a base is needed: probe spectrum BASE TUNED")
         if base.is_adapter:
             raise MatchError(f"{base.path}: is an adapter; give the base model first and the adapter second")
-        _match_models(base, tuned, result, split)
-    _select(result, include, exclude, layers)
+        _match_models(base, tuned, result, options.split)
+    _select(result, options)
     for pair in result.pairs:  # from the headers, before any work
         for side, name in ((base, pair.name), (tuned, pair.tuned_name)):
             if side is not None and name in side.tensors:
@@ -268,7 +259,8 @@ def _by_prefix(rest_base: Sequence[str], rest_tuned: Sequence[str]) -> tuple[dic
     return best, note
 
 
-def _select(result: Matching, include: Sequence[str], exclude: Sequence[str], layers: tuple[int, int] | None) -> None:
+def _select(result: Matching, options: Options) -> None:
+    include, exclude, layers = options.include, options.exclude, options.layers
     kept = []
     every = [pair.name for pair in result.pairs] + [line["name"] or line["tuned_name"] for line in result.ledger]
     for option, patterns in (("--include", include), ("--exclude", exclude)):

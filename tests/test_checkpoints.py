@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from lowrank_probe import CheckpointError, deltas
 from lowrank_probe.checkpoints import open_checkpoint
+from lowrank_probe.options import Options
 from lowrank_probe.safetensors_files import read_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -98,7 +99,7 @@ def test_other_dtypes_are_refused_by_name_from_the_headers(tmp_path, dtype):
     base, tuned = map(open_checkpoint, paths)
     message = r"layers\.0\.q_proj\.weight in .*model\.safetensors: dtype \w+ is not"
     with pytest.raises(CheckpointError, match=message):
-        deltas.match(base, tuned)
+        deltas.match(base, tuned, Options())
     with pytest.raises(CheckpointError, match=message):
         base.read("layers.0.q_proj.weight")
 

@@ -14,6 +14,7 @@ import lowrank_probe as lp
 from lowrank_probe import CheckpointError, MatchError, NumericsError
 from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.deltas import match
+from lowrank_probe.options import Options
 
 NAN = math.nan
 
@@ -337,4 +338,4 @@ def test_matching_reads_no_tensor(tmp_path):
     for side in (base, tuned):
         file = side.path / "model.safetensors"
         file.write_bytes(file.read_bytes()[: max(info.start for info in side.tensors.values())])
-    assert len(match(base, tuned).pairs) == len(base.tensors)
+    assert len(match(base, tuned, Options()).pairs) == len(base.tensors)
