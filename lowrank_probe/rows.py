@@ -19,8 +19,9 @@ from lowrank_probe import metrics, svd
 from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.columns import TABLE
 from lowrank_probe.deconvolution import deconvolve, with_tail
-from lowrank_probe.deltas import Delta, match, read_pair
+from lowrank_probe.deltas import Delta, read_pair
 from lowrank_probe.marks import measure
+from lowrank_probe.matching import match
 from lowrank_probe.metrics import Values
 from lowrank_probe.options import Options
 from lowrank_probe.precision import StorageNoise, assess

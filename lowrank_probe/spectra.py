@@ -15,22 +15,14 @@ import pandas as pd
 
 from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint
 from lowrank_probe.columns import LEDGER, TABLE
-from lowrank_probe.deltas import (
-    Delta,
-    Matching,
-    Pair,
-    complete_ledger,
-    find_tied,
-    join_parts,
-    ledger_line,
-    match,
-    read_pair,
-)
+from lowrank_probe.deltas import Delta, find_tied, read_pair
 from lowrank_probe.devices import choose_device
 from lowrank_probe.errors import OutputError, ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.kinds import recognise
 from lowrank_probe.layers import sort_key
+from lowrank_probe.ledger import complete_ledger, join_parts, ledger_line
+from lowrank_probe.matching import Matching, Pair, match
 from lowrank_probe.metrics import Values
 from lowrank_probe.options import Options
 from lowrank_probe.rows import Settings, analyse

@@ -21,11 +21,12 @@ from torch import Tensor
 from lowrank_probe import spectra, svd
 from lowrank_probe.checkpoints import WEIGHT_SUFFIXES, Checkpoint, open_checkpoint
 from lowrank_probe.columns import AMPLIFICATION, SIMILARITY
-from lowrank_probe.deltas import Delta, Pair, match, read_pair, read_part
+from lowrank_probe.deltas import Delta, read_pair, read_part
 from lowrank_probe.devices import choose_device
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.layers import is_conv1d
+from lowrank_probe.matching import Pair, match
 from lowrank_probe.options import Keywords, Options
 from lowrank_probe.runs import SCHEMA_VERSION, Result
 from lowrank_probe.scheduling import interruptible, run_jobs

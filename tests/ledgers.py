@@ -1,4 +1,4 @@
-"""What every ledger must hold: nothing vanishes."""
+"""Reading the ledger of a result, and what every ledger must hold: nothing vanishes."""
 
 from lowrank_probe.checkpoints import open_checkpoint
 
@@ -13,3 +13,13 @@ def check_complete(result, base, tuned):
     )
     assert set(result.singular_values) == set(result.table["name"])
     assert result.facts["counts"] == ledger["status"].value_counts().to_dict()
+
+
+def statuses(result):
+    return dict(zip(result.ledger["name"], result.ledger["status"], strict=True))
+
+
+def one(result, name):
+    lines = result.ledger[(result.ledger["name"] == name) | (result.ledger["tuned_name"] == name)]
+    assert len(lines) == 1
+    return lines.iloc[0]

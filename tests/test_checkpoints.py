@@ -11,8 +11,9 @@ from refusals import refused
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lowrank_probe import CheckpointError, deltas
+from lowrank_probe import CheckpointError
 from lowrank_probe.checkpoints import open_checkpoint
+from lowrank_probe.matching import match
 from lowrank_probe.options import Options
 from lowrank_probe.safetensors_files import read_header
 
@@ -99,7 +100,7 @@ def test_other_dtypes_are_refused_by_name_from_the_headers(tmp_path, dtype):
     base, tuned = map(open_checkpoint, paths)
     message = r"layers\.0\.q_proj\.weight in .*model\.safetensors: dtype \w+ is not"
     with pytest.raises(CheckpointError, match=message):
-        deltas.match(base, tuned, Options())
+        match(base, tuned, Options())
     with pytest.raises(CheckpointError, match=message):
         base.read("layers.0.q_proj.weight")
 
