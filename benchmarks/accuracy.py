@@ -23,6 +23,7 @@ import real_models
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from tables import markdown
 from torch import Tensor
 
 import lowrank_probe as lp
@@ -270,17 +271,6 @@ def publish(
     )
     DOCS.mkdir(exist_ok=True)
     (DOCS / f"benchmarks-{name}.md").write_text(text, encoding="utf-8")
-
-
-def markdown(heads: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it reads well in a terminal too."""
-    rows = [list(heads), *(list(row) for row in cells)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
 
 
 def _cell(value: Any) -> str:

@@ -8,7 +8,6 @@ bf16 and fp16 at many sizes and analysed from the stored pair alone. Writes docs
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pandas as pd
 import real_models
 import torch
+from tables import frame
 from torch import Tensor
 from truth import collect, compare
 
@@ -204,20 +204,11 @@ def main() -> int:
             "![calibration](calibration.png)\n\n"
             "Each point is one matrix: the printed estimate over the truth, its bracket as a bar. Left of the dashed "
             "line `probe` says undecidable.\n\n## Planted updates\n\n"
-            f"{_markdown(planted_table)}\n\n## Real fp32 fine-tunes, rounded to bf16 at several sizes\n\n"
-            f"{_markdown(real_table)}\n"
+            f"{frame(planted_table)}\n\n## Real fp32 fine-tunes, rounded to bf16 at several sizes\n\n"
+            f"{frame(real_table)}\n"
         )
         (DOCS / "calibration.md").write_text(text, encoding="utf-8")
     return 0 if verdict == "PASS" else 1
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    def cell(value: Any) -> str:
-        return f"{value:g}" if isinstance(value, float) and not math.isnan(value) else str(value)
-
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    lines += ["| " + " | ".join(cell(v) for v in row) + " |" for row in table.itertuples(index=False)]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from tables import frame
 from truth import collect, compare, score
 
 from lowrank_probe.checkpoints import open_checkpoint
@@ -57,13 +58,6 @@ def by_type(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
-    return "\n".join(lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path)
@@ -103,7 +97,7 @@ def main() -> int:
         f"{len(table)} matrices analysed in {seconds:.0f} s.\n\n"
         f"**{line}** (over matrices with at most 70 % of their entries unchanged)\n\n"
         "Medians over 30 layers. raw: of the difference as stored.\n\n"
-        f"{markdown(shown)}\n\n## Share of decided matrices for which it holds\n\n{markdown(scores)}\n"
+        f"{frame(shown)}\n\n## Share of decided matrices for which it holds\n\n{frame(scores)}\n"
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from lowrank_probe.reports import report
     from lowrank_probe.runs import Result, load
     from lowrank_probe.spectra import Interrupted, spectrum
-    from lowrank_probe.trajectories import Trajectory, trajectory
+    from lowrank_probe.trajectories import trajectory
+    from lowrank_probe.trajectory_runs import Trajectory
 
 __version__ = "0.1.0"
 
@@ -28,7 +29,7 @@ _VERBS = {
     "load": "runs",
     "Result": "runs",
     "trajectory": "trajectories",
-    "Trajectory": "trajectories",
+    "Trajectory": "trajectory_runs",
     "report": "reports",
     "demo": "demos",
 }

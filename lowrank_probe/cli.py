@@ -14,15 +14,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowrank_probe import interrupts
 from lowrank_probe.errors import ProbeError, printable
+from lowrank_probe.options import Options
 
 if TYPE_CHECKING:
     from lowrank_probe.runs import Result
+    from lowrank_probe.trajectory_runs import Trajectory
 
 app = typer.Typer(
     name="probe",
@@ -108,10 +110,10 @@ def spectrum(
         raise typer.BadParameter(f"{fail_on!r}: expected one of {', '.join(VERDICTS)}", param_hint="--fail-on")
     if top is not None and exact_tail:
         raise typer.BadParameter("--exact-tail computes every value: leave one of the two out", param_hint="--top")
-    options: dict[str, Any] = {
-        "include": include or (), "exclude": exclude or (), "layers": span, "split": split, "top": top,
-        "exact_tail": exact_tail, "base_rounded": base_rounded, "device": device, "seed": seed,
-    }  # fmt: skip
+    options = Options(
+        include=include or (), exclude=exclude or (), layers=span, split=split, top=top, exact_tail=exact_tail,
+        base_rounded=base_rounded, device=device, seed=seed,
+    )  # fmt: skip
     with interrupts.ending_at_once():
         from lowrank_probe import cuda_driver
 
@@ -125,12 +127,13 @@ def spectrum(
             from lowrank_probe.figures import check_writable
 
             check_writable()  # before the minutes of work, not after them
+    found: Result | Trajectory
     with _directory(out, tuned[-1] if tuned else base) as directory:
         if tuned and len(tuned) > 1:
-            results = _trajectory(base, tuned, directory, options, as_json, quiet)
+            found = _trajectory(base, tuned, directory, options, as_json, quiet)
         else:
-            results = {"": _single(base, tuned[0] if tuned else None, directory, options, as_json, quiet)}
-        _finish(directory, results, open_report, fail_on, figures, quiet)
+            found = _single(base, tuned[0] if tuned else None, directory, options, as_json, quiet)
+        _finish(directory, found, open_report, fail_on, figures, quiet)
 
 
 def _directory(out: Path | None, last: str) -> AbstractContextManager[Path]:
@@ -141,16 +144,14 @@ def _directory(out: Path | None, last: str) -> AbstractContextManager[Path]:
     return nullcontext(out) if out is not None else new_directory(Path("probe-runs") / named)
 
 
-def _single(
-    base: str, tuned: str | None, directory: Path, options: dict[str, Any], as_json: bool, quiet: bool
-) -> "Result":
+def _single(base: str, tuned: str | None, directory: Path, options: Options, as_json: bool, quiet: bool) -> "Result":
     """`probe spectrum` with one tuned side."""
     from lowrank_probe import runs, spectra
 
     earlier = runs.unfinished(directory)
     with _progress(quiet) as on_progress:
         try:
-            result = spectra.spectrum(base, tuned, **options, resume=earlier, on_progress=on_progress)
+            result = spectra.probe_pair(base, tuned, options, resume=earlier, on_progress=on_progress)
         except spectra.Interrupted as stopped:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not lose what is kept
             stopped.result.save(directory)
@@ -168,26 +169,26 @@ def _stopped(kept: str, directory: Path) -> interrupts.Stopped:
 
 
 def _trajectory(
-    base: str, steps: list[str], directory: Path, options: dict[str, Any], as_json: bool, quiet: bool
-) -> dict[str, "Result"]:
-    """`probe spectrum` with several steps; returns their results by label."""
-    from lowrank_probe import spectra, trajectories
+    base: str, steps: list[str], directory: Path, options: Options, as_json: bool, quiet: bool
+) -> "Trajectory":
+    """`probe spectrum` with several steps."""
+    from lowrank_probe import spectra, trajectories, trajectory_runs
 
     labels = trajectories.step_labels(steps)
-    earlier = trajectories.unfinished_steps(directory, labels)
+    earlier = trajectory_runs.unfinished_steps(directory, labels)
     kept = sum(result.facts["status"] == "complete" for result in earlier.values())
 
     def on_step(label: str, result: "Result") -> None:
         nonlocal kept
         if result.facts["status"] == "interrupted":
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # as above
-        trajectories.save_step(directory, label, result)
+        trajectory_runs.save_step(directory, label, result)
         kept += result.facts["status"] == "complete"
 
     try:
         with _progress(quiet) as on_progress:
-            found = trajectories.trajectory(
-                base, steps, **options, labels=labels, resume=earlier, on_step=on_step, on_progress=on_progress
+            found = trajectories.probe_steps(
+                base, steps, options, labels=labels, resume=earlier, on_step=on_step, on_progress=on_progress
             )
         found.save(directory)
     except (spectra.Interrupted, KeyboardInterrupt):
@@ -206,30 +207,31 @@ def _trajectory(
         for note in result.facts.get("notes", []):
             _note(f"note: {label}: {note}", quiet)
     _note(f"report: {directory / 'report.html'}", quiet)
-    return dict(found.results)
+    return found
 
 
 def _finish(
-    directory: Path, results: dict[str, "Result"], open_report: bool, fail_on: str | None, figures: Path | None,
+    directory: Path, found: "Result | Trajectory", open_report: bool, fail_on: str | None, figures: Path | None,
     quiet: bool,
 ) -> None:  # fmt: skip
+    from lowrank_probe import runs
+
     if figures is not None:
         from lowrank_probe.figures import write
 
-        for label, result in results.items():
-            write(result, figures / label)
+        write(found, figures)
         _note(f"figures: {figures}", quiet)
     if open_report:
         typer.launch(str((directory / "report.html").resolve()))
-    verdicts = [str(verdict) for result in results.values() for verdict in result.summary["verdict"]]
-    if fail_on and any(verdict.startswith(fail_on) for verdict in verdicts):
+    summary = found.summary if isinstance(found, runs.Result) else found.table
+    if fail_on and any(str(verdict).startswith(fail_on) for verdict in summary["verdict"]):
         _note(f"--fail-on {fail_on}: at least one verdict is {fail_on}", False)
         raise typer.Exit(3)
 
 
 @app.command(epilog="Example: probe report probe-runs/finetuned-20260102-030405/ --open")
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: Annotated[Path, typer.Argument(help="A run directory, of a pair or of a trajectory.")],
     open_report: Open = False,
     figures: Figures = None,
 ) -> None:

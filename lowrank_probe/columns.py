@@ -141,6 +141,48 @@ LEDGER: Final[dict[str, Column]] = {
     "note": Column("why, in words"),
 }
 
+# Of a trajectory.
+SIMILARITY: Final[dict[str, Column]] = {
+    "name": Column("tensor name, as in the base"),
+    "layer_type": Column("layer type from the name"),
+    "layer": Column("layer number; missing outside the blocks"),
+    "stack": Column('"encoder", "decoder" or ""'),
+    "step_a": Column("label of step A"),
+    "step_b": Column("label of step B"),
+    "i": Column("directions taken of A"),
+    "j": Column("directions taken of B"),
+    "phi_left": Column("‖U_A[:, :i]ᵀ U_B[:, :j]‖_F² / min(i, j), output side", source="Hu et al. 2021, eq. 4"),
+    "phi_right": Column("the same of V, input side", source="Hu et al. 2021, eq. 4"),
+    "phi_random_left": Column("expectation for independent random subspaces: max(i, j)/m"),
+    "phi_random_right": Column("expectation for independent random subspaces: max(i, j)/n"),
+    "control_left": Column("φ of two random subspaces drawn for this matrix and these steps (seeded)"),
+    "control_right": Column("the same on the input side"),
+    "phi_ceiling_left": Column(
+        "φ that storage noise leaves of two updates with the same directions", source="BGN 2012"
+    ),
+    "phi_ceiling_right": Column("the same on the input side", source="BGN 2012"),
+    "gap_a": Column("σᵢ/σᵢ₊₁ of A: near 1 the i-th direction could as well be the next one"),
+    "gap_b": Column("σⱼ/σⱼ₊₁ of B"),
+    "trusted": Column("σᵢ of A and σⱼ of B are above the noise edge, and both subspaces are settled"),
+}
+
+AMPLIFICATION: Final[dict[str, Column]] = {
+    "name": Column("tensor name, as in the base"),
+    "layer_type": Column("layer type from the name"),
+    "layer": Column("layer number; missing outside the blocks"),
+    "stack": Column('"encoder", "decoder" or ""'),
+    "step": Column("label of the step"),
+    "r": Column("number of directions"),
+    "fro_norm": Column("‖ΔW‖_F"),
+    "projected_own": Column("‖U_rᵀ W V_r‖_F, U_r, V_r of ΔW", source="Hu et al. 2021, Table 7"),
+    "projected_base": Column("the same with W's own leading directions: √Σ_{i≤r} σᵢ(W)²", source="Hu et al. 2021"),
+    "projected_random": Column(
+        "the same with random directions (seeded); r‖W‖_F/√(mn) in the mean", source="Hu et al."
+    ),
+    "factor": Column("amplification: ‖ΔW‖_F / ‖U_rᵀ W V_r‖_F", source="Hu et al. 2021, §7.3"),
+    "trusted": Column("the first r directions are above the noise edge and settled"),
+}
+
 
 def markdown() -> str:
     """The README's table of columns."""

@@ -10,8 +10,9 @@ A figure is built as a plain dict (`specs`), which is all that the page needs; p
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -28,6 +29,9 @@ from lowrank_probe.figure_layers import (
 from lowrank_probe.figure_spectra import distribution_spec, energy_curves_spec, singular_values_spec
 from lowrank_probe.figure_style import Spec
 from lowrank_probe.runs import Result
+
+if TYPE_CHECKING:
+    from lowrank_probe.trajectory_runs import Trajectory
 
 FORMATS: Final = ("svg", "png")
 WIDTH: Final = 1100  # pixels of a written figure; a PNG has twice as many
@@ -131,9 +135,10 @@ def check_writable() -> None:
         )
 
 
-def write(result: Result, directory: str | os.PathLike[str]) -> list[Path]:
+def write(found: "Result | Trajectory", directory: str | os.PathLike[str]) -> list[Path]:
     """Write every figure of the report as <name>.svg and <name>.png, on white; returns the paths.
 
+    Those of a trajectory's steps go to <label>/ below its own.
     Through kaleido and a headless Chromium, without the network. Raises `ProbeError` where either is missing or fails,
     `OutputError` where the directory cannot be written.
     """
@@ -141,9 +146,11 @@ def write(result: Result, directory: str | os.PathLike[str]) -> list[Path]:
     import kaleido
 
     root, elsewhere = Path(directory), "choose another --figures"
-    with outputs.made(root, elsewhere):
+    jobs = list(_jobs(specs(found), root)) if isinstance(found, Result) else list(_trajectory_jobs(found, root))
+    with ExitStack() as directories:
+        for place in dict.fromkeys([root, *(Path(job["path"]).parent for job in jobs)]):
+            directories.enter_context(outputs.made(place, elsewhere))
         outputs.check_writable(root, elsewhere)
-        jobs = list(_jobs(specs(result), root))
         try:
             # Mathjax comes from the network and none of the figures needs it.
             kaleido.write_fig_from_object_sync(jobs, cancel_on_error=True, kopts={"mathjax": False})
@@ -165,3 +172,14 @@ def _jobs(figures: Mapping[str, Spec], root: Path) -> Iterable[dict[str, Any]]:
             size = {"width": WIDTH, "height": layout["height"] + 30, "scale": 2 if form == "png" else 1}
             path = str(root / f"{name}.{form}")
             yield {"fig": {"data": spec["data"], "layout": layout}, "path": path, "opts": {"format": form, **size}}
+
+
+def _trajectory_jobs(trajectory: "Trajectory", root: Path) -> Iterable[dict[str, Any]]:
+    figures = {name: figure.to_plotly_json() for name, figure in trajectory.figures.items()}
+    for spec in figures.values():
+        layout = spec["layout"]
+        for menu in layout.get("updatemenus", ()):  # a written figure has none: say what it would have shown as chosen
+            layout["title"]["text"] += f" ({menu['buttons'][menu['active']]['label']})"
+    yield from _jobs(figures, root)
+    for label, result in trajectory.results.items():
+        yield from _jobs(specs(result), root / label)

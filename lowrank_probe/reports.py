@@ -8,7 +8,7 @@ import math
 import os
 import webbrowser
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -83,16 +83,24 @@ def report(
 ) -> Path:
     """Render a run directory's report.html anew from its tables; returns the page's path.
 
+    Of a trajectory also the steps' own, to which its page links.
     figures_dir: also write every figure there as SVG and PNG (needs kaleido and a Chromium).
-    Raises `CheckpointError` where `run_dir` is no run directory, `OutputError` where the page cannot be written,
+    Raises `CheckpointError` where `run_dir` is no run directory, `OutputError` where a page cannot be written,
     `ProbeError` where the figures cannot be drawn.
     """
+    from lowrank_probe import trajectory_reports
+
     root = Path(run_dir).absolute()
-    result = load(root)
-    page = render(result)
+    found = load(root)
+    if isinstance(found, Result):
+        pages = {root: render(found)}
+    else:
+        pages = {root / label: render(result) for label, result in found.results.items()}
+        pages[root] = trajectory_reports.render(found)
     if figures_dir is not None:
-        write(result, figures_dir)
-    write_directory(root, {"report.html": lambda path: path.write_text(page, encoding="utf-8")})
+        write(found, figures_dir)
+    for directory, page in pages.items():
+        write_directory(directory, {"report.html": partial(Path.write_text, data=page, encoding="utf-8")})
     path = root / "report.html"
     if open_browser:
         webbrowser.open(path.as_uri())
@@ -126,7 +134,7 @@ def render(result: Result) -> str:
         ledger=_payload(result.ledger, LEDGER, LEDGER_MAIN),
         facts=list(_flat({key: value for key, value in facts.items() if key != "findings"})),
         version=_versions(facts).get("lowrank_probe", __version__),
-        plotly_js=_plotly_js() if figures else "",
+        plotly_js=plotly_js() if figures else "",
     )
 
 
@@ -161,7 +169,8 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.j2")
 
 
-def _plotly_js() -> Markup:
+def plotly_js() -> Markup:
+    """plotly.js as the text of a <script>."""
     from plotly.offline import get_plotlyjs
 
     return Markup(get_plotlyjs())

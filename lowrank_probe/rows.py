@@ -19,9 +19,11 @@ from lowrank_probe import metrics, svd
 from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.columns import TABLE
 from lowrank_probe.deconvolution import deconvolve, with_tail
-from lowrank_probe.deltas import Delta, match, read_pair
+from lowrank_probe.deltas import Delta, read_pair
 from lowrank_probe.marks import measure
+from lowrank_probe.matching import match
 from lowrank_probe.metrics import Values
+from lowrank_probe.options import Options
 from lowrank_probe.precision import StorageNoise, assess
 
 # Share of ‖ΔW‖² that the stored entries must resolve for a number to be decidable, and how far the denoised energy
@@ -36,10 +38,7 @@ class Settings:
     other only share it, and then both wait for the host at once."""
 
     device: torch.device
-    top: int | None = None
-    exact_tail: bool = False
-    base_rounded: bool = False
-    seed: int = 0
+    options: Options
     turn: AbstractContextManager[Any] = field(default_factory=nullcontext)
 
     def with_turns(self) -> "Settings":
@@ -62,13 +61,14 @@ class Analysed:
 
 def analyse(delta: Delta, settings: Settings) -> Analysed:
     """Everything the table says of one matrix. `delta.dense` is scratch memory afterwards."""
+    options = settings.options
     begun = time.perf_counter()
     with settings.turn:
-        found = singular_values(delta, top=settings.top, exact_tail=settings.exact_tail)
+        found = singular_values(delta, top=options.top, exact_tail=options.exact_tail)
     computed = time.perf_counter()
     marks = measure(delta)
     # After the raw values: it may overwrite `delta.dense` by the corrected update.
-    noise = assess(delta, base_rounded=settings.base_rounded, seed=settings.seed)
+    noise = assess(delta, base_rounded=options.base_rounded, seed=options.seed)
     corrected = found.values
     if noise.corrected is not None:
         with settings.turn:
@@ -85,9 +85,10 @@ def warm_up(device: torch.device) -> None:
     W = torch.randn(512, 256, generator=generator)
     base = open_checkpoint({"warm.weight": W.bfloat16()})
     tuned = open_checkpoint({"warm.weight": (1.1 * W).bfloat16()})
-    delta = read_pair(match(base, tuned).pairs[0], base, tuned, device)
+    options = Options()
+    delta = read_pair(match(base, tuned, options).pairs[0], base, tuned, device)
     assert isinstance(delta, Delta)
-    analyse(delta, Settings(device))
+    analyse(delta, Settings(device, options))
 
 
 def singular_values(delta: Delta, *, top: int | None = None, exact_tail: bool = False) -> svd.SingularValues:

@@ -8,10 +8,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,11 @@ from lowrank_probe.errors import CheckpointError, OutputError
 from lowrank_probe.outputs import check_writable, write_directory
 from lowrank_probe.verdicts import summarise
 
+if TYPE_CHECKING:
+    from lowrank_probe.trajectory_runs import Trajectory
+
 SCHEMA_VERSION: Final = 1
+LONG: Final = ("name", "index", "sigma", "sigma_denoised")
 TIMELINE: Final = ("name", "phase", "start_s", "stop_s")
 _READ: Final = ("table.parquet", "ledger.csv", "timeline.csv", "singular_values.parquet")
 
@@ -60,10 +65,6 @@ class Result:
         """Write the run directory, facts.json last; returns its path. Raises `OutputError` naming what failed."""
         from lowrank_probe.reports import render
 
-        def facts(aside: Path) -> str:
-            told = plain(self.facts) | {"files": {name: _checksum(aside / name) for name in _READ}}
-            return json.dumps(told, indent=2, ensure_ascii=False) + "\n"
-
         files: dict[str, Callable[[Path], Any]] = {
             "table.parquet": lambda p: self.table.to_parquet(p, index=False),
             "table.csv": lambda p: self.table.to_csv(p, index=False),
@@ -72,7 +73,7 @@ class Result:
             "timeline.csv": lambda p: self.timeline.to_csv(p, index=False, float_format="%.6f"),
             "singular_values.parquet": lambda p: self._long().to_parquet(p, index=False),
             "report.html": lambda p: p.write_text(render(self), encoding="utf-8"),
-            "facts.json": lambda p: p.write_text(facts(p.parent), encoding="utf-8"),
+            "facts.json": lambda p: p.write_text(facts_text(self.facts, p.parent, _READ), encoding="utf-8"),
         }
         return write_directory(Path(directory), files)
 
@@ -99,45 +100,82 @@ class Result:
             )
             for name, s in self.singular_values.items()
         ]
-        columns = ["name", "index", "sigma", "sigma_denoised"]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(LONG))
 
 
-def load(directory: str | os.PathLike[str]) -> Result:
-    """Read a run directory back.
+def load(directory: str | os.PathLike[str]) -> "Result | Trajectory":
+    """Read a run directory back: the `Result` of a pair, or the `Trajectory` of several steps.
 
     Raises `CheckpointError` where it is none, a file is not as it was written, or a newer version wrote it.
     """
+    from lowrank_probe import trajectory_runs
+
     root = Path(directory)
-    if not (root / "facts.json").exists():
-        raise CheckpointError(f"{root}: not a run directory (no facts.json in it)")
-    try:
-        facts = json.loads((root / "facts.json").read_text(encoding="utf-8"))
-        if not isinstance(facts, dict):
-            raise ValueError("facts.json holds no JSON object")
-        if facts.get("schema_version", 0) > SCHEMA_VERSION:
-            raise CheckpointError(
-                f"{root}: written by a newer lowrank_probe (schema {facts['schema_version']}); upgrade"
-            )
-        for name, written in facts.pop("files", {}).items():
-            found = _checksum(root / name)
-            if found != written:
-                raise ValueError(
-                    f"{name} is not as it was written ({found['n_bytes']} bytes, expected {written['n_bytes']}; "
-                    "truncated or edited?)"
-                )
-        table = pd.read_parquet(root / "table.parquet")
-        ledger = _read_ledger(root / "ledger.csv")
-        long = pd.read_parquet(root / "singular_values.parquet")
-        timeline = pd.read_csv(root / "timeline.csv", usecols=list(TIMELINE))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{root}: is not a complete run directory: {error}") from None
+    if (root / trajectory_runs.FACTS).exists():
+        return trajectory_runs.load_trajectory(root)
+    return load_result(root)
+
+
+def load_result(root: Path) -> Result:
+    """Read the run directory of one pair back. Raises `CheckpointError`."""
+    facts = read_facts(root, "facts.json")
+    table = read_file(root, "table.parquet", pd.read_parquet)
+    ledger = read_file(root, "ledger.csv", _read_ledger)
+    long = read_file(root, "singular_values.parquet", partial(pd.read_parquet, columns=list(LONG)))
+    timeline = read_file(root, "timeline.csv", partial(pd.read_csv, usecols=list(TIMELINE)))
     values, denoised = {}, {}
     for name, part in long.groupby("name", sort=False):
         values[str(name)] = part["sigma"].to_numpy(dtype=np.float64)
         if not part["sigma_denoised"].isna().all():
             denoised[str(name)] = part["sigma_denoised"].to_numpy(dtype=np.float64)
     return Result(table, ledger, values, denoised, facts, timeline)
+
+
+def facts_text(facts: dict[str, Any], aside: Path, read: Sequence[str]) -> str:
+    """The facts of a run directory as JSON, with size and checksum of the files beside them that are read back."""
+    told = plain(facts) | {"files": {name: _checksum(aside / name) for name in read}}
+    return json.dumps(told, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_facts(root: Path, name: str) -> dict[str, Any]:
+    """The facts of a run directory, after its files were checked.
+
+    Raises `CheckpointError` where they are missing, damaged, or of a newer version, or a file is not as it was written.
+    """
+    if not (root / name).exists():
+        raise CheckpointError(f"{root}: not a run directory (no {name} in it)")
+    facts: dict[str, Any] = read_file(root, name, _parse_facts)
+    if facts.get("schema_version", 0) > SCHEMA_VERSION:
+        raise CheckpointError(f"{root}: written by a newer lowrank_probe (schema {facts['schema_version']}); upgrade")
+    for file, (size, digest) in facts.pop("files").items():
+        found = read_file(root, file, _checksum)
+        if found != {"n_bytes": size, "sha256": digest}:
+            raise CheckpointError(
+                f"{root}: is not a complete run directory: {file} is not as it was written ({found['n_bytes']} bytes, "
+                f"expected {size}; truncated or edited?)"
+            )
+    return facts
+
+
+def _parse_facts(file: Path) -> dict[str, Any]:
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(facts, dict) or not isinstance(facts.get("schema_version", 0), int):
+        raise ValueError("is no JSON object with a number as its schema_version")
+    try:
+        written = facts.get("files", {}).items()
+        facts["files"] = {name: (told["n_bytes"], told["sha256"]) for name, told in written}
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("does not tell its files' sizes and checksums") from None
+    return facts
+
+
+def read_file(root: Path, name: str, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of one file of a run directory. Raises `CheckpointError` of one line, whatever the damage."""
+    try:
+        return read(root / name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = str(error).partition("\n")[0]
+        raise CheckpointError(f"{root}: is not a complete run directory: {name}: {said}") from None
 
 
 def _checksum(file: Path) -> dict[str, Any]:
@@ -176,7 +214,7 @@ def unfinished(directory: str | os.PathLike[str]) -> Result | None:
     if not root.exists() or not any(root.iterdir()):
         return None
     if (root / "facts.json").exists():
-        earlier = load(root)
+        earlier = load_result(root)
         if earlier.facts.get("status") == "interrupted":
             return earlier
         raise OutputError(f"{root}: already holds a finished run; choose another --out or remove it")

@@ -15,23 +15,16 @@ import pandas as pd
 
 from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint
 from lowrank_probe.columns import LEDGER, TABLE
-from lowrank_probe.deltas import (
-    Delta,
-    Matching,
-    Pair,
-    complete_ledger,
-    find_tied,
-    join_parts,
-    ledger_line,
-    match,
-    read_pair,
-)
+from lowrank_probe.deltas import Delta, find_tied, read_pair
 from lowrank_probe.devices import choose_device
 from lowrank_probe.errors import OutputError, ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.kinds import recognise
 from lowrank_probe.layers import sort_key
+from lowrank_probe.ledger import complete_ledger, join_parts, ledger_line
+from lowrank_probe.matching import Matching, Pair, match
 from lowrank_probe.metrics import Values
+from lowrank_probe.options import Options
 from lowrank_probe.rows import Settings, analyse
 from lowrank_probe.runs import SCHEMA_VERSION, Result
 from lowrank_probe.scheduling import interruptible, run_jobs
@@ -83,31 +76,33 @@ def spectrum(
     Raises `CheckpointError`, `MatchError`, `NumericsError`; on Ctrl-C `Interrupted` with what was finished. On Linux it
     sets glibc's malloc for the whole process so that every matrix goes back to the system when it is freed.
     """
-    if top is not None and top < 1:
-        raise ProbeError(f"top={top}: expected at least 1 singular value, or None for all of them")
-    if top is not None and exact_tail:
-        raise ProbeError(f"top={top} and exact_tail=True: exact_tail computes every value; leave one of the two out")
-    if layers is not None and not (isinstance(layers, Sequence) and len(layers) == 2 and 0 <= layers[0] <= layers[1]):
-        raise ProbeError(f"layers={layers}: expected (first, last) with 0 ≤ first ≤ last")
-    if isinstance(include, str) or isinstance(exclude, str):
-        raise ProbeError('include and exclude are lists of patterns, such as ["q_proj"]')
+    options = Options(
+        include=include, exclude=exclude, layers=layers, split=split, top=top, exact_tail=exact_tail,
+        base_rounded=base_rounded, device=device, seed=seed,
+    )  # fmt: skip
+    return probe_pair(base, tuned, options, resume=resume, on_progress=on_progress)
+
+
+def probe_pair(
+    base: Source,
+    tuned: Source | None,
+    options: Options,
+    *,
+    resume: Result | None = None,
+    on_progress: Progress | None = None,
+) -> Result:
+    """`spectrum` with its options in one value."""
     started = time.perf_counter()
-    choice = choose_device(device)
-    where = choice.device
+    choice = choose_device(options.device)
     tuned_side = open_checkpoint(tuned if tuned is not None else base)
     base_side = open_checkpoint(base) if tuned is not None else None
-    matching = match(base_side, tuned_side, include=include, exclude=exclude, layers=layers, split=split)
-    options = {
-        "include": list(include), "exclude": list(exclude), "layers": list(layers) if layers else None,
-        "split": split, "top": top,
-        "exact_tail": exact_tail, "base_rounded": base_rounded, "seed": seed,
-    }  # fmt: skip
+    matching = match(base_side, tuned_side, options)
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",
         "base": side_facts(base_side),
         "tuned": side_facts(tuned_side),
-        "options": options,
+        "options": options.facts(),
         "notes": [*matching.notes, *filter(None, [choice.note])],
         **machine_facts(choice),
     }
@@ -119,7 +114,7 @@ def spectrum(
     run = _Run(matching, base_side, tuned_side, facts, resume)
     headers_s = time.perf_counter() - started
     try:
-        run.work(Settings(where, top, exact_tail, base_rounded, seed).with_turns(), on_progress)
+        run.work(Settings(choice.device, options).with_turns(), on_progress)
     except KeyboardInterrupt:
         run.facts["status"] = "interrupted"
         with interruptible():  # a second Ctrl-C must not lose what is finished

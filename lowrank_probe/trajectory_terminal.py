@@ -14,7 +14,7 @@ from rich.text import Text
 from lowrank_probe.terminal import _STYLES, _bracket, _number, _rank
 
 if TYPE_CHECKING:
-    from lowrank_probe.trajectories import Trajectory
+    from lowrank_probe.trajectory_runs import Trajectory
 
 
 def print_trajectory(trajectory: "Trajectory") -> None:

@@ -72,6 +72,13 @@ def add_update(tensors: dict[str, Tensor], relative: float = 0.05, rank: int = 4
     return tuned
 
 
+def sides(
+    directory: Path, base: dict[str, Tensor], tuned: dict[str, Tensor], config: dict[str, Any] | None = None
+) -> tuple[Path, Path]:
+    """(base, tuned) directories of two checkpoints."""
+    return write(directory / "base", base, config), write(directory / "tuned", tuned, config)
+
+
 def pair(directory: Path, dtype: torch.dtype = torch.float32, **update: Any) -> tuple[Path, Path]:
     """(base, tuned) directories of the small Llama with a planted update."""
     tensors = llama_tensors(dtype=dtype)

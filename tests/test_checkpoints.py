@@ -7,25 +7,17 @@ import numpy as np
 import pytest
 import torch
 from pairs import llama_tensors, write, write_sharded
+from refusals import refused
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lowrank_probe import CheckpointError, deltas
+from lowrank_probe import CheckpointError
 from lowrank_probe.checkpoints import open_checkpoint
+from lowrank_probe.matching import match
+from lowrank_probe.options import Options
 from lowrank_probe.safetensors_files import read_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def refused(path, *words):
-    """Opening `path` raises a `CheckpointError` of one line that holds every word."""
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message
-    return message
 
 
 def raw_file(path, header, data=b""):
@@ -108,7 +100,7 @@ def test_other_dtypes_are_refused_by_name_from_the_headers(tmp_path, dtype):
     base, tuned = map(open_checkpoint, paths)
     message = r"layers\.0\.q_proj\.weight in .*model\.safetensors: dtype \w+ is not"
     with pytest.raises(CheckpointError, match=message):
-        deltas.match(base, tuned)
+        match(base, tuned, Options())
     with pytest.raises(CheckpointError, match=message):
         base.read("layers.0.q_proj.weight")
 

@@ -23,14 +23,18 @@ def test_every_column_is_documented_in_its_order(result, table):
     assert list(getattr(result, table).columns) == list(documented)
 
 
-@pytest.mark.parametrize("table", [columns.TABLE, columns.SUMMARY, columns.LEDGER])
+@pytest.mark.parametrize(
+    "table", [columns.TABLE, columns.SUMMARY, columns.LEDGER, columns.SIMILARITY, columns.AMPLIFICATION]
+)
 def test_every_column_has_a_meaning(table):
     assert all(column.meaning and column.meaning == column.meaning.strip() for column in table.values())
 
 
 def test_every_status_that_occurs_is_documented():
     package = Path(lp.__file__).parent
-    source = "".join((package / file).read_text(encoding="utf-8") for file in ("deltas.py", "spectra.py"))
+    source = "".join(
+        (package / file).read_text(encoding="utf-8") for file in ("matching.py", "deltas.py", "spectra.py")
+    )
     meaning = columns.LEDGER["status"].meaning
     statuses = (
         "analysed", "unchanged", "vector", "only in base", "only in tuned", "shape differs", "tied", "excluded",

@@ -1,12 +1,14 @@
 """The demo's pair: proper checkpoints, learned, repeatable, cached, and never half-written."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from lowrank_probe import demos
-from lowrank_probe.demos import Recipe, demo, train_pair
+from lowrank_probe import demo_text, demo_training, demos
+from lowrank_probe.demo_training import Recipe
+from lowrank_probe.demos import demo, train_pair
 from lowrank_probe.errors import OutputError, ProbeError
 
 TINY = Recipe(
@@ -72,11 +74,11 @@ def test_stated_loss_is_that_of_the_stored_weights(pair):
     from transformers import AutoModelForCausalLM
 
     out, (_, tuned), _ = pair
-    tokenizer = demos._train_tokenizer(demos.read_code(TINY.code_chars), TINY.vocabulary)
-    _, held = demos._blocks(tokenizer, demos.read_prose(TINY.prose_chars), TINY.length)
+    tokenizer = demo_training._train_tokenizer(demo_text.read_code(TINY.code_chars), TINY.vocabulary)
+    _, held = demo_training._blocks(tokenizer, demo_text.read_prose(TINY.prose_chars), TINY.length)
     model = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
     stated = json.loads((out / "pair.json").read_text())["loss_prose_after"]
-    assert demos._loss(model, held, demos._silent) == pytest.approx(stated, abs=1e-4)
+    assert demo_training._loss(model, held, demos._silent) == pytest.approx(stated, abs=1e-4)
 
 
 def test_progress_reaches_the_end_of_every_phase(pair):
@@ -140,13 +142,12 @@ def test_cached_pair_is_trained_once(tmp_path, monkeypatch):
 
 
 def test_demo_keeps_pair_and_run_where_asked_and_trains_once(tmp_path, monkeypatch):
-    pytest.importorskip("lowrank_probe.spectra")
     monkeypatch.setenv("LOWRANK_PROBE_CACHE", str(tmp_path / "cache"))
     result = demo(recipe=TINY)
     told = result.facts["demo"]
     assert told["run"].startswith(str(tmp_path / "cache"))
     for name in ("base", "finetuned", "run", "report"):
-        assert demos.Path(told[name]).exists(), name
+        assert Path(told[name]).exists(), name
     phases = set()
     for _ in range(2):  # the second time `out` is this demo's own
         again = demo(tmp_path / "out", recipe=TINY, on_progress=lambda phase, done, total: phases.add(phase))
@@ -178,9 +179,9 @@ def test_python_without_its_source_is_named(tmp_path, monkeypatch):
     (tmp_path / "only.py").write_text("x = 1\n")
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(ProbeError, match=r"source, the demo needs"):
-        demos.read_code(1_000_000)
+        demo_text.read_code(1_000_000)
 
 
 def test_prose_repeats_no_paragraph():
-    paragraphs = [p for text in demos.read_prose(10**9) for p in text.split("\n\n")]
+    paragraphs = [p for text in demo_text.read_prose(10**9) for p in text.split("\n\n")]
     assert len(paragraphs) == len(set(paragraphs))

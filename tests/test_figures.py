@@ -5,11 +5,11 @@ import math
 import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from browsers import needs_chromium
 from builders import build
 
 from lowrank_probe import figure_data, figure_spectra, figures, metrics, verdicts
@@ -371,10 +371,8 @@ def test_plotly_accepts_every_figure_and_the_page_draws_the_same(size):
             assert trace.name == spec.get("name")
 
 
+@needs_chromium
 def test_figures_are_written_as_svg_and_png(result, tmp_path):
-    pytest.importorskip("kaleido")
-    if not Path("/usr/bin/chromium").exists():
-        pytest.skip("/usr/bin/chromium is missing: apt-get install chromium")
     paths = figures.write(result, tmp_path / "figures")
     assert {p.name for p in paths} == {f"{n}.{form}" for n in figures.specs(result) for form in ("svg", "png")}
     assert set((tmp_path / "figures").iterdir()) == set(paths)
@@ -397,24 +395,20 @@ def test_writing_figures_without_kaleido_names_the_mend(result, tmp_path, monkey
 
 
 def test_writing_figures_without_a_browser_names_the_mend(result, tmp_path, monkeypatch):
-    pytest.importorskip("kaleido")
     monkeypatch.setenv("BROWSER_PATH", "/nowhere/chrome")
     with pytest.raises(ProbeError, match=r"Chrome or Chromium \(BROWSER_PATH=/nowhere/chrome is none\): install it"):
         figures.write(result, tmp_path / "figures")
 
 
 def test_a_browser_that_does_not_work_is_an_error_of_one_line(result, tmp_path, monkeypatch):
-    pytest.importorskip("kaleido")
     monkeypatch.setenv("BROWSER_PATH", "/bin/true")
     with pytest.raises(ProbeError, match="the browser did not draw the figures") as error:
         figures.write(result, tmp_path / "figures")
     assert "\n" not in str(error.value)
 
 
+@needs_chromium
 def test_figures_cannot_be_written_into_a_file(result, tmp_path):
-    pytest.importorskip("kaleido")
-    if not Path("/usr/bin/chromium").exists():
-        pytest.skip("/usr/bin/chromium is missing: apt-get install chromium")
     (tmp_path / "taken").write_text("a file", encoding="utf-8")
     with pytest.raises(OutputError, match="taken: cannot be made: File exists; choose another --figures"):
         figures.write(result, tmp_path / "taken")

@@ -12,21 +12,12 @@ import pytest
 import torch
 import transformers as hf
 from pairs import add_update, llama_tensors, planted, write
+from refusals import refused
 from safetensors.torch import save_file
 
 import lowrank_probe as lp
 from lowrank_probe import formats
 from lowrank_probe.checkpoints import open_checkpoint
-
-
-def refused(source, *words):
-    with pytest.raises(lp.CheckpointError) as caught:
-        open_checkpoint(source)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message
-    return message
 
 
 def same_tables(a, b):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from builders import build
 
-from lowrank_probe import OutputError, outputs, runs, trajectories
+from lowrank_probe import OutputError, outputs, runs, trajectory_runs
 
 # ---------------------------------------------------------------------------------------------- whose directory
 
@@ -96,11 +96,11 @@ def test_a_first_step_that_cannot_be_written_leaves_no_trajectory(tmp_path):
     root = tmp_path / "trajectory" / "steps" / "of"
     long = "x" * 300  # no file system takes this name
     with pytest.raises(OutputError, match="File name too long"):
-        trajectories.save_step(root, long, result)
+        trajectory_runs.save_step(root, long, result)
     assert list((tmp_path / "trajectory" / "steps").iterdir()) == []
-    trajectories.save_step(root, "one", result)
+    trajectory_runs.save_step(root, "one", result)
     with pytest.raises(OutputError, match="File name too long"):
-        trajectories.save_step(root, long, result)
+        trajectory_runs.save_step(root, long, result)
     assert sorted(path.name for path in root.iterdir()) == ["one", "trajectory.json"]
 
 

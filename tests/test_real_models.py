@@ -6,20 +6,13 @@ import numpy as np
 import pytest
 import real_models
 import torch
+from ledgers import check_complete
+from pairs import planted, write
 
 import lowrank_probe as lp
 from lowrank_probe.checkpoints import open_checkpoint
 
 pytestmark = pytest.mark.slow
-
-
-def check_complete(result, base, tuned):
-    ledger = result.ledger
-    for side, column, shape in ((base, "name", "base_shape"), (tuned, "tuned_name", "tuned_shape")):
-        assert sorted(ledger[column][ledger[shape] != ""]) == sorted(open_checkpoint(side).tensors)
-    assert {name.partition("[")[0] for name in result.table["name"]} == set(
-        ledger["name"][ledger["status"] == "analysed"]
-    )
 
 
 def check_values(result, base, tuned, every=1):
@@ -43,6 +36,14 @@ def check_values(result, base, tuned, every=1):
             assert row[f"energy_{r}"] == pytest.approx(energy[min(r, len(energy)) - 1], abs=1e-9)
 
 
+def checked(base, tuned, every=1):
+    """`lp.spectrum` of a pair, its ledger and its values checked."""
+    result = lp.spectrum(base, tuned)
+    check_complete(result, base, tuned)
+    check_values(result, base, tuned, every)
+    return result
+
+
 @pytest.fixture(scope="module")
 def anarcii():
     return real_models.anarcii()
@@ -50,10 +51,7 @@ def anarcii():
 
 @pytest.mark.parametrize("tuned", ["tcr", "shark"])
 def test_anarcii_from_antibodies_to(anarcii, tuned):
-    base, tuned_side = anarcii["antibody"], anarcii[tuned]
-    result = lp.spectrum(base, tuned_side)
-    check_complete(result, base, tuned_side)
-    check_values(result, base, tuned_side)
+    result = checked(anarcii["antibody"], anarcii[tuned])
     counts = result.facts["counts"]
     assert counts.get("shape differs", 0) == (3 if tuned == "tcr" else 0), counts
     assert counts["analysed"] == result.table["name"].str.partition("[")[0].nunique() > 10
@@ -73,9 +71,7 @@ def test_anarcii_ledger_names_what_has_another_vocabulary(anarcii):
 
 def test_sapiens_heavy_and_light_are_unrelated():
     models = real_models.sapiens()
-    result = lp.spectrum(models["VH"], models["VL"])
-    check_complete(result, models["VH"], models["VL"])
-    check_values(result, models["VH"], models["VL"])
+    result = checked(models["VH"], models["VL"])
     assert result.facts["related"] is False
     assert abs(result.facts["median_cosine"]) < 0.1
     assert set(result.summary["verdict"]) == {"unrelated weights"}
@@ -89,10 +85,7 @@ def rxnfp():
 
 @pytest.mark.parametrize("tuned", ["bert_ft", "bert_ft_10k_25s"])
 def test_rxnfp_from_pretrained_to(rxnfp, tuned):
-    base, tuned_side = rxnfp["bert_pretrained"], rxnfp[tuned]
-    result = lp.spectrum(base, tuned_side)
-    check_complete(result, base, tuned_side)
-    check_values(result, base, tuned_side, every=7)
+    result = checked(rxnfp["bert_pretrained"], rxnfp[tuned], every=7)
     assert result.facts["related"] is True
     status = dict(zip(result.ledger["name"], result.ledger["status"], strict=True))
     assert {status[name] for name in status if name.startswith("cls.")} == {"only in base"}
@@ -126,8 +119,6 @@ def test_rxnmapper_loads_and_is_identical_to_itself():
 
 
 def test_smollm2_with_a_planted_update_of_its_own_weights(tmp_path):
-    from pairs import planted, write
-
     path = real_models.smollm2()
     checkpoint = open_checkpoint(path)
     names = [f"model.layers.{i}.{module}.weight" for i in (0, 29) for module in ("self_attn.k_proj", "mlp.down_proj")]

@@ -3,11 +3,11 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from browsers import needs_chromium
 from builders import build
 
 from lowrank_probe import reports
@@ -191,10 +191,8 @@ def test_report_of_no_run_says_so(tmp_path):
         reports.report(tmp_path)
 
 
+@needs_chromium
 def test_report_writes_the_figures_where_asked(result, tmp_path):
-    pytest.importorskip("kaleido")
-    if not Path("/usr/bin/chromium").exists():
-        pytest.skip("/usr/bin/chromium is missing: apt-get install chromium")
     result.save(tmp_path / "run")
     reports.report(tmp_path / "run", figures_dir=tmp_path / "figures")
     assert len(list((tmp_path / "figures").iterdir())) == 2 * len(result.figures)

@@ -1,5 +1,7 @@
 """trajectories: planted subspaces of known overlap, the random control by simulation, amplification, the command."""
 
+import dataclasses
+import inspect
 import json
 import math
 import re
@@ -10,13 +12,17 @@ import pandas as pd
 import pytest
 import real_models
 import torch
+from browsers import needs_chromium
 from pairs import add_update, llama_tensors, orthonormal, planted, write
+from refusals import refused
 from test_cli import fails, interrupted, probe
 
 import lowrank_probe as lp
-from lowrank_probe import spectra, subspaces, trajectories
+from lowrank_probe import runs, spectra, subspaces, trajectories
 from lowrank_probe.checkpoints import open_checkpoint
-from lowrank_probe.trajectory_figures import READING
+from lowrank_probe.columns import AMPLIFICATION, SIMILARITY
+from lowrank_probe.options import Keywords, Options
+from lowrank_probe.trajectory_reports import READING
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -247,9 +253,9 @@ def test_one_step_and_unchanged_steps_are_no_failure(growing, tmp_path, n_steps)
     assert found.similarity.empty
     assert found.similarity_by_type.empty
     assert len(found.amplification_by_type) == (len(found.table) * 5 if n_steps == 1 else 0)
-    assert list(found.similarity.columns) == list(subspaces.SIMILARITY)
-    assert list(found.amplification.columns) == list(subspaces.AMPLIFICATION)
-    found.save(tmp_path / "run")
+    assert list(found.similarity.columns) == list(SIMILARITY)
+    assert list(found.amplification.columns) == list(AMPLIFICATION)
+    same(lp.load(found.save(tmp_path / "run")), found)
     json.loads(found.to_json(), parse_constant=pytest.fail)
 
 
@@ -269,7 +275,7 @@ def test_results_are_those_of_spectrum_and_the_table_stacks_their_summaries(grow
     assert set(found.similarity["layer"]) == {0}
     q = found.table[found.table["layer_type"] == "q"]
     assert q["relative_update"].is_monotonic_increasing
-    for table, columns in ((found.similarity, subspaces.SIMILARITY), (found.amplification, subspaces.AMPLIFICATION)):
+    for table, columns in ((found.similarity, SIMILARITY), (found.amplification, AMPLIFICATION)):
         assert list(table.columns) == list(columns)
     by_type = found.similarity_by_type
     assert len(by_type) == 3 * 4 * 5
@@ -309,6 +315,134 @@ def test_errors_name_the_step_and_come_before_any_work(growing, tmp_path):
     assert finished == []
     with pytest.raises(lp.ProbeError, match="rank 0"):
         lp.trajectory(*growing, rank=0)
+
+
+# ---------------------------------------------------------------------------------------------- the directory
+
+
+def same(a, b):
+    """Two trajectories with the same tables, spectra and facts."""
+    assert list(a.results) == list(b.results)
+    for name in ("table", "similarity", "similarity_by_type", "amplification", "amplification_by_type"):
+        pd.testing.assert_frame_equal(getattr(a, name), getattr(b, name))
+    for label, result in a.results.items():
+        other = b.results[label]
+        pd.testing.assert_frame_equal(result.table, other.table)
+        pd.testing.assert_frame_equal(result.ledger, other.ledger)
+        assert list(result.singular_values) == list(other.singular_values)
+        for name, s in result.singular_values.items():
+            np.testing.assert_array_equal(s, other.singular_values[name])
+    assert runs.plain(a.facts) == runs.plain(b.facts)
+    assert a.to_json() == b.to_json()
+
+
+def test_round_trip(growing, tmp_path):
+    found = lp.trajectory(*growing, exclude=["embed_tokens"], layers=(0, 0), labels=["α 1", "b", "-c"])
+    loaded = lp.load(found.save(tmp_path / "run"))
+    assert isinstance(loaded, lp.Trajectory)
+    same(loaded, found)
+    same(lp.load(loaded.save(tmp_path / "again")), found)
+    for name in ("report.html", "α 1/report.html", "similarity.csv", "trajectory.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    """A copy of the finished command's directory."""
+    return shutil.copytree(saved[0], tmp_path / "run")
+
+
+def test_report_rebuilds_the_page_and_those_of_the_steps(run):
+    pages = [run / "report.html", *(run / f"checkpoint-{i}00" / "report.html" for i in (1, 2, 3))]
+    before = [page.read_bytes() for page in pages]
+    for page in pages:
+        page.write_text("old")
+    files = set(run.rglob("*"))
+    assert probe("report", run) == (f"{pages[0]}\n", "")
+    assert [page.read_bytes() for page in pages] == before
+    assert set(run.rglob("*")) == files
+
+
+def damaged(run, *words):
+    """Loading and `lp.report` raise one line that names the directory and holds every word."""
+    for act in (lp.load, lp.report):
+        refused(run, run, *words, act=act)
+
+
+@pytest.mark.parametrize("file", ["similarity.parquet", "amplification.parquet"])
+@pytest.mark.parametrize("damage", ["missing", "text", "short", "another table"])
+def test_a_damaged_table_is_named(run, file, damage):
+    whole = (run / file).read_bytes()
+    (run / file).unlink()
+    if damage == "another table":
+        shutil.copy(run / "checkpoint-100" / "table.parquet", run / file)
+    elif damage != "missing":
+        (run / file).write_bytes(b"words" if damage == "text" else whole[:-100])
+    damaged(run, f"is not a complete run directory: {file}")
+    facts = json.loads((run / "trajectory.json").read_text())
+    (run / "trajectory.json").write_text(json.dumps(facts | {"files": {}}))  # as if nothing were known of it
+    damaged(run, f"is not a complete run directory: {file}: ")
+
+
+@pytest.mark.parametrize("damage", ["no directory", "no facts", "no table"])
+def test_a_damaged_step_is_named(run, damage):
+    step = run / "checkpoint-200"
+    if damage == "no directory":
+        shutil.rmtree(step)
+    else:
+        (step / {"no facts": "facts.json", "no table": "table.parquet"}[damage]).unlink()
+    damaged(run, "step checkpoint-200: ", "not a complete" if damage == "no table" else "not a run directory")
+    fails("report", run, words=["step checkpoint-200: "])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": None}, "lacks base or steps"),
+        ({"steps": [{"label": "checkpoint-100"}]}, "lacks base or steps"),
+        ({"base": {}}, "lacks base or steps"),
+        ({"steps": []}, "no usable labels"),
+        ({"steps": [{"label": "../run/checkpoint-100", "path": "x"}]}, "no usable labels"),
+        ({"steps": [{"label": 1, "path": "x"}]}, "no usable labels"),
+        ({"steps": [{"label": f"checkpoint-{i}00", "path": "x"} for i in (1, 3)]}, "step 'checkpoint-200' that"),
+        ({"status": "interrupted"}, "is an unfinished trajectory"),
+        ({"status": None}, "is an unfinished trajectory"),
+        ({"schema_version": runs.SCHEMA_VERSION + 1}, "newer lowrank_probe"),
+        ({"schema_version": "1"}, "schema_version"),
+        ({"files": ["similarity.parquet"]}, "sizes and checksums"),
+    ],
+    ids=str,
+)
+def test_damaged_facts_are_told(run, change, words):
+    facts = json.loads((run / "trajectory.json").read_text())
+    (run / "trajectory.json").write_text(json.dumps(facts | change))
+    damaged(run, words)
+
+
+@pytest.mark.parametrize("text", ["{broken", "[]", "3", ""])
+def test_facts_that_are_no_object_are_told(run, text):
+    (run / "trajectory.json").write_text(text)
+    damaged(run, "is not a complete run directory: trajectory.json: ")
+
+
+def test_the_options_of_both_verbs_are_those_of_options():
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    parameters = inspect.signature(lp.spectrum).parameters.values()
+    own = {"base", "tuned", "resume", "on_progress"}
+    assert {p.name: p.default for p in parameters if p.name not in own} == defaults
+    assert list(Keywords.__annotations__) == list(defaults)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [({"top": 0}, "top=0"), ({"layers": (3, 1)}, "layers="), ({"exclude": "q_proj"}, "are lists")]
+)
+def test_bad_options_are_refused_as_by_spectrum(growing, option, words):
+    for act in (lambda: lp.spectrum(growing[0], growing[1][0], **option), lambda: lp.trajectory(*growing, **option)):
+        with pytest.raises(lp.ProbeError, match=words) as caught:
+            act()
+        assert not str(caught.value).startswith("step ")
+    with pytest.raises(TypeError, match="tops"):
+        lp.trajectory(*growing, tops=3)
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -451,6 +585,17 @@ def test_figures(growing, angled_trajectory):
     grid = angled_trajectory.figures["grid"]
     wanted = angled_trajectory.similarity.pivot(index="i", columns="j", values="phi_right").to_numpy()
     np.testing.assert_allclose(grid.data[1].z, wanted, rtol=1e-5)
+
+
+@needs_chromium
+def test_figures_of_the_trajectory_and_of_every_step_are_written(run, tmp_path):
+    probe("report", run, "--figures", tmp_path / "figures")
+    found = lp.load(run)
+    steps = {f"{label}/{name}" for label, result in found.results.items() for name in result.figures}
+    expected = {f"{name}.{form}" for name in {*found.figures, *steps} for form in ("svg", "png")}
+    written = [path for path in (tmp_path / "figures").rglob("*") if path.is_file()]
+    assert {path.relative_to(tmp_path / "figures").as_posix() for path in written} == expected
+    assert "Do the steps move in the same directions?" in (tmp_path / "figures" / "similarity.svg").read_text("utf-8")
 
 
 @pytest.mark.slow
