@@ -8,9 +8,11 @@ Source: the safetensors specification, version 0.4.
 import io
 import itertools
 import json
+import math
 import threading
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -84,6 +86,35 @@ def _check_layout(file: Path, infos: dict[str, TensorInfo], start: int, size: in
             f"{file}: {size - end} bytes after its last tensor belong to no tensor (it should end at byte {end}); "
             "damaged? download it again"
         )
+
+
+def write_file(
+    file: Path,
+    infos: Sequence[tuple[str, str, tuple[int, ...]]],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str],
+) -> int:
+    """Write one safetensors file, tensor by tensor: never more than one of them in memory. Returns its bytes.
+
+    infos: (name, dtype such as "BF16", shape) in the order in which `tensors` gives them; a tensor of another dtype or
+    shape than announced is a ValueError. The caller writes aside and renames.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, dtype, shape in infos:
+        n_bytes = int(math.prod(shape) * WIDTHS[dtype])
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + n_bytes]}
+        at += n_bytes
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(file, "wb") as handle:
+        handle.write(len(raw).to_bytes(8, "little") + raw)
+        for (name, dtype, shape), tensor in zip(infos, tensors, strict=True):
+            if tensor.dtype != TORCH_DTYPES.get(dtype, tensor.dtype) or tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"{name}: announced as {dtype} {shape}, given {tensor.dtype} {tuple(tensor.shape)}")
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            handle.write(flat.view(torch.uint8).numpy().data)
+    return 8 + len(raw) + at
 
 
 def read_entries(info: TensorInfo, first: int, count: int, device: str | torch.device = "cpu") -> Tensor:

@@ -8,6 +8,7 @@ float64; λ its eigenvalues, σ = √λ; r the number of values asked for; q the
     top_spectrum       the r largest, bracketed from both sides, or None where that was not reached ("Tier 1")
     factored_spectrum  the r values of scaling·B·A by QR of both factors: never a dense matrix
     leading_singular_values   σ₁ … of a noise matrix by a few Lanczos steps
+    truncate           the best rank-r approximation, with a bracket on the optimum
     top_triplets       the r largest singular triplets (U, s, Vh), with the residual of each; `factored_triplets` the
                        same of scaling·B·A
 """
@@ -172,8 +173,25 @@ def top_spectrum(
         return None
     G = gram(A)
     trace = float(torch.diagonal(G).sum())
-    if trace == 0.0:
+    found = _certified(G, r, A.shape, oversample=oversample, rounds=rounds, seed=seed) if trace else None
+    if found is None:
         return None
+    lam, upper, _ = found
+    rounding = _eigenvalue_error(float(lam[0]), A.shape)
+    values = np.sqrt(np.maximum(lam, 0.0))
+    error = (upper - lam + rounding) / np.maximum(values, 1e-300)
+    total = norm**2 if norm else trace
+    slack = float((upper - lam).sum())
+    return SingularValues(values, "krylov", "float64", error, (slack + r * rounding) / total)
+
+
+def _certified(
+    G: Tensor, r: int, shape: tuple[int, ...], *, oversample: int = 32, rounds: int = 24, seed: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.float64], Tensor] | None:
+    """(lower bounds, upper bounds, Ritz vectors (k, r)) of the r largest eigenvalues of G (k, k), as `top_spectrum`
+    explains; None where Σ over the r was not bracketed within 1e-6·tr G. The bounds leave rounding in G out."""
+    k = G.shape[0]
+    trace = float(torch.diagonal(G).sum())
     q = min(k, r + oversample)
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(k, q, generator=generator, dtype=torch.float64).to(G.device)
@@ -201,12 +219,7 @@ def top_spectrum(
             continue
         if not _bounded_by(G, basis[:, :p], mu):
             continue  # something was missed: search on
-        rounding = _eigenvalue_error(float(theta[0]), A.shape)
-        lam = theta[:r].cpu().numpy()
-        values = np.sqrt(np.maximum(lam, 0.0))
-        error = (upper - lam + rounding) / np.maximum(values, 1e-300)
-        total = norm**2 if norm else trace
-        return SingularValues(values, "krylov", "float64", error, (slack + r * rounding) / total)
+        return theta[:r].cpu().numpy(), upper, basis[:, :r]
     return None
 
 
@@ -259,6 +272,53 @@ def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 
         v = E.T @ U[j]
     lam = torch.linalg.eigvalsh((U @ U.T).double()).cpu().numpy()
     return np.asarray(np.sqrt(np.maximum(lam[::-1], 0.0)), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """The best approximation of rank r: A (m, n) ≈ U·diag(s)·Vh, and how near to the optimum that is.
+
+    U (m, r), s (r,) descending, Vh (r, n): float64 on A's device; U and Vhᵀ have orthonormal columns. Cut to j < r
+    columns it is the best of rank j, as near.
+    upper: (r,) proven upper bounds on σᵢ²: Σ_{i≤j} sᵢ² is what rank j keeps of ‖A‖_F², exactly, and no matrix of that
+    rank keeps more than Σ_{i≤j} upper (Eckart & Young 1936).
+    """
+
+    U: Tensor
+    s: Tensor
+    Vh: Tensor
+    upper: NDArray[np.float64]
+    method: str
+
+
+def truncate(A: Tensor, r: int, *, seed: int = 0) -> Truncation:
+    """The truncated SVD of rank r of A (m, n), bracketed: eigenvectors of the float64 Gram matrix of the short side, or
+    above k = 1024 a certified block Krylov iteration (`top_spectrum`), which falls back on them.
+
+    r is cut to min(m, n). The last step is a Rayleigh–Ritz on A itself, so that what is kept is exact and small values
+    keep the digits that squaring costs. Deterministic for a given seed.
+    """
+    k = min(A.shape)
+    r = min(r, k)
+    G = gram(A)
+    found = None
+    if k > EIGH_LIMIT and r < k // 3 and float(torch.diagonal(G).sum()) > 0:
+        found = _certified(G, r, A.shape, seed=seed)
+    if found is not None:
+        _, upper, basis = found
+    elif G.is_cpu:
+        lam, vectors = np.linalg.eigh(G.numpy())
+        upper, basis = lam[::-1][:r].copy(), torch.from_numpy(vectors[:, ::-1][:, :r].copy())
+    else:
+        values, W = torch.linalg.eigh(G)
+        upper, basis = values.flip(0)[:r].cpu().numpy(), W.flip(1)[:, :r]
+    upper = np.maximum(upper, 0.0) + _eigenvalue_error(float(upper[0]), A.shape)
+    tall = A if A.shape[0] > A.shape[1] else A.T  # as `gram` chooses
+    Q, R = torch.linalg.qr(product(tall, basis))
+    W, s, Zh = _small_svd(R)
+    left, right = Q @ W, basis @ Zh.T
+    U, V = (left, right) if tall is A else (right, left)
+    return Truncation(U, s, V.T, upper, "eigh" if found is None else "krylov")
 
 
 @dataclass(frozen=True)

@@ -307,3 +307,23 @@ def test_a_config_that_is_no_json_object(tmp_path, file, text):
     (tmp_path / "model.safetensors").rename(tmp_path / ("adapter_" * file.startswith("adapter") + "model.safetensors"))
     (tmp_path / file).write_text(text)
     refused(tmp_path, tmp_path / file, "JSON")
+
+
+def test_a_file_written_tensor_by_tensor_is_the_one_the_official_library_reads(tmp_path):
+    from safetensors.torch import load_file
+
+    from lowrank_probe.safetensors_files import write_file
+
+    tensors = {
+        "a.weight": torch.randn(3, 5), "b": torch.randn(4, 2).bfloat16().T, "empty": torch.zeros(0, 7),
+        "n": torch.arange(4), "s": torch.tensor(2.5),
+    }  # fmt: skip
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
+    infos = [(name, names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    written = write_file(tmp_path / "x.safetensors", infos, iter(tensors.values()), {"format": "pt"})
+    assert written == (tmp_path / "x.safetensors").stat().st_size
+    read = load_file(tmp_path / "x.safetensors")
+    assert set(read) == set(tensors)
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    with pytest.raises(ValueError, match="announced as F32"):
+        write_file(tmp_path / "y", [("a", "F32", (2,))], [torch.zeros(2).half()], {})
