@@ -63,8 +63,8 @@ def ending_at_once() -> Iterator[None]:
 
 
 def _end(line: str) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    print(line, file=sys.stderr)  # noqa: T201
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # `one_line` ends this: neither a second line nor none
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
     raise SystemExit(130) from None
 
 

@@ -108,7 +108,7 @@ def test_during_the_demos_training(tmp_path, presses):
         "demo", "--out", tmp_path / "out", at="pre-training", presses=presses, every_s=0.002,
         LOWRANK_PROBE_CACHE=str(tmp_path / "cache"),
     )  # fmt: skip
-    assert code == 130
+    assert code in ((130,) if presses == 1 else (130, -signal.SIGINT))
     assert lines(shown) == ["interrupted"]
     if presses == 1:
         assert list(tmp_path.iterdir()) == []
