@@ -400,6 +400,13 @@ def factored_triplets(B: Tensor, A: Tensor, scaling: float, r: int) -> Triplets:
 
 def product(A: Tensor, X: Tensor) -> Tensor:
     """A·X in float64, (m, p), for A (m, n) in any dtype, X (n, p) float64; A is upcast chunk by chunk."""
+    if A.T.is_contiguous() and not A.is_contiguous():  # by the rows that lie together in memory
+        total = torch.zeros(A.shape[0], X.shape[1], dtype=torch.float64, device=A.device)
+        at = 0
+        for chunk in row_chunks(A.T, GRAM_ENTRIES):
+            total.addmm_(chunk.double().T, X[at : at + len(chunk)])
+            at += len(chunk)
+        return total
     return torch.cat([chunk.double() @ X for chunk in row_chunks(A, GRAM_ENTRIES)])
 
 

@@ -109,8 +109,9 @@ def test_on_a_device_small_items_are_computed_while_the_largest_is_read():
     done = list(run_jobs(sizes, identity, identity, lambda item, _: order.append(item) or item, ELSEWHERE))
     # 1 + 5 + 7 + 8 + 8 = 29 < 30, so 9 goes first too; computing threads may swap neighbours
     assert sorted(done) == sorted(sizes)
-    assert sorted(order[:5]) <= [1, 5, 7, 8, 9]
-    assert set(order[-2:]) == {20, 30}
+    swapped = COMPUTING - 1
+    assert min(order.index(20), order.index(30)) >= len(sizes) - 2 - swapped
+    assert order.index(1) <= swapped
 
 
 def test_on_a_device_some_are_computed_beside_each_other_while_the_next_are_read():
