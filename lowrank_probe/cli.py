@@ -11,15 +11,28 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowrank_probe import interrupts
-from lowrank_probe.errors import ProbeError, printable
+from lowrank_probe.cli_extract import extract
+from lowrank_probe.cli_shared import (
+    Device,
+    Figures,
+    Json,
+    Open,
+    Out,
+    Quiet,
+    Seed,
+    layer_span,
+    progress_bar,
+    stopped_line,
+    tell,
+)
+from lowrank_probe.errors import ProbeError, UnchangedError, printable
 from lowrank_probe.options import Options
 
 if TYPE_CHECKING:
@@ -36,22 +49,6 @@ app = typer.Typer(
 )
 
 VERDICTS = ("undecidable", "low-rank", "not low-rank", "unrelated")
-
-Out = Annotated[Path | None, typer.Option("--out", help="Run directory. Default: probe-runs/<tuned>-<time>/.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]
-Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
-Figures = Annotated[Path | None, typer.Option("--figures", help="Also write every figure there, as SVG and PNG.")]
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", text):
-        raise typer.BadParameter(f"{text!r}: expected auto, cpu, cuda, cuda:N or mps")
-    return text
-
-
-Device = Annotated[str, typer.Option("--device", callback=_device, help="auto, cpu, cuda, cuda:N or mps.")]
 
 
 def _version(asked: bool) -> None:
@@ -105,7 +102,7 @@ def spectrum(
 
     With several TUNED also how their updates compare: over the steps, in the directions they share.
     """
-    span = _layers(layers)
+    span = layer_span(layers)
     if fail_on is not None and fail_on not in VERDICTS:
         raise typer.BadParameter(f"{fail_on!r}: expected one of {', '.join(VERDICTS)}", param_hint="--fail-on")
     if top is not None and exact_tail:
@@ -149,23 +146,19 @@ def _single(base: str, tuned: str | None, directory: Path, options: Options, as_
     from lowrank_probe import runs, spectra
 
     earlier = runs.unfinished(directory)
-    with _progress(quiet) as on_progress:
+    with progress_bar(quiet) as on_progress:
         try:
             result = spectra.probe_pair(base, tuned, options, resume=earlier, on_progress=on_progress)
         except spectra.Interrupted as stopped:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not lose what is kept
             stopped.result.save(directory)
             kept = f"{len(stopped.result.table)} finished matrices kept in {directory}"
-            raise _stopped(kept, directory) from None
+            raise stopped_line(kept, f"the same command with --out {directory} resumes") from None
     result.save(directory)
     if earlier is not None:
-        _note(f"resumed the interrupted run in {directory}: {len(earlier.table)} matrices were finished", quiet)
+        tell(f"resumed the interrupted run in {directory}: {len(earlier.table)} matrices were finished", quiet)
     _show(result, directory, as_json, quiet)
     return result
-
-
-def _stopped(kept: str, directory: Path) -> interrupts.Stopped:
-    return interrupts.Stopped(printable(f"interrupted: {kept}; the same command with --out {directory} resumes"))
 
 
 def _trajectory(
@@ -186,15 +179,18 @@ def _trajectory(
         kept += result.facts["status"] == "complete"
 
     try:
-        with _progress(quiet) as on_progress:
+        with progress_bar(quiet) as on_progress:
             found = trajectories.probe_steps(
                 base, steps, options, labels=labels, resume=earlier, on_step=on_step, on_progress=on_progress
             )
         found.save(directory)
     except (spectra.Interrupted, KeyboardInterrupt):
-        raise _stopped(f"{kept} of {len(steps)} steps are finished in {directory}", directory) from None
+        raise stopped_line(
+            f"{kept} of {len(steps)} steps are finished in {directory}",
+            f"the same command with --out {directory} resumes",
+        ) from None
     if earlier:
-        _note(f"resumed the interrupted run in {directory}: {len(earlier)} steps were finished or begun", quiet)
+        tell(f"resumed the interrupted run in {directory}: {len(earlier)} steps were finished or begun", quiet)
     if as_json:
         print(found.to_json())  # noqa: T201
     else:
@@ -203,10 +199,10 @@ def _trajectory(
         print_trajectory(found)
     for label, result in found.results.items():
         for warning in result.facts.get("warnings", []):
-            _note(f"warning: {label}: {warning}", False)
+            tell(f"warning: {label}: {warning}", False)
         for note in result.facts.get("notes", []):
-            _note(f"note: {label}: {note}", quiet)
-    _note(f"report: {directory / 'report.html'}", quiet)
+            tell(f"note: {label}: {note}", quiet)
+    tell(f"report: {directory / 'report.html'}", quiet)
     return found
 
 
@@ -220,13 +216,16 @@ def _finish(
         from lowrank_probe.figures import write
 
         write(found, figures)
-        _note(f"figures: {figures}", quiet)
+        tell(f"figures: {figures}", quiet)
     if open_report:
         typer.launch(str((directory / "report.html").resolve()))
     summary = found.summary if isinstance(found, runs.Result) else found.table
     if fail_on and any(str(verdict).startswith(fail_on) for verdict in summary["verdict"]):
-        _note(f"--fail-on {fail_on}: at least one verdict is {fail_on}", False)
+        tell(f"--fail-on {fail_on}: at least one verdict is {fail_on}", False)
         raise typer.Exit(3)
+
+
+app.command(epilog="Example: probe extract base/ finetuned/ --rank 16 --out adapter/")(extract)
 
 
 @app.command(epilog="Example: probe report probe-runs/finetuned-20260102-030405/ --open")
@@ -241,7 +240,7 @@ def report(
 
     print(rebuild(run, open_browser=open_report, figures_dir=figures))  # noqa: T201
     if figures is not None:
-        _note(f"figures: {figures}", False)
+        tell(f"figures: {figures}", False)
 
 
 @app.command(epilog="Example: probe demo --open")
@@ -259,7 +258,7 @@ def demo(
         from lowrank_probe import demos, spectra
 
     try:
-        with _progress(quiet) as on_progress:
+        with progress_bar(quiet) as on_progress:
             result = demos.demo(out, seed=seed, on_progress=on_progress)
     except spectra.Interrupted:  # the pair is kept, its spectra take a few seconds
         raise interrupts.Stopped(interrupts.LINE) from None
@@ -293,7 +292,7 @@ def _main() -> None:
         if debug:
             raise
         print(f"error: {printable(error)}", file=sys.stderr)  # noqa: T201
-        raise SystemExit(1) from None
+        raise SystemExit(3 if isinstance(error, UnchangedError) else 1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -304,41 +303,8 @@ def _main() -> None:
         raise SystemExit(1) from None
 
 
-def _layers(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    if not found or int(found[2] or found[1]) < int(found[1]):
-        raise typer.BadParameter(f"{text!r}: expected a layer number or a range such as 0-3", param_hint="--layers")
-    return int(found[1]), int(found[2] or found[1])
-
-
 def _slug(path: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(path).resolve().name).strip("-") or "run"
-
-
-def _note(text: str, quiet: bool) -> None:
-    if not quiet:
-        print(printable(text), file=sys.stderr)  # noqa: T201
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading headers", total=None)
-
-        def advance(name: str, done: int, total: int) -> None:
-            bar.update(task, description=name, completed=done, total=total)
-
-        yield advance
 
 
 def _show(result: "Result", directory: Path, as_json: bool, quiet: bool) -> None:
@@ -349,7 +315,7 @@ def _show(result: "Result", directory: Path, as_json: bool, quiet: bool) -> None
 
         print_summary(result)
     for warning in result.facts.get("warnings", []):
-        _note(f"warning: {warning}", False)
+        tell(f"warning: {warning}", False)
     for note in result.facts.get("notes", []):
-        _note(f"note: {note}", quiet)
-    _note(f"report: {directory / 'report.html'}", quiet)
+        tell(f"note: {note}", quiet)
+    tell(f"report: {directory / 'report.html'}", quiet)

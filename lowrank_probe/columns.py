@@ -141,6 +141,48 @@ LEDGER: Final[dict[str, Column]] = {
     "note": Column("why, in words"),
 }
 
+# Of an extraction: one row an adapter and unit, and one for whatever is carried whole or not at all.
+EXTRACTION: Final[dict[str, Column]] = {
+    "adapter": Column('which adapter: "" where there is one, else "r4", "r8", …'),
+    "name": Column("module or parameter as PEFT names it, or the tensor that is not carried"),
+    "status": Column('"adapted", "rank 0" (nothing kept), "carried whole", "not carried" or "unchanged"'),
+    "kind": Column('"linear", "conv1d", "embedding", "conv2d" or "experts"'),
+    "layer_type": Column("layer type from the name"),
+    "layer": Column("layer number; missing outside the blocks"),
+    "stack": Column('"encoder", "decoder" or ""'),
+    "rows": Column("m, output features of one copy"),
+    "cols": Column("n, input features of one copy"),
+    "copies": Column("experts that share the rank; 1 for a single matrix"),
+    "rank": Column("r of this adapter"),
+    "rule": Column(
+        "what the rank came from: fixed, energy, budget, signal_rank, r90, half break-even, or what capped it"
+    ),
+    "parameters": Column("copies·r·(m + n), or the entries of what is carried whole"),
+    "fro_norm": Column("‖ΔW‖_F over the copies"),
+    "relative_update": Column("‖ΔW‖_F / ‖W_base‖_F"),
+    "share": Column("‖ΔW‖_F² of all that changed"),
+    "energy": Column("1 − ‖ΔW − BA‖_F² / ‖ΔW‖_F² of the stored factors", source=_EY),
+    "relative_error": Column("‖ΔW − BA‖_F / ‖ΔW‖_F of the stored factors"),
+    "optimal_error_low": Column(
+        "no matrix of this rank has a smaller one: √(1 − Σ_{i≤r} upper σᵢ² / ‖ΔW‖_F²)", source=_EY
+    ),
+    "optimal_error_high": Column("that of the truncated SVD before its factors are rounded to be stored"),
+    "method": Column("eigh of the Gram matrix, or certified block Krylov"),
+    "note": Column("why, in words"),
+}
+
+# Energy against rank of an extraction's targets.
+CURVES: Final[dict[str, Column]] = {
+    "name": Column("module or parameter as PEFT names it"),
+    "layer_type": Column("layer type from the name"),
+    "layer": Column("layer number; missing outside the blocks"),
+    "stack": Column('"encoder", "decoder" or ""'),
+    "rank": Column("r, up to the largest rank that was factorised"),
+    "fro_norm": Column("‖ΔW‖_F over the copies"),
+    "energy": Column("1 − ‖ΔW − BA‖_F² / ‖ΔW‖_F² of the stored factors cut to r", source=_EY),
+    "energy_upper": Column("no matrix of rank r keeps more", source=_EY),
+}
+
 # Of a trajectory.
 SIMILARITY: Final[dict[str, Column]] = {
     "name": Column("tensor name, as in the base"),

@@ -6,6 +6,7 @@ than 72 % of its entries, so that it alone sets the memory needed.
 """
 
 import ctypes
+import math
 import signal
 import sys
 import threading
@@ -38,17 +39,20 @@ def run_jobs(
     load: Callable[[Item], Loaded],
     compute: Callable[[Item, Loaded], Done],
     device: torch.device,
+    in_flight: float = math.inf,
 ) -> Generator[Done, None, None]:
     """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
-    entries: the size of an item's matrix. Closing the iterator (Ctrl-C) waits for what is running and drops the rest.
+    entries: the size of an item's matrix. in_flight: on a GPU no more entries are held at once than this many times
+    those of the largest item. Closing the iterator (Ctrl-C) waits for what is running and drops the rest.
     """
     _return_memory_at_once()
     queue = sorted(items, key=entries, reverse=True)
     cores = torch.get_num_threads()
     workers = _workers([entries(item) for item in queue], cores) if device.type == "cpu" else 1
     if device.type != "cpu":
-        yield from _read_ahead(_small_ones_first(queue, entries), load, compute, device)
+        order = _small_ones_first(queue, entries)
+        yield from _read_ahead(order, load, compute, device, entries, in_flight * entries(queue[0]) if queue else 0)
         return
 
     def job(item: Item) -> Done:
@@ -90,6 +94,8 @@ def _read_ahead(
     load: Callable[[Item], Loaded],
     compute: Callable[[Item, Loaded], Done],
     device: torch.device,
+    entries: Callable[[Item], int],
+    limit: float,
 ) -> Iterator[Done]:
     """READ_AHEAD threads read and copy the next items while COMPUTING others compute, each on a CUDA stream of its own.
 
@@ -114,23 +120,27 @@ def _read_ahead(
             own.stream.synchronize()
         return done
 
-    todo = iter(queue)
+    todo = deque(queue)
     coming: deque[tuple[Item, Future[Loaded]]] = deque()
-    running: set[Future[Done]] = set()
+    running: dict[Future[Done], Item] = {}
+
+    def fits(item: Item) -> bool:
+        held = [*running.values(), *(item for item, _ in coming)]
+        return not held or (len(held) < READ_AHEAD + COMPUTING and sum(map(entries, held)) + entries(item) <= limit)
+
     with ThreadPoolExecutor(READ_AHEAD) as readers, ThreadPoolExecutor(COMPUTING) as computers:
         try:
             while True:
-                while len(coming) + len(running) < READ_AHEAD + COMPUTING:
-                    item = next(todo, None)
-                    if item is None:
-                        break
+                while todo and fits(todo[0]):
+                    item = todo.popleft()
                     coming.append((item, readers.submit(read, item)))
                 while coming and len(running) < COMPUTING:
-                    running.add(computers.submit(job, *coming.popleft()))
+                    item, loaded = coming.popleft()
+                    running[computers.submit(job, item, loaded)] = item
                 if not running:
                     return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
                     yield future.result()
         finally:
             for _, loaded in coming:

@@ -138,6 +138,25 @@ def test_on_a_device_some_are_computed_beside_each_other_while_the_next_are_read
     assert sorted(run_jobs(items, identity, load, compute, ELSEWHERE)) == items
 
 
+def test_on_a_device_no_more_is_held_than_asked_for():
+    held, most, lock = [], [], threading.Lock()
+
+    def load(item):
+        with lock:
+            held.append(item)
+            most.append(sum(held))
+        return item
+
+    def compute(item, loaded):
+        with lock:
+            held.remove(item)
+        return item
+
+    sizes = [10, 10, 10, 10, 4, 3, 2, 1]
+    assert sorted(run_jobs(sizes, identity, load, compute, ELSEWHERE, in_flight=2.0)) == sorted(sizes)
+    assert 10 <= max(most) <= 20
+
+
 def test_on_a_device_an_error_of_reading_ends_the_run():
     def load(size):
         if size == 2:

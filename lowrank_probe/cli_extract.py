@@ -1,0 +1,90 @@
+"""`probe extract`: parse, one library call, print."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowrank_probe import interrupts
+from lowrank_probe.cli_shared import Device, Json, Quiet, Seed, layer_span, progress_bar, stopped_line, tell
+
+Rank = Annotated[str | None, typer.Option("--rank", "-r", help="A rank, several (4,8,16), or auto. Default: 16.")]
+
+
+def extract(
+    base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id.")],
+    tuned: Annotated[str, typer.Argument(help="Fine-tuned checkpoint.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the adapter; must be new or empty.")],
+    rank: Rank = None,
+    energy: Annotated[float | None, typer.Option(help="Share of each matrix's ‖ΔW‖² to keep, such as 0.9.")] = None,
+    budget: Annotated[str | None, typer.Option(help="For all matrices together: 40M parameters, or 80MB.")] = None,
+    denoised: Annotated[bool, typer.Option(help="Energies without the storage noise of bf16 or fp16.")] = False,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="No rank is larger.")] = None,
+    rank_multiple: Annotated[int, typer.Option(min=1, help="Ranks are multiples of this.")] = 1,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(help="all-linear, everything, default, a layer type or a pattern; repeatable or a,b."),
+    ] = None,
+    servable: Annotated[bool, typer.Option(help="What servers take: one rank, LoRA on linear layers only.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of the stored factors: float32, bfloat16 or float16.")] = "float32",
+    include: Annotated[list[str] | None, typer.Option(help="Only tensors that match (repeatable).")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave out what matches: q_proj, layers.3, *mlp*.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these layers: 0-3 or 7.")] = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The best LoRA adapter in a fine-tune: truncated SVD of ΔW, at the proven optimum, as PEFT loads it."""
+    span = layer_span(layers)
+    ranks, auto = _ranks(rank, default=energy is None and budget is None)
+    with interrupts.ending_at_once():
+        from lowrank_probe import cuda_driver
+
+        cuda_driver.wake(device)
+        from lowrank_probe import devices
+
+        devices.start(device)
+        from lowrank_probe import allocation, extraction
+        from lowrank_probe.options import Options
+        from lowrank_probe.rank_choice import RankChoice
+    choice = RankChoice(
+        ranks=ranks, energy=energy, auto=auto, budget=allocation.parse_budget(budget) if budget else None,
+        denoised=denoised, max_rank=max_rank, rank_multiple=rank_multiple,
+    )  # fmt: skip
+    wanted = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
+    options = Options(include=include or (), exclude=exclude or (), layers=span, device=device, seed=seed)
+    with progress_bar(quiet) as on_progress:
+        try:
+            found = extraction.extract(
+                base, tuned, out, ranks=choice, wanted=wanted, servable=servable, dtype=dtype, options=options,
+                on_progress=on_progress,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise stopped_line(f"finished matrices are kept in {out}", "the same command resumes") from None
+    _show(found, as_json, quiet)
+
+
+def _ranks(text: str | None, *, default: bool) -> tuple[tuple[int, ...], bool]:
+    """(ranks, auto) of `--rank`; 16 where neither it nor another rule is given."""
+    if text is None:
+        return ((16,) if default else ()), False
+    if text == "auto":
+        return (), True
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise typer.BadParameter(
+            f"{text!r}: expected a rank such as 16, several such as 4,8,16, or auto", param_hint="--rank"
+        )
+    return tuple(map(int, text.split(","))), False
+
+
+def _show(found: Any, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(found.to_json())  # noqa: T201
+    else:
+        from lowrank_probe.extraction_terminal import print_extraction
+
+        print_extraction(found)
+    for text in found.facts.get("notes", []):
+        tell(f"note: {text}", quiet)

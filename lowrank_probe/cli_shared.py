@@ -1,0 +1,70 @@
+"""What the commands share: options that mean the same everywhere, notes, the progress bar, the line after Ctrl-C."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowrank_probe import interrupts
+from lowrank_probe.errors import printable
+
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory. Default: probe-runs/<tuned>-<time>/.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]
+Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
+Figures = Annotated[Path | None, typer.Option("--figures", help="Also write every figure there, as SVG and PNG.")]
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", text):
+        raise typer.BadParameter(f"{text!r}: expected auto, cpu, cuda, cuda:N or mps")
+    return text
+
+
+Device = Annotated[str, typer.Option("--device", callback=_device, help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+def layer_span(text: str | None) -> tuple[int, int] | None:
+    """(first, last) of `--layers`."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if not found or int(found[2] or found[1]) < int(found[1]):
+        raise typer.BadParameter(f"{text!r}: expected a layer number or a range such as 0-3", param_hint="--layers")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def tell(text: str, quiet: bool) -> None:
+    """A note, warning or path on stderr."""
+    if not quiet:
+        print(printable(text), file=sys.stderr)  # noqa: T201
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callback for (what is finished, done, total) that moves a bar on a terminal; None where there is none."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading headers", total=None)
+
+        def advance(name: str, done: int, total: int) -> None:
+            bar.update(task, description=name, completed=done, total=total)
+
+        yield advance
+
+
+def stopped_line(kept: str, again: str) -> interrupts.Stopped:
+    """The last line after Ctrl-C: what is kept, and how to go on."""
+    return interrupts.Stopped(printable(f"interrupted: {kept}; {again}"))

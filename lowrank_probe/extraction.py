@@ -1,0 +1,156 @@
+"""`extract()`: a fine-tune → the best LoRA adapters in it, with a ledger of what they carry and what they leave out.
+
+Legend: m out, n in, r rank. A target is what PEFT adapts (`targets.Target`), its copies the experts of one parameter.
+Every finished matrix is kept at once (`unfinished`), so that a run that was killed goes on where it was.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from lowrank_probe import targets
+from lowrank_probe.allocation import Allotment
+from lowrank_probe.checkpoints import Source, open_checkpoint
+from lowrank_probe.columns import CURVES, EXTRACTION
+from lowrank_probe.devices import choose_device
+from lowrank_probe.errors import ProbeError, UnchangedError
+from lowrank_probe.extraction_ledger import curves, ledger_lines, totals
+from lowrank_probe.extraction_work import Work
+from lowrank_probe.factorisation import DTYPES
+from lowrank_probe.facts import machine_facts, side_facts
+from lowrank_probe.options import Options
+from lowrank_probe.outputs import write_directory
+from lowrank_probe.rank_choice import RankChoice
+from lowrank_probe.runs import SCHEMA_VERSION, facts_text, plain
+from lowrank_probe.unfinished import Unfinished
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """ledger: one row an adapter and unit, and one for everything that is not carried (`columns.EXTRACTION`).
+
+    curves: energy against rank of every unit, up to its largest rank (`columns.CURVES`).
+    adapters: label → directory ("" where there is one, else "r4", "r8", …). facts: what was extracted, how, and per
+    adapter its parameters, bytes and the share of ‖ΔW‖² that base + adapter carries.
+    """
+
+    ledger: pd.DataFrame
+    curves: pd.DataFrame
+    adapters: dict[str, Path]
+    facts: dict[str, Any]
+
+    def to_json(self) -> str:
+        """One JSON object with `schema_version`: facts and ledger; NaN and ∞ become null."""
+        told = {"schema_version": SCHEMA_VERSION, "facts": self.facts, "ledger": self.ledger.to_dict("records")}
+        return json.dumps(plain(told), ensure_ascii=False)
+
+    def save(self, directory: Path) -> Path:
+        """Write ledger.parquet, curves.parquet, ledger.csv and, last, facts.json. Raises `OutputError`."""
+        files: dict[str, Callable[[Path], Any]] = {
+            "ledger.parquet": lambda p: self.ledger.to_parquet(p, index=False),
+            "curves.parquet": lambda p: self.curves.to_parquet(p, index=False),
+            "ledger.csv": lambda p: self.ledger.to_csv(p, index=False),
+            "facts.json": lambda p: p.write_text(
+                facts_text(self.facts, p.parent, ["ledger.parquet", "curves.parquet"]), encoding="utf-8"
+            ),
+        }
+        return write_directory(directory, files)
+
+
+def extract(
+    base: Source,
+    tuned: Source,
+    out: str | Path,
+    *,
+    ranks: RankChoice | int | Sequence[int] = 16,
+    wanted: Sequence[str] = ("all-linear",),
+    servable: bool = False,
+    dtype: str = "float32",
+    options: Options = Options(),  # noqa: B008 - frozen
+    on_progress: Progress | None = None,
+) -> Extraction:
+    """Write the truncated-SVD LoRA of ΔW = W_tuned − W_base as PEFT adapters into `out`.
+
+    ranks: a rank, several (one adapter each, `out/r4/`, `out/r8/`, …), or a `RankChoice`. wanted: what is adapted, as
+    `targets.select`. servable: one rank, LoRA on linear layers only. dtype: of the stored factors.
+    options: include, exclude, layers, device, seed.
+
+    Raises `UnchangedError` where nothing differs, `CheckpointError`, `MatchError`, `NumericsError`, `OutputError`.
+    """
+    choice = _rank_choice(ranks)
+    if dtype not in DTYPES:
+        raise ProbeError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if servable and len(choice.ranks) != 1:
+        raise ProbeError("--servable makes an adapter of one rank: give it with --rank 16, no energy, auto or budget")
+    where = choose_device(options.device)
+    base_side, tuned_side = open_checkpoint(base), open_checkpoint(tuned)
+    if tuned_side.is_adapter:
+        raise ProbeError(f"{tuned_side.path}: is an adapter already; probe resize changes its rank")
+    selection = targets.select(
+        base_side, tuned_side, wanted, include=options.include, exclude=options.exclude, layers=options.layers,
+        servable=servable,
+    )  # fmt: skip
+    facts: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION, "status": "complete", "base": side_facts(base_side),
+        "tuned": side_facts(tuned_side), "targets": list(wanted), "servable": servable, "dtype": dtype,
+        "ranks": choice.facts(), "options": options.facts(), "notes": [*selection.notes, *filter(None, [where.note])],
+        **machine_facts(where),
+    }  # fmt: skip
+    same = ("base", "tuned", "targets", "servable", "dtype", "ranks", "options", "versions", "device")
+    store = Unfinished(Path(out), {key: facts[key] for key in same})
+    work = Work(base_side, tuned_side, selection.chosen, store, where.device, options)
+    started = time.perf_counter()
+    if where.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where.device)
+    allotted = _ranks(work, choice, DTYPES[dtype], on_progress)
+    lines = ledger_lines(work, selection, allotted)
+    if not any(line["fro_norm"] > 0 for line in lines):
+        store.remove()
+        raise UnchangedError(
+            f"{base_side.path} and {tuned_side.path} are identical in every tensor: nothing to extract"
+        )
+    ledger = pd.DataFrame(lines, columns=list(EXTRACTION))
+    adapters = {}
+    for label, allotments in allotted.items():
+        adapters[label] = write_adapter(work, selection, allotments, Path(out) / label, dtype)
+    facts["seconds"] = time.perf_counter() - started
+    if where.device.type == "cuda":
+        facts["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(where.device)
+    facts["adapters"] = {
+        label: totals(lines, label) | {"n_bytes": (path / "adapter_model.safetensors").stat().st_size}
+        for label, path in adapters.items()
+    }
+    found = Extraction(ledger, pd.DataFrame(curves(work), columns=list(CURVES)), adapters, facts)
+    found.save(Path(out) / "probe")
+    store.remove()
+    return found
+
+
+def _rank_choice(ranks: RankChoice | int | Sequence[int]) -> RankChoice:
+    if isinstance(ranks, RankChoice):
+        return ranks
+    return RankChoice(ranks=(ranks,) if isinstance(ranks, int) else tuple(ranks))
+
+
+def _ranks(
+    work: Work, choice: RankChoice, dtype: torch.dtype, progress: Progress | None
+) -> dict[str, dict[str, Allotment]]:
+    """Adapter → target → its allotment; all factors are in the store afterwards."""
+    if choice.needs_spectra:
+        work.spectra(choice.needs_noise, progress)
+        units = [work.unit(number) for number in range(len(work.targets))]
+        allotted = choice.allot(units, dtype.itemsize)
+        work.factors({one.name: one.rank for one in allotted[""]}, dtype, progress)
+    else:
+        work.factors({target.name: min(choice.most, *target.shape) for target in work.targets}, dtype, progress)
+        units = [work.kept_unit(number) for number in range(len(work.targets))]
+        allotted = choice.allot(units, dtype.itemsize)
+    return {label: {one.name: one for one in allotments} for label, allotments in allotted.items()}

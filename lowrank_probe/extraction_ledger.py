@@ -1,0 +1,133 @@
+"""The ledger of an extraction: what each adapter carries of every matrix, how near to the optimum, and what it leaves.
+
+Every number is of the factors as they are stored; squares are summed over the copies of a target.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lowrank_probe.allocation import Allotment
+from lowrank_probe.extraction_work import Piece, Work
+from lowrank_probe.factorisation import relative
+from lowrank_probe.targets import Selection, Target
+
+
+def ledger_lines(
+    work: Work, selection: Selection, allotted: Mapping[str, Mapping[str, Allotment]]
+) -> list[dict[str, Any]]:
+    """One line an adapter and unit (`columns.EXTRACTION`), with what every adapter carries whole or leaves out."""
+    pairs = [pair for pair, _ in selection.left_out if pair is not None]
+    norms = work.norms(pairs)
+    others = list(_others(work, selection, norms))
+    lines = []
+    for label, allotments in allotted.items():
+        for number, target in enumerate(work.targets):
+            lines.append({"adapter": label} | _target_line(work, number, target, allotments[target.name]))
+        lines += [{"adapter": label} | line for line in others]
+    total = sum(line["fro_norm"] ** 2 for line in lines if line["fro_norm"] > 0) / max(1, len(allotted))
+    for line in lines:
+        line["share"] = line["fro_norm"] ** 2 / total if total > 0 else math.nan
+    return lines
+
+
+def curves(work: Work) -> list[dict[str, Any]]:
+    """Energy against rank of every target (`columns.CURVES`), at all ranks to 16 and a few a doubling beyond."""
+    rows = []
+    for number, target in enumerate(work.targets):
+        keys = [Piece(number, copy, target).key("factors") for copy in range(target.copies)]
+        held = [key for key in keys if work.store.has(key) and "stored" in work.store.names(key)]
+        if not held:
+            continue
+        square = sum(work.store.facts(key)["fro_norm"] ** 2 for key in held)
+        stored = sum(work.store.get(key, "stored").numpy() for key in held)
+        upper = sum(work.store.get(key, "upper").numpy() for key in held)
+        for rank in _points(len(stored)):
+            rows.append({
+                "name": target.name, "layer_type": target.place.layer_type, "layer": target.place.layer,
+                "stack": target.place.stack, "rank": rank, "fro_norm": math.sqrt(square),
+                "energy": 1 - stored[rank - 1] / square, "energy_upper": min(1.0, upper[rank - 1] / square),
+            })  # fmt: skip
+    return rows
+
+
+def _points(most: int) -> list[int]:
+    beyond = {round(16 * 2 ** (step / 4)) for step in range(1, 60)}
+    return sorted({rank for rank in {*range(1, 17), *beyond, most} if rank <= most})
+
+
+def _target_line(work: Work, number: int, target: Target, allotment: Allotment) -> dict[str, Any]:
+    rank = allotment.rank
+    square, base_square, kept, upper, stored = 0.0, 0.0, 0.0, 0.0, 0.0
+    methods = set()
+    for copy in range(target.copies):
+        piece = Piece(number, copy, target)
+        what = "factors" if work.store.has(piece.key("factors")) else "spectrum"
+        facts = work.store.facts(piece.key(what))
+        norm = facts["fro_norm"]
+        square += norm**2
+        base = facts.get("base_norm")
+        base_square += math.nan if base is None and norm > 0 else (base or 0.0) ** 2
+        if what == "spectrum" or not norm > 0 or rank == 0:
+            stored += norm**2
+            continue
+        at = min(rank, *target.shape) - 1
+        held = {name: work.store.get(piece.key(what), name).numpy() for name in ("kept", "upper", "stored")}
+        kept, upper, stored = kept + held["kept"][at], upper + held["upper"][at], stored + held["stored"][at]
+        methods.add(facts["method"])
+    norm = math.sqrt(square)
+    known = square > 0 and rank > 0
+    return _place(target) | {
+        "status": "adapted" if known else "unchanged" if not square > 0 else "rank 0",
+        "rank": rank if known else 0, "rule": allotment.rule, "parameters": allotment.parameters if known else 0,
+        "fro_norm": norm, "relative_update": norm / math.sqrt(base_square) if base_square > 0 else math.nan,
+        "energy": 1 - stored / square if known else 0.0 if square > 0 else math.nan,
+        "relative_error": relative(stored, norm),
+        "optimal_error_low": relative(square - upper, norm) if known else math.nan,
+        "optimal_error_high": relative(square - kept, norm) if known else math.nan,
+        "method": "+".join(sorted(methods)), "note": "holds unmerged only" if target.tied else "",
+    }  # fmt: skip
+
+
+def _place(target: Target) -> dict[str, Any]:
+    return {
+        "name": target.name, "kind": target.kind, "layer_type": target.place.layer_type, "layer": target.place.layer,
+        "stack": target.place.stack, "rows": target.shape[0], "cols": target.shape[1], "copies": target.copies,
+    }  # fmt: skip
+
+
+def _others(work: Work, selection: Selection, norms: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    """What is carried whole, and what is not carried: no rank, energy 1 or 0."""
+    nothing = {"copies": 1, "rank": 0, "rule": "", "method": "", "stack": "", "kind": ""}
+    for whole in selection.whole:
+        norm = whole.fro_norm(work.base, work.tuned)
+        parameters = sum(math.prod(work.tuned.tensors[name].shape) for name in whole.tensors.values())
+        yield nothing | {
+            "name": whole.module, "status": "carried whole", "parameters": parameters, "fro_norm": norm,
+            "energy": 1.0, "relative_error": 0.0, "note": whole.why,
+        }  # fmt: skip
+    for pair, line in selection.left_out:
+        norm = line["fro_norm"] if pair is None else norms[pair.key]
+        status = "unchanged" if norm == 0 else "not carried"
+        yield nothing | {
+            "name": line["name"] or line["tuned_name"], "status": status, "layer_type": line["layer_type"],
+            "layer": line["layer"], "parameters": 0, "fro_norm": norm, "energy": 0.0 if norm > 0 else math.nan,
+            "relative_error": 1.0 if norm > 0 else math.nan, "note": line["note"],
+        }  # fmt: skip
+
+
+def totals(lines: list[dict[str, Any]], label: str) -> dict[str, Any]:
+    """Of one adapter: units, ranks, parameters, the share of ‖ΔW‖² that base + adapter carries, and what is not."""
+    own = [line for line in lines if line["adapter"] == label]
+    adapted = [line for line in own if line["status"] == "adapted"]
+    square = {status: sum(line["fro_norm"] ** 2 for line in own if line["status"] == status and line["fro_norm"] > 0)
+              for status in ("adapted", "rank 0", "carried whole", "not carried")}  # fmt: skip
+    total = sum(square.values())
+    kept = sum(line["energy"] * line["fro_norm"] ** 2 for line in adapted)
+    return {
+        "n_adapted": len(adapted), "ranks": sorted({line["rank"] for line in adapted}),
+        "n_parameters": sum(line["parameters"] for line in own),
+        "carried": (kept + square["carried whole"]) / total if total > 0 else math.nan,
+        "kept_of_adapted": kept / square["adapted"] if square["adapted"] > 0 else math.nan,
+        "not_carried": (square["not carried"] + square["rank 0"]) / total if total > 0 else math.nan,
+    }  # fmt: skip

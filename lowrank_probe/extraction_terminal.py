@@ -1,0 +1,89 @@
+"""What an extraction did, for a terminal. Formatting only."""
+
+import math
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lowrank_probe.errors import printable
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lowrank_probe.extraction import Extraction
+
+
+def print_extraction(found: "Extraction") -> None:
+    """One line an adapter and layer type: ranks, energy kept, error beside the optimum; then what is not carried."""
+    width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
+    console = Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
+    several = len(found.adapters) > 1
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+    for head in (*(("adapter",) if several else ()), "type", "n", "rank", "kept", "error", "optimum", "parameters"):
+        table.add_column(head, justify="left" if head in ("adapter", "type") else "right", no_wrap=True)
+    for label in found.adapters:
+        adapted = found.ledger[(found.ledger["adapter"] == label) & (found.ledger["status"] == "adapted")]
+        for kind, rows in adapted.groupby("layer_type", sort=False):
+            table.add_row(
+                *((label,) if several else ()), printable(kind), str(len(rows)), _span(rows["rank"]),
+                _percent(_mean(rows, "energy")), _percent(math.sqrt(max(0.0, 1 - _mean(rows, "energy")))),
+                _percent(math.sqrt(_mean(rows.assign(square=rows["optimal_error_low"] ** 2), "square"))),
+                f"{int(rows['parameters'].sum()):,}",
+            )  # fmt: skip
+        label_total = found.facts["adapters"][label]
+        table.add_row(
+            *((label,) if several else ()), "all", str(label_total["n_adapted"]), _span(adapted["rank"]),
+            _percent(label_total["kept_of_adapted"]),
+            _percent(math.sqrt(max(0.0, 1 - label_total["kept_of_adapted"]))), "",
+            f"{int(label_total['n_parameters']):,}", end_section=True,
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "kept: share of these matrices' ‖ΔW‖² in the stored factors; error: ‖ΔW − BA‖/‖ΔW‖; optimum: no matrix of "
+        "that rank has a smaller error.",
+        style="dim",
+    )
+    for label, directory in found.adapters.items():
+        told = found.facts["adapters"][label]
+        console.print(
+            f"{directory}: base + adapter carries {_percent(told['carried'])} of ‖ΔW‖²"
+            f" ({_size(told['n_bytes'])}); not carried: {_percent(told['not_carried'])}"
+        )
+    _print_left_out(found, console)
+
+
+def _print_left_out(found: "Extraction", console: Console) -> None:
+    first = next(iter(found.adapters))
+    rows = found.ledger[(found.ledger["adapter"] == first) & (found.ledger["status"] == "not carried")]
+    for note, group in rows.groupby("note", sort=False):
+        names = ", ".join(printable(name) for name in group["name"].head(3))
+        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
+        console.print(f"not carried: {names}{more}: {_percent(group['share'].sum())} of ‖ΔW‖² ({printable(note)})")
+
+
+def _mean(rows: "pd.DataFrame", column: str) -> float:
+    """Mean weighted by ‖ΔW‖², as squares add up."""
+    weight = rows["fro_norm"] ** 2
+    return float((rows[column] * weight).sum() / weight.sum())
+
+
+def _span(ranks: Any) -> str:
+    if not len(ranks):
+        return "–"
+    low, high = int(ranks.min()), int(ranks.max())
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.2f} %" if value < 0.1 else f"{100 * value:.1f} %"
+
+
+def _size(n_bytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.3g} {unit}"
+    return f"{n_bytes} bytes"

@@ -1,0 +1,191 @@
+"""The jobs of an extraction: spectra where ranks depend on them, then factors, and the norms of what is left out.
+
+Legend: m out, n in, r rank, k = min(m, n). A piece is one copy of a target: one matrix ΔW (m, n).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_probe.allocation import Unit
+from lowrank_probe.checkpoints import Checkpoint
+from lowrank_probe.deltas import Delta, read_pair
+from lowrank_probe.factorisation import factorise
+from lowrank_probe.matching import Pair
+from lowrank_probe.metrics import Values
+from lowrank_probe.options import Options
+from lowrank_probe.rows import Settings, analyse
+from lowrank_probe.scheduling import interruptible, run_jobs
+from lowrank_probe.svd import full_spectrum
+from lowrank_probe.targets import Target
+from lowrank_probe.unfinished import Unfinished
+
+Progress = Callable[[str, int, int], None]
+# Matrices held on a GPU at once, in multiples of the largest one's entries.
+IN_FLIGHT: Final = 2.5
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One matrix of work: `copy` of the target with this number."""
+
+    number: int
+    copy: int
+    target: Target
+
+    def key(self, what: str) -> str:
+        return f"{what}-{self.number:05d}-{self.copy:03d}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every job needs. Everything a job finds goes to `store` at once."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    targets: Sequence[Target]
+    store: Unfinished
+    device: torch.device
+    options: Options
+
+    def pieces(self) -> Iterator[Piece]:
+        for number, target in enumerate(self.targets):
+            for copy in range(target.copies):
+                yield Piece(number, copy, target)
+
+    def spectra(self, noise: bool, progress: "Progress | None") -> None:
+        """The singular values of every piece; noise: also what storage did to it, and the values without that."""
+        settings = Settings(self.device, self.options).with_turns()
+
+        def compute(piece: Piece, delta: Delta | None) -> Piece:
+            facts: dict[str, Any] = {"fro_norm": delta.fro_norm if delta else 0.0}
+            tensors: dict[str, Tensor] = {}
+            if delta is not None:
+                assert delta.dense is not None
+                if noise:
+                    found = analyse(delta, settings)
+                    values, denoised = found.values, found.denoised
+                    for name in ("signal_rank", "r90_denoised", "denoised_fro_norm", "decidable_r90"):
+                        facts[name] = found.row[name]
+                    if denoised is not None:
+                        tensors["denoised"] = torch.from_numpy(np.ascontiguousarray(denoised))
+                else:
+                    values = full_spectrum(delta.dense, delta.fro_norm).values
+                tensors["values"] = torch.from_numpy(np.ascontiguousarray(values))
+            self.store.put(piece.key("spectrum"), tensors, facts)
+            return piece
+
+        self._run("spectrum", lambda piece: True, compute, progress, thin=not noise)
+
+    def factors(self, ranks: Mapping[str, int], dtype: torch.dtype, progress: "Progress | None") -> None:
+        """The factors of every piece at its target's rank (0: none)."""
+
+        def compute(piece: Piece, delta: Delta | None) -> Piece:
+            if delta is None:
+                self.store.put(piece.key("factors"), {}, {"fro_norm": 0.0, "base_norm": None})
+                return piece
+            assert delta.dense is not None
+            rank = ranks[piece.target.name]
+            found = factorise(delta.dense, delta.fro_norm, rank, dtype, piece.target.name, seed=self.options.seed)
+            numbers = {name: torch.from_numpy(getattr(found, name)) for name in ("kept", "upper", "stored")}
+            facts = {"fro_norm": delta.fro_norm, "base_norm": delta.base_norm, "method": found.method}
+            # B by columns, so that a smaller rank is the first rows of both.
+            self.store.put(piece.key("factors"), {"Bt": found.B.T.contiguous(), "A": found.A, **numbers}, facts)
+            return piece
+
+        self._run("factors", lambda piece: ranks[piece.target.name] > 0, compute, progress)
+
+    def norms(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        """name → ‖ΔW‖_F of pairs that no adapter carries."""
+
+        def load(pair: Pair) -> float:
+            found = read_pair(pair, self.base, self.tuned, torch.device("cpu"))
+            return found.fro_norm if isinstance(found, Delta) else float(found["fro_norm"])
+
+        def size(pair: Pair) -> int:
+            return pair.entries(self.base, self.tuned)
+
+        with closing(
+            run_jobs(list(pairs), size, load, lambda pair, norm: (pair.key, norm), torch.device("cpu"))
+        ) as jobs:
+            return dict(jobs)
+
+    def _run(
+        self,
+        what: str,
+        needed: Callable[[Piece], bool],
+        compute: Callable[[Piece, Delta | None], Piece],
+        progress: "Progress | None",
+        thin: bool = True,
+    ) -> None:
+        def load(piece: Piece) -> Delta | None:
+            return piece.target.delta(piece.copy, self.base, self.tuned, self.device, thin=thin)
+
+        def size(piece: Piece) -> int:
+            return math.prod(piece.target.shape)
+
+        every = [piece for piece in self.pieces() if needed(piece)]
+        todo = [piece for piece in every if not self.store.has(piece.key(what))]
+        total, done = sum(map(size, every)), sum(map(size, every)) - sum(map(size, todo))
+        jobs = run_jobs(todo, size, load, compute, self.device, IN_FLIGHT)
+        with interruptible() as asked_to_stop, closing(jobs):
+            for piece in jobs:
+                done += size(piece)
+                if progress:
+                    progress(f"{what} {piece.target.name}", done, total)
+                if asked_to_stop():
+                    raise KeyboardInterrupt
+
+    def unit(self, number: int) -> Unit:
+        """The `allocation.Unit` of a target, from its spectra (all values)."""
+        target = self.targets[number]
+        keys = [Piece(number, copy, target).key("spectrum") for copy in range(target.copies)]
+        facts = [self.store.facts(key) for key in keys]
+        k = min(target.shape)
+        square = sum(fact["fro_norm"] ** 2 for fact in facts)
+        found: dict[str, Any] = {}
+        if any(fact.get("denoised_fro_norm") is not None for fact in facts):
+            # Where there is no noise to take out, what is stored is the update.
+            clean = [
+                fact["fro_norm"] if fact.get("denoised_fro_norm") is None else fact["denoised_fro_norm"]
+                for fact in facts
+            ]
+            found["denoised"] = _stacked([self._values(key, k, "denoised") for key in keys])
+            found["denoised_fro_norm"] = math.sqrt(sum(norm**2 for norm in clean))
+        for rank, name in (("signal_rank", "signal_rank"), ("r90", "r90_denoised")):
+            known = [fact[name] for fact in facts if fact.get(name) is not None]
+            found[rank] = float(max(known)) if known else math.nan
+        return Unit(
+            target.name, target.shape, _stacked([self._values(key, k, "values") for key in keys]), math.sqrt(square),
+            copies=target.copies, **found,
+        )  # fmt: skip
+
+    def kept_unit(self, number: int) -> Unit:
+        """The same where only the values up to the rank of the factors are known."""
+        target = self.targets[number]
+        keys = [Piece(number, copy, target).key("factors") for copy in range(target.copies)]
+        square = sum(self.store.facts(key)["fro_norm"] ** 2 for key in keys)
+        kept = [self.store.get(key, "kept").numpy() if "kept" in self.store.names(key) else None for key in keys]
+        r = max((len(one) for one in kept if one is not None), default=0)
+        s = [np.zeros(r) if one is None else np.sqrt(np.maximum(np.diff(one, prepend=0.0), 0.0)) for one in kept]
+        s = [np.minimum.accumulate(one) for one in s]  # differences of sums are a rounding off
+        whole = r == min(target.shape)
+        return Unit(target.name, target.shape, _stacked(s), math.sqrt(square), copies=target.copies, whole=whole)
+
+    def _values(self, key: str, k: int, name: str) -> Values:
+        """(k,) singular values kept under a key; zeros for a copy that did not move."""
+        held = self.store.names(key)
+        if not held:
+            return np.zeros(k)
+        values = self.store.get(key, name if name in held else "values").numpy()
+        return np.pad(values, (0, k - len(values)))
+
+
+def _stacked(values: Sequence[Values]) -> Values:
+    return values[0] if len(values) == 1 else np.stack(values)
