@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lowrank_probe import targets
 from lowrank_probe.allocation import Allotment
 from lowrank_probe.checkpoints import Source, open_checkpoint
 from lowrank_probe.columns import CURVES, EXTRACTION
@@ -28,6 +27,7 @@ from lowrank_probe.options import Options
 from lowrank_probe.outputs import write_directory
 from lowrank_probe.rank_choice import RankChoice
 from lowrank_probe.runs import SCHEMA_VERSION, facts_text, plain
+from lowrank_probe.selection import select
 from lowrank_probe.unfinished import Unfinished
 
 Progress = Callable[[str, int, int], None]
@@ -80,7 +80,7 @@ def extract(
     """Write the truncated-SVD LoRA of ΔW = W_tuned − W_base as PEFT adapters into `out`.
 
     ranks: a rank, several (one adapter each, `out/r4/`, `out/r8/`, …), or a `RankChoice`. wanted: what is adapted, as
-    `targets.select`. servable: one rank, LoRA on linear layers only. dtype: of the stored factors.
+    `selection.select`. servable: one rank, LoRA on linear layers only. dtype: of the stored factors.
     options: include, exclude, layers, device, seed.
 
     Raises `UnchangedError` where nothing differs, `CheckpointError`, `MatchError`, `NumericsError`, `OutputError`.
@@ -94,7 +94,7 @@ def extract(
     base_side, tuned_side = open_checkpoint(base), open_checkpoint(tuned)
     if tuned_side.is_adapter:
         raise ProbeError(f"{tuned_side.path}: is an adapter already; probe resize changes its rank")
-    selection = targets.select(
+    selection = select(
         base_side, tuned_side, wanted, include=options.include, exclude=options.exclude, layers=options.layers,
         servable=servable,
     )  # fmt: skip

@@ -7,7 +7,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from lowrank_probe.allocation import Allotment
+from lowrank_probe.columns import CURVES
 from lowrank_probe.extraction_work import Piece, Work
 from lowrank_probe.factorisation import relative
 from lowrank_probe.targets import Selection, Target
@@ -40,14 +43,17 @@ def curves(work: Work) -> list[dict[str, Any]]:
         if not held:
             continue
         square = sum(work.store.facts(key)["fro_norm"] ** 2 for key in held)
-        stored = sum(work.store.get(key, "stored").numpy() for key in held)
-        upper = sum(work.store.get(key, "upper").numpy() for key in held)
-        for rank in _points(len(stored)):
-            rows.append({
-                "name": target.name, "layer_type": target.place.layer_type, "layer": target.place.layer,
-                "stack": target.place.stack, "rank": rank, "fro_norm": math.sqrt(square),
-                "energy": 1 - stored[rank - 1] / square, "energy_upper": min(1.0, upper[rank - 1] / square),
-            })  # fmt: skip
+        stored, upper = (
+            np.sum([work.store.get(key, name).numpy() for key in held], axis=0) for name in ("stored", "upper")
+        )
+        place = {name: value for name, value in _place(target).items() if name in CURVES}
+        rows += [
+            place | {
+                "rank": rank, "fro_norm": math.sqrt(square), "energy": 1 - stored[rank - 1] / square,
+                "energy_upper": min(1.0, upper[rank - 1] / square),
+            }
+            for rank in _points(len(stored))
+        ]  # fmt: skip
     return rows
 
 

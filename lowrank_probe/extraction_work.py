@@ -6,7 +6,7 @@ Legend: m out, n in, r rank, k = min(m, n). A piece is one copy of a target: one
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -81,7 +81,7 @@ class Work:
             self.store.put(piece.key("spectrum"), tensors, facts)
             return piece
 
-        self._run("spectrum", lambda piece: True, compute, progress, thin=not noise)
+        self._run("spectrum", lambda piece: True, compute, progress, keep_sides=noise)
 
     def factors(self, ranks: Mapping[str, int], dtype: torch.dtype, progress: "Progress | None") -> None:
         """The factors of every piece at its target's rank (0: none)."""
@@ -122,10 +122,12 @@ class Work:
         needed: Callable[[Piece], bool],
         compute: Callable[[Piece, Delta | None], Piece],
         progress: "Progress | None",
-        thin: bool = True,
+        keep_sides: bool = False,
     ) -> None:
         def load(piece: Piece) -> Delta | None:
-            return piece.target.delta(piece.copy, self.base, self.tuned, self.device, thin=thin)
+            delta = piece.target.delta(piece.copy, self.base, self.tuned, self.device)
+            # Without the stored values, a matrix takes half the memory while it waits.
+            return delta if delta is None or keep_sides else replace(delta, base=None, tuned=None)
 
         def size(piece: Piece) -> int:
             return math.prod(piece.target.shape)
