@@ -50,8 +50,12 @@ class Delta:
         return self.fro_norm / self.base_norm if self.base_norm > 0 else math.nan
 
 
-def read_pair(pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: torch.device) -> Delta | dict[str, Any]:
+def read_pair(
+    pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: torch.device, *, thin: bool = False
+) -> Delta | dict[str, Any]:
     """Read one pair: a `Delta` for a changed matrix, else its ledger line (unchanged, vector).
+
+    thin: whether a matrix with a side of 1 is a `Delta` too, not a vector.
 
     Raises `NumericsError` naming tensor and file for NaN or Inf, `CheckpointError` for a dtype that is no float.
     """
@@ -70,7 +74,7 @@ def read_pair(pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: to
     relative = norm / base_norm if base_norm > 0 else math.nan
     if norm == 0.0:
         return ledger_line(pair, "unchanged", fro_norm=0.0, relative=0.0)
-    if a.ndim < 2 or min(a.shape) == 1:
+    if a.ndim < 2 or (min(a.shape) == 1 and not thin):
         return ledger_line(pair, "vector", fro_norm=norm, relative=relative)
     product = math.sqrt(base_sq * tuned_sq)
     cosine = max(-1.0, min(1.0, (base_sq + tuned_sq - delta_sq) / (2 * product))) if product > 0 else math.nan

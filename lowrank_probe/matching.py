@@ -20,7 +20,7 @@ from lowrank_probe.options import Options
 
 # Buffers that checkpoints carry beside their weights; anything else that is not a float is refused by name.
 _BUFFERS: Final = re.compile(
-    r"(?:position_ids|token_type_ids|num_batches_tracked|masked_bias|attn\.bias|attention\.bias|inv_freq|rotary_emb.*)$"
+    r"(?:^|\.)(?:position_ids|token_type_ids|num_batches_tracked|masked_bias|attn\.bias|attention\.bias|inv_freq|rotary_emb.*)$"
 )
 _WHOLE: Final = Part()
 

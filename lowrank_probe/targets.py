@@ -1,0 +1,141 @@
+"""What an adapter adapts: one `Target` a module or parameter, a `Whole` for what goes as it is; `selection` finds them.
+
+Legend: m out, n in, E copies. The unit is PEFT's: a fused qkv is one matrix, a parameter (E, m, n) with all its experts
+one target, put together from the tensors in the file where those are one an expert. Names are those in memory, of the
+model that transformers loads (`modules.in_memory`).
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from lowrank_probe.checkpoints import Checkpoint
+from lowrank_probe.deltas import Delta, read_pair
+from lowrank_probe.layers import Place
+from lowrank_probe.matching import Matching, Pair
+from lowrank_probe.modules import Kind, Modules
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module, or one bare parameter, that LoRA adapts.
+
+    name: the module in memory (`model.layers.0.self_attn.q_proj`), or the parameter (`…mlp.experts.gate_up_proj`,
+    `…mlp.gate.weight`) where `by_parameter`, that is PEFT's `target_parameters`. shape: (m, n) as (out, in) of one copy
+    of B·A; a table is (rows, width), a convolution (out, in·kernel). pieces: for each of the E copies the pairs that,
+    one under the other, are its ΔW. stored: the shape of the parameter in memory. tied: the module shares its weight
+    with the output head, so that LoRA on it holds unmerged only.
+    """
+
+    name: str
+    kind: Kind
+    place: Place
+    shape: tuple[int, int]
+    pieces: tuple[tuple[Pair, ...], ...]
+    stored: tuple[int, ...]
+    by_parameter: bool = False
+    transposed: bool = False
+    tied: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module's name; of a parameter, the module that has it."""
+        return self.name.rpartition(".")[0] if self.by_parameter else self.name
+
+    @property
+    def copies(self) -> int:
+        return len(self.pieces)
+
+    @property
+    def parameters(self) -> int:
+        """Number of entries of ΔW over all copies."""
+        return self.copies * math.prod(self.shape)
+
+    def deltas(self, base: Checkpoint, tuned: Checkpoint, device: torch.device) -> Iterator[Delta | None]:
+        """ΔW (m, n) of one copy after the other, dense; None where it is 0. Errors as `deltas.read_pair`."""
+        for number, pairs in enumerate(self.pieces):
+            read = [read_pair(pair, base, tuned, device, thin=True) for pair in pairs]
+            found = [one if isinstance(one, Delta) else None for one in read]
+            if not any(found):
+                yield None
+                continue
+            name = f"{self.name}[{number}]" if self.copies > 1 else self.name
+            yield _stacked(name, self, [p.part.shape(base.tensors[p.name].shape) for p in pairs], found)
+
+
+def _stacked(name: str, target: Target, shapes: Sequence[tuple[int, int]], found: Sequence[Delta | None]) -> Delta:
+    """The pieces one under the other; an unchanged one is rows of zeros (then without the stored values)."""
+    known = [one for one in found if one is not None]
+    first = known[0]
+    if len(found) == 1:
+        return replace(first, name=name, place=target.place)
+    assert first.dense is not None
+    wide = max((one.dense.dtype for one in known if one.dense is not None), key=lambda dtype: dtype.itemsize)
+    rows = [
+        torch.zeros(shape, dtype=wide, device=first.dense.device)
+        if one is None or one.dense is None
+        else one.dense.to(wide)
+        for one, shape in zip(found, shapes, strict=True)
+    ]
+    whole = len(known) == len(found)
+
+    def values(side: str) -> torch.Tensor | None:
+        parts = [getattr(one, side) for one in known]
+        return torch.cat(parts) if whole and len({part.dtype for part in parts}) == 1 else None
+
+    return Delta(
+        name, target.place, target.shape, first.base_dtype, first.tuned_dtype,
+        math.hypot(*(one.fro_norm for one in known)),
+        math.hypot(*(one.base_norm for one in known)) if whole else math.nan, math.nan,
+        dense=torch.cat(rows), base=values("base"), tuned=values("tuned"),
+        quantized=any(one.quantized for one in known),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What an adapter carries as it is in the fine-tune: a module (`modules_to_save`), or a bias (`bias="lora_only"`).
+
+    tensors: leaf → name in the tuned checkpoint, all of the module's. base: leaf → name in the base, where it has one
+    of the same shape. why: "norm", "tied table", "vocabulary 40 → 44", "bias", "new module".
+    """
+
+    module: str
+    tensors: Mapping[str, str]
+    base: Mapping[str, str]
+    why: str
+    tied: bool = False
+
+    def fro_norm(self, base: Checkpoint, tuned: Checkpoint, device: torch.device | str = "cpu") -> float:
+        """‖ΔW‖_F of all its tensors; rows that only the fine-tune has count in full, as if the base's were 0."""
+        square = 0.0
+        for leaf, name in self.tensors.items():
+            W = tuned.read(name, device).double()
+            if leaf in self.base:
+                old = base.read(self.base[leaf], device)
+                W = W.clone()
+                rows = min(len(W), len(old))
+                W[:rows] -= old[:rows]
+            square += float(torch.linalg.vector_norm(W)) ** 2
+        return math.sqrt(square)
+
+
+@dataclass
+class Selection:
+    """What of an update an adapter carries, and what not.
+
+    chosen: by LoRA. whole: as it is. left_out: (the pair, or None where there is none to read; its ledger line with the
+    reason as note). notes: for the user. modules: the model in memory. sizes: rows of the tables of words, base and
+    tuned, where they differ. matching: all that was matched.
+    """
+
+    chosen: list[Target] = field(default_factory=list)
+    whole: list[Whole] = field(default_factory=list)
+    left_out: list[tuple[Pair | None, dict[str, Any]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    modules: Modules = field(default_factory=lambda: Modules({}, frozenset()))
+    sizes: tuple[int, int] | None = None
+    matching: Matching = field(default_factory=Matching)
