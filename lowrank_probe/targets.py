@@ -54,16 +54,19 @@ class Target:
         """Number of entries of ΔW over all copies."""
         return self.copies * math.prod(self.shape)
 
+    def delta(self, copy: int, base: Checkpoint, tuned: Checkpoint, device: torch.device) -> Delta | None:
+        """ΔW (m, n) of one copy, dense; None where it is 0. Errors as `deltas.read_pair`."""
+        pairs = self.pieces[copy]
+        read = [read_pair(pair, base, tuned, device, thin=True) for pair in pairs]
+        found = [one if isinstance(one, Delta) else None for one in read]
+        if not any(found):
+            return None
+        name = f"{self.name}[{copy}]" if self.copies > 1 else self.name
+        return _stacked(name, self, [p.part.shape(base.tensors[p.name].shape) for p in pairs], found)
+
     def deltas(self, base: Checkpoint, tuned: Checkpoint, device: torch.device) -> Iterator[Delta | None]:
-        """ΔW (m, n) of one copy after the other, dense; None where it is 0. Errors as `deltas.read_pair`."""
-        for number, pairs in enumerate(self.pieces):
-            read = [read_pair(pair, base, tuned, device, thin=True) for pair in pairs]
-            found = [one if isinstance(one, Delta) else None for one in read]
-            if not any(found):
-                yield None
-                continue
-            name = f"{self.name}[{number}]" if self.copies > 1 else self.name
-            yield _stacked(name, self, [p.part.shape(base.tensors[p.name].shape) for p in pairs], found)
+        """`delta` of one copy after the other."""
+        return (self.delta(copy, base, tuned, device) for copy in range(self.copies))
 
 
 def _stacked(name: str, target: Target, shapes: Sequence[tuple[int, int]], found: Sequence[Delta | None]) -> Delta:
