@@ -86,5 +86,11 @@ def _show(found: Any, as_json: bool, quiet: bool) -> None:
         from lowrank_probe.extraction_terminal import print_extraction
 
         print_extraction(found)
+    left = next(iter(found.facts["adapters"].values()))["not_carried"]
+    if left >= 0.01:
+        what = ", ".join(found.facts["targets"])
+        tell(
+            f"warning: --targets {what} leaves out {100 * left:.0f} % of ‖ΔW‖²; --targets everything carries it", False
+        )
     for text in found.facts.get("notes", []):
         tell(f"note: {text}", quiet)

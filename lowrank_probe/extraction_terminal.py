@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_probe.errors import printable
+from lowrank_probe.layers import sort_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,8 @@ def print_extraction(found: "Extraction") -> None:
         table.add_column(head, justify="left" if head in ("adapter", "type") else "right", no_wrap=True)
     for label in found.adapters:
         adapted = found.ledger[(found.ledger["adapter"] == label) & (found.ledger["status"] == "adapted")]
-        for kind, rows in adapted.groupby("layer_type", sort=False):
+        for kind in sorted(set(adapted["layer_type"]), key=sort_key):
+            rows = adapted[adapted["layer_type"] == kind]
             table.add_row(
                 *((label,) if several else ()), printable(kind), str(len(rows)), _span(rows["rank"]),
                 _percent(_mean(rows, "energy")), _percent(math.sqrt(max(0.0, 1 - _mean(rows, "energy")))),
@@ -47,6 +49,11 @@ def print_extraction(found: "Extraction") -> None:
         "that rank has a smaller error.",
         style="dim",
     )
+    for label in found.adapters:
+        rules = found.ledger[(found.ledger["adapter"] == label) & (found.ledger["status"] == "adapted")]["rule"]
+        if set(rules) - {"fixed", "energy", "denoised energy", "budget"}:
+            counted = ", ".join(f"{rule} in {count}" for rule, count in rules.value_counts().items())
+            console.print(f"{label + ': ' if label else ''}what bound the rank: {counted}")
     for label, directory in found.adapters.items():
         told = found.facts["adapters"][label]
         console.print(
