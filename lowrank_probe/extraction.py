@@ -7,7 +7,8 @@ Every finished matrix is kept at once (`unfinished`), so that a run that was kil
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lowrank_probe.factorisation import DTYPES
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.options import Options
 from lowrank_probe.outputs import write_directory
+from lowrank_probe.peft_files import write_adapter
 from lowrank_probe.rank_choice import RankChoice
 from lowrank_probe.runs import SCHEMA_VERSION, facts_text, plain
 from lowrank_probe.selection import select
@@ -111,6 +113,7 @@ def extract(
     if where.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where.device)
     allotted = _ranks(work, choice, DTYPES[dtype], on_progress)
+    selection = replace(selection, whole=[one for one in selection.whole if one.why == "bias" or work.norm_of(one) > 0])
     lines = ledger_lines(work, selection, allotted)
     if not any(line["fro_norm"] > 0 for line in lines):
         store.remove()
@@ -120,7 +123,10 @@ def extract(
     ledger = pd.DataFrame(lines, columns=list(EXTRACTION))
     adapters = {}
     for label, allotments in allotted.items():
-        adapters[label] = write_adapter(work, selection, allotments, Path(out) / label, dtype)
+        kept = {name: one.rank for name, one in allotments.items() if work.moved(name)}
+        adapters[label] = write_adapter(
+            Path(out) / label, selection, kept, partial(work.cut, kept), base_side, tuned_side, dtype=DTYPES[dtype]
+        )
     facts["seconds"] = time.perf_counter() - started
     if where.device.type == "cuda":
         facts["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(where.device)

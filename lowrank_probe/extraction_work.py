@@ -23,7 +23,7 @@ from lowrank_probe.options import Options
 from lowrank_probe.rows import Settings, analyse
 from lowrank_probe.scheduling import interruptible, run_jobs
 from lowrank_probe.svd import full_spectrum
-from lowrank_probe.targets import Target
+from lowrank_probe.targets import Target, Whole
 from lowrank_probe.unfinished import Unfinished
 
 Progress = Callable[[str, int, int], None]
@@ -115,6 +115,31 @@ class Work:
             run_jobs(list(pairs), size, load, lambda pair, norm: (pair.key, norm), torch.device("cpu"))
         ) as jobs:
             return dict(jobs)
+
+    def norm_of(self, whole: Whole) -> float:
+        """‖ΔW‖_F of what is carried as it is."""
+        return whole.fro_norm(self.base, self.tuned)
+
+    def moved(self, name: str) -> bool:
+        """Whether a target has factors, in one of its copies."""
+        return any(self._held(piece) for piece in self.pieces() if piece.target.name == name)
+
+    def cut(self, ranks: Mapping[str, int], target: Target) -> tuple[Tensor, Tensor]:
+        """(B (E, m, r), A (E, r, n)) of a target at its rank, as stored; zeros where a copy did not move."""
+        number, r = self.targets.index(target), ranks[target.name]
+        pieces = [Piece(number, copy, target) for copy in range(target.copies)]
+        factors = []
+        for piece in pieces:
+            key = piece.key("factors")
+            if self._held(piece):
+                factors.append((self.store.get(key, "Bt", 0, r).T, self.store.get(key, "A", 0, r)))
+            else:
+                factors.append((torch.zeros(target.shape[0], r), torch.zeros(r, target.shape[1])))
+        return torch.stack([B for B, _ in factors]), torch.stack([A for _, A in factors])
+
+    def _held(self, piece: Piece) -> bool:
+        key = piece.key("factors")
+        return self.store.has(key) and "A" in self.store.names(key)
 
     def _run(
         self,

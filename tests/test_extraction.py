@@ -8,8 +8,10 @@ import time
 
 import numpy as np
 import pandas as pd
+import peft
 import pytest
 import torch
+import transformers
 from pairs import llama_tensors, pair, planted, sides
 from safetensors.torch import load_file
 from test_cli import ENVIRONMENT, PROBE, fails, probe
@@ -142,9 +144,8 @@ def test_a_rank_beyond_the_shape_is_capped_and_said(decaying, tmp_path):
     assert (adapted["relative_error"] < 1e-6).all()
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
 def test_base_and_adapter_of_full_rank_are_the_fine_tune_through_peft(tmp_path):
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
