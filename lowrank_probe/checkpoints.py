@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -11,10 +11,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lowrank_probe import formats
+from lowrank_probe import hub, quantized
 from lowrank_probe.errors import CheckpointError
+from lowrank_probe.gguf_files import open_gguf
+from lowrank_probe.memory import open_memory
+from lowrank_probe.pickles import open_pickle
 from lowrank_probe.safetensors_files import read_entries, read_header
-from lowrank_probe.tensor_info import TensorInfo
+from lowrank_probe.tensor_info import Loader, Opened, TensorInfo
 
 # What a user may give as one side of a comparison: a path or hub id, a state dict, or a model.
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Any
@@ -24,16 +27,16 @@ Source = str | os.PathLike[str] | Mapping[str, Tensor] | Any
 class Checkpoint:
     """A checkpoint's headers, and how to read its tensors.
 
-    tensors: name → `TensorInfo`. config: config.json or adapter_config.json. loaders: name → a function that gives the
-    tensor, for those that do not lie in a safetensors file. scales: fp8 weight → its scale tensor. notes: what a user
-    should know of how it was opened.
+    tensors: name → `TensorInfo`. config: config.json or adapter_config.json. loaders: name → a function that gives rows
+    of the tensor, for those that do not lie in a safetensors file. scales: fp8 weight → its scale tensor. notes: what a
+    user should know of how it was opened.
     """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any] = field(default_factory=dict)
     is_adapter: bool = False
-    loaders: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    loaders: Mapping[str, Loader] = field(default_factory=dict)
     scales: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -52,23 +55,42 @@ class Checkpoint:
         info.check_dtype()
         first, count = span or (0, math.prod(info.shape))
         shape = info.shape if span is None else (count,)
-        if name in self.loaders or name in self.scales:
-            whole = self.loaders[name]() if name in self.loaders else self._dequantized(name)
-            return whole.reshape(-1)[first : first + count].reshape(shape).to(device)
-        if torch.device(device).type == "cuda":  # straight there
-            return read_entries(info, first, count, device).reshape(shape)
-        return read_entries(info, first, count).reshape(shape).to(device)
+        if name not in self.loaders and name not in self.scales:
+            straight = device if torch.device(device).type == "cuda" else "cpu"
+            return read_entries(info, first, count, straight).reshape(shape).to(device)
+        width = max(1, math.prod(info.shape[1:]))
+        start, stop = first // width, -(-(first + count) // width)
+        rows = self._dequantized(name, start, stop) if name in self.scales else self._rows(name, start, stop)
+        first -= start * width
+        return rows.reshape(-1)[first : first + count].reshape(shape).to(device)
 
-    def _dequantized(self, name: str) -> Tensor:
-        info, scale_info = self.tensors[name], self.tensors[self.scales[name]]
-        W = read_entries(info, 0, math.prod(info.shape)).reshape(info.shape)
-        scale = read_entries(scale_info, 0, math.prod(scale_info.shape)).reshape(scale_info.shape)
-        quantization = self.config.get("quantization_config") or {}
-        block = quantization.get("weight_block_size")
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor's first dimension, as they are stored."""
+        if name in self.loaders:
+            return self.loaders[name](start, stop)
+        shape = self.tensors[name].shape[1:]
+        width = math.prod(shape)
+        return read_entries(self.tensors[name], start * width, (stop - start) * width).reshape(stop - start, *shape)
+
+    def _dequantized(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of an fp8 tensor; of a stack of experts only those are read, a matrix is read whole."""
+        info, scale = self.tensors[name], self.read(self.scales[name])
+        block = (self.config.get("quantization_config") or {}).get("weight_block_size")
+        count = info.shape[0] if info.shape else 1
+        stacked = len(info.shape) == 3
+        if stacked and scale.ndim and len(scale) == count:
+            scale = scale[start:stop]
+        elif stacked and scale.numel() > 1:
+            raise CheckpointError(
+                f"{name} in {info.file}: its scale is {tuple(scale.shape)} for {count} experts {info.shape[1:]}; leave "
+                "it out with --exclude, or convert the checkpoint again"
+            )
+        W = self._rows(name, start, stop) if stacked else self._rows(name, 0, count)
         try:
-            return formats.dequantize_fp8(W, scale, (int(block[0]), int(block[1])) if block else None)
+            values = quantized.dequantize_fp8(W, scale, (block[0], block[1]) if block else None)
         except ValueError as error:
             raise CheckpointError(f"{name} in {info.file}: {error}") from None
+        return values if stacked else values[start:stop]
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
@@ -83,27 +105,70 @@ def open_checkpoint(source: Source) -> Checkpoint:
     that holds more than tensors, a quantized format whose tensors are codes.
     """
     if not isinstance(source, str | os.PathLike):
-        (infos, loaders), config, described = formats.open_memory(source)
+        (infos, loaders), config, described = open_memory(source)
         return _checked(Checkpoint(Path(described), infos, config, loaders=loaders))
-    root = Path(source)
+    text = os.fspath(source)
+    root = Path(text)
     notes: tuple[str, ...] = ()
-    if not root.exists():
-        if not formats.is_hub_id(os.fspath(source)):
-            raise CheckpointError(
-                f"{root}: no such file or directory (expected a checkpoint directory, file or hub id)"
-            )
-        root = formats.download(os.fspath(source))
-        notes = (f"{source} is no path here: taken from the hub (snapshot {root.name[:12]})",)
+    if not text or not root.exists():
+        if not hub.is_hub_id(text):
+            raise CheckpointError(_no_such(text))
+        root = hub.download(text)
+        notes = (f"{text} is no path here: taken from the hub (snapshot {root.name[:12]})",)
     opened = _open_file(root) if root.is_file() else _open_directory(root)
     return _checked(replace(opened, notes=notes))
 
 
+def _no_such(text: str) -> str:
+    """Why nothing can be opened under this name, and the mend."""
+    if not text:
+        return "'' is no path (expected a checkpoint directory, file or hub id; an empty variable?)"
+    if "://" in text:
+        hub_id = hub.id_in_address(text)
+        mend = f"give the hub id, {hub_id}" if hub_id else "download it and give the file"
+        return f"{text}: is a web address (expected a checkpoint directory, file or hub id); {mend}"
+    return f"{text}: no such file or directory (expected a checkpoint directory, file or hub id, owner/name)"
+
+
 def _checked(side: Checkpoint) -> Checkpoint:
-    """The checkpoint with its fp8 scales found and its quantized tensors marked; refused where they are codes."""
-    formats.refuse_codes(side.path, side.tensors, side.config)
-    scales = formats.fp8_scales(side.path, side.tensors, side.config)
+    """The checkpoint with its fp8 scales found and its quantized tensors marked; refused where they are codes, or where
+    its config is damaged.
+    """
+    if not side.tensors:
+        raise CheckpointError(f"{side.path}: holds no tensor (expected weights); is the right file given?")
+    _check_config(side)
+    quantized.refuse_codes(side.path, side.tensors, side.config)
+    scales = quantized.fp8_scales(side.path, side.tensors, side.config)
     tensors = {name: replace(info, quantized=True) if name in scales else info for name, info in side.tensors.items()}
     return replace(side, tensors=tensors, scales=scales)
+
+
+def _check_config(side: Checkpoint) -> None:
+    """Raise `CheckpointError` where a key that is read has a value of another type, also in a part for one tower."""
+    todo = [side.config]
+    while todo:
+        config = todo.pop()
+        todo += [value for value in config.values() if isinstance(value, Mapping)]
+        block = config.get("weight_block_size")
+        wrong = {
+            "model_type": not isinstance(config.get("model_type"), str | None) and "text",
+            "quantization_config": not isinstance(config.get("quantization_config"), Mapping | None) and "an object",
+            "weight_block_size": block is not None and not _is_block(block) and "two positive whole numbers",
+        }
+        for key, expected in wrong.items():
+            if expected:
+                raise CheckpointError(
+                    f"{side.path}: its config says {key} is {str(config[key])[:60]!r}, expected {expected}; damaged? "
+                    "download it again"
+                )
+
+
+def _is_block(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(isinstance(length, int) and length > 0 for length in value)
+    )
 
 
 _PICKLES: Final = (".bin", ".pt", ".pth")
@@ -114,10 +179,10 @@ def _open_file(file: Path) -> Checkpoint:
     if file.suffix == ".safetensors":
         return Checkpoint(file, read_header(file))
     if file.suffix in _PICKLES:
-        infos, loaders = formats.open_pickle(file)
+        infos, loaders = open_pickle(file)
         return Checkpoint(file, infos, loaders=loaders)
     if file.suffix == ".gguf":
-        (infos, loaders), config = formats.open_gguf(file)
+        (infos, loaders), config = open_gguf(file)
         return Checkpoint(file, infos, config, loaders=loaders)
     raise CheckpointError(
         f"{file}: expected a .safetensors, .bin, .pt, .pth or .gguf file or a directory, found a file named "
@@ -169,7 +234,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_index(index: Path) -> tuple[dict[str, TensorInfo], dict[str, Callable[[], Tensor]]]:
+def _read_index(index: Path) -> Opened:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
@@ -177,7 +242,7 @@ def _read_index(index: Path) -> tuple[dict[str, TensorInfo], dict[str, Callable[
         raise CheckpointError(f"{index}: its weight_map must give a file name for every tensor")
     root = index.parent.resolve()
     shards: dict[str, Mapping[str, TensorInfo]] = {}
-    loaders: dict[str, Callable[[], Tensor]] = {}
+    loaders: dict[str, Loader] = {}
     for name in sorted(set(weight_map.values())):
         # The path as the index writes it; the file itself may be a link (hub caches link every shard).
         if os.path.isabs(name) or ".." in Path(name).parts:

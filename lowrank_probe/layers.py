@@ -59,6 +59,30 @@ _RULES: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
         (r"feed_forward\.key", "up"),
         (r"h\.\d+\.mlp\.w1", "up"),  # Qwen 1: w1(x) * silu(w2(x))
         (r"h\.\d+\.mlp\.w2", "gate"),
+        # GGUF
+        (r"attn_qkv", "qkv"),
+        (r"attn_q_a", "q_a"),
+        (r"attn_q_b", "q_b"),
+        (r"attn_kv_a(?:_mqa)?", "kv_a"),
+        (r"attn_kv_b", "kv_b"),
+        (r"(?:cross_)?attn_q", "q"),
+        (r"(?:cross_)?attn_k", "k"),
+        (r"(?:cross_)?attn_v", "v"),
+        (r"(?:cross_)?attn_o(?:utput)?", "o"),
+        (r"ffn_gate_inp", "router"),
+        (r"ffn_gate_inp_shexp", "shared_expert_router"),
+        (r"ffn_gate(?:_shexp)?", "gate"),
+        (r"ffn_up(?:_shexp)?", "up"),
+        (r"ffn_down(?:_shexp)?", "down"),
+        (r"ffn_gate_exps", "expert_gate"),
+        (r"ffn_up_exps", "expert_up"),
+        (r"ffn_gate_up_exps", "expert_gate_up"),
+        (r"ffn_down_exps", "expert_down"),
+        (r"ssm_in", "in_proj"),
+        (r"ssm_out", "out_proj"),
+        (r"token_embd", "embedding"),
+        (r"position_embd", "position_embedding"),
+        (r"token_types", "token_type_embedding"),
         # output of attention (before the plain q/k/v names, since both sides end in similar words)
         (r"attention\.output\.dense|attention\.dense|attn\.c_proj|o_proj|out_proj|Wo|attention\.out_lin", "o"),
         (r"self_attn\.dense|self_attention\.dense|SelfAttention\.o|EncDecAttention\.o", "o"),
@@ -140,6 +164,7 @@ LORA_TARGETS: Final[dict[str, tuple[str, ...]]] = {
 BASE_PREFIXES: Final = (
     "model.", "transformer.", "bert.", "roberta.", "distilbert.", "albert.", "electra.", "deberta.", "gpt_neox.",
     "base_model.", "base_model.model.", "model.model.", "language_model.", "encoder.", "module.", "vit.", "esm.",
+    "_orig_mod.", "module._orig_mod.", "_orig_mod.module.",  # torch.compile
 )  # fmt: skip
 
 

@@ -229,6 +229,8 @@ def _qkv(name: str, m: int, n: int, fused: str, config: Mapping[str, Any]) -> di
 
 def _layout(model_type: str, name: str, config: Mapping[str, Any]) -> str:
     """ "concatenated", "one kv head" (the same, multi-query), "per head", "grouped", "four blocks"; "" unknown."""
+    if module_of(name).endswith("attn_qkv"):  # GGUF's own order, whatever the family's
+        return "concatenated"
     if model_type in _CONCATENATED:
         return "concatenated"
     if model_type in _PER_HEAD:
@@ -249,7 +251,7 @@ def _layout(model_type: str, name: str, config: Mapping[str, Any]) -> str:
 def _is_fused_up(name: str, m: int, config: Mapping[str, Any]) -> bool:
     """ChatGLM's dense_h_to_4h: gate and up, one after the other, from version 2 on."""
     glm = config.get("model_type") == "chatglm" and name.endswith("dense_h_to_4h.weight")
-    return glm and m == 2 * int(config.get("ffn_hidden_size") or 0)
+    return glm and m == 2 * (_first(config, "ffn_hidden_size") or 0)
 
 
 def _gate_up(name: str, m: int, config: Mapping[str, Any]) -> dict[str, Rows] | str:
@@ -265,7 +267,7 @@ def _gate_up(name: str, m: int, config: Mapping[str, Any]) -> dict[str, Rows] | 
         if isinstance(width, int)
     }
     # One tensor for all shared experts is as wide as all of them.
-    shared = config.get("n_shared_experts") or config.get("num_shared_experts") or 1
+    shared = _first(config, "n_shared_experts", "num_shared_experts") or 1
     if m % 2 or not (m in widths or m / shared in widths):
         return f"no intermediate size in the config is half of its {m} rows"
     if "audio" in name or "speech" in name:  # Phi-4's audio encoder puts up first

@@ -21,8 +21,12 @@ from lowrank_probe.options import Options
 
 # Buffers that checkpoints carry beside their weights; anything else that is not a float is refused by name.
 _BUFFERS: Final = re.compile(
-    r"(?:^|\.)(?:position_ids|token_type_ids|num_batches_tracked|masked_bias|attn\.bias|attention\.bias|inv_freq|rotary_emb.*)$"
+    r"(?:^|\.)(?:position_ids|token_type_ids|num_batches_tracked|masked_bias|inv_freq|rotary_emb\.\w+)$"
 )
+# A causal mask is (1, 1, length, length), a trained bias of that name 1-D.
+_MASKS: Final = re.compile(r"(?:^|\.)(?:attn|attention)\.bias$")
+# A tensor that PEFT has wrapped or added; a few models hold such tensors of their own, on both sides.
+_WRAPPED: Final = re.compile(r"\.(?:base_layer|lora_[AB]|lora_embedding_[AB])(?:\.|$)")
 _WHOLE: Final = Part()
 
 
@@ -82,6 +86,8 @@ def match(base: Checkpoint | None, tuned: Checkpoint, options: Options) -> Match
         if base.is_adapter:
             raise MatchError(f"{base.path}: is an adapter; give the base model first and the adapter second")
         _match_models(base, tuned, result, options.split)
+    for side, word in ((base, "base"), (tuned, "tuned")):
+        result.notes += [] if side is None else [*side.notes, *_quantized_note(side, word, tuned.is_adapter)]
     _select(result, options)
     for pair in result.pairs:  # from the headers, before any work
         for side, name in ((base, pair.name), (tuned, pair.tuned_name)):
@@ -90,7 +96,29 @@ def match(base: Checkpoint | None, tuned: Checkpoint, options: Options) -> Match
     return result
 
 
+def _quantized_note(side: Checkpoint, word: str, beside_adapter: bool) -> list[str]:
+    kinds = sorted({info.dtype for info in side.tensors.values() if info.quantized})
+    effect = "its rounding is part of ΔW, so that ranks are undecidable where it takes part"
+    if beside_adapter:
+        effect = "an adapter's ΔW is free of its rounding, ‖W‖ is not"
+    said = f"the {word} side is quantized ({', '.join(kinds)}) and was dequantized to be read: {effect}"
+    return [said] if kinds else []
+
+
+def _refuse_wrapped(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Raise `MatchError` where one side alone holds factors beside its weights: its change is not in the weights."""
+    wrapped = [next(filter(_WRAPPED.search, side.tensors), "") for side in (base, tuned)]
+    for side, name, other in zip((base, tuned), wrapped, reversed(wrapped), strict=True):
+        if name and not other:
+            raise MatchError(
+                f"{side.path}: holds {name}: weights inside PEFT's wrapping, or an adapter without its "
+                "adapter_config.json; save the adapter (save_pretrained) and give its directory, or the merged model "
+                "(merge_and_unload)"
+            )
+
+
 def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching, split: bool) -> None:
+    _refuse_wrapped(base, tuned)
     names = {name: name for name in base.tensors if name in tuned.tensors}
     rest_base = [name for name in base.tensors if name not in names]
     rest_tuned = [name for name in tuned.tensors if name not in names]
@@ -99,9 +127,12 @@ def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching, split: 
         result.notes.append(note)
     names.update(renamed)
     if not names:
+        mend = "are they the same architecture?"
+        if (base.path.suffix == ".gguf") != (tuned.path.suffix == ".gguf"):
+            mend = "a GGUF file of this family has GGUF's own names: give GGUF on both sides"
         raise MatchError(
             f"{base.path} and {tuned.path} have no tensor in common (base has {_some(base.tensors)}; "
-            f"tuned has {_some(tuned.tensors)}); are they the same architecture?"
+            f"tuned has {_some(tuned.tensors)}); {mend}"
         )
     taken = set(names.values())
     beyond = 0
@@ -114,12 +145,13 @@ def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching, split: 
             result.ledger.append(_scale_line("", name, scale_of) or tensor_line("", name, "only in tuned"))
     for name, other in names.items():
         a, b = base.tensors[name], tuned.tensors[other]
-        if name in scale_of or other in scale_of:
-            result.ledger.append(_scale_line(name, other, scale_of) or {})
+        scale = _scale_line(name, other, scale_of)
+        if scale:
+            result.ledger.append(scale)
         elif a.shape != b.shape:
             note = "vocabulary or head of another size?" if a.shape[1:] == b.shape[1:] else "not the same architecture?"
             result.ledger.append(tensor_line(name, other, "shape differs", note))
-        elif _BUFFERS.search(name) and len(a.shape) != 2:
+        elif (_BUFFERS.search(name) and len(a.shape) != 2) or (_MASKS.search(name) and len(a.shape) == 4):
             result.ledger.append(tensor_line(name, other, "not a weight", "a buffer"))
         elif a.dtype in ("I64", "BOOL") or b.dtype in ("I64", "BOOL"):
             result.ledger.append(tensor_line(name, other, "not a weight", "integer or bool"))
@@ -140,21 +172,13 @@ def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching, split: 
             f"no layer type is known for {_some(unknown, 4)} (model type {base.config.get('model_type')!r}): "
             "named after the module itself"
         )
-    kept = sorted({pair.note for pair in result.pairs if "kept whole" in pair.note})
-    result.notes += [*kept, *base.notes, *tuned.notes]
+    result.notes += sorted({pair.note for pair in result.pairs if "kept whole" in pair.note})
     differing = [line["name"] for line in result.ledger if line["status"] == "shape differs"]
     if differing and not result.pairs:
         raise MatchError(
             f"{base.path} and {tuned.path}: every tensor that both have differs in shape (such as {_some(differing)}); "
             "not the same architecture?"
         )
-    for side, word in ((base, "base"), (tuned, "tuned")):
-        kinds = sorted({info.dtype for info in side.tensors.values() if info.quantized})
-        if kinds:
-            result.notes.append(
-                f"the {word} side is quantized ({', '.join(kinds)}) and was dequantized to be read: its rounding is "
-                "part of ΔW, so that ranks are undecidable where it takes part"
-            )
 
 
 def _match_adapter(base: Checkpoint | None, adapter: Checkpoint, result: Matching) -> None:

@@ -1,10 +1,12 @@
-"""`TensorInfo`: what a header says of one tensor; and the dtypes that can be read as weights."""
+"""`TensorInfo`: what a header says of one tensor; the dtypes that can be read as weights; `Loader`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from lowrank_probe.errors import CheckpointError
 
@@ -50,3 +52,9 @@ class TensorInfo:
                 f"{self.name} in {self.file}: dtype {self.dtype} is not supported (expected one of "
                 f"{', '.join(DTYPES)}); dequantize or convert the checkpoint first, or leave it out with --exclude"
             )
+
+
+# (start, stop) → those rows of a tensor's first dimension, (stop − start, …) in its stored dtype, or float32 where that
+# is quantized; of a scalar the scalar. What is opened: name → its header, name → its loader.
+Loader = Callable[[int, int], Tensor]
+Opened = tuple[dict[str, TensorInfo], dict[str, Loader]]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from lowrank_probe import CheckpointError, MatchError, NumericsError
 from lowrank_probe.adapters import read_modules
 from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.layers import is_conv1d
+from lowrank_probe.matching import match
+from lowrank_probe.options import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
 
@@ -328,3 +331,17 @@ def test_a_config_with_nonsense_in_it_is_one_clear_line(tmp_path, damage):
     save_file(factors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(lp.CheckpointError, match=r"adapter_config\.json"):
         lp.spectrum(tmp_path)
+
+
+def test_an_adapter_on_a_quantized_base_keeps_every_note(plain):
+    """The hub's note and the quantized side's, as for two models."""
+    side = open_checkpoint(plain[0])
+    q = "model.layers.0.self_attn.q_proj.weight"
+    tensors = {name: side.read(name) for name in side.tensors}
+    tensors |= {q: tensors[q].to(torch.float8_e4m3fn), f"{q}_scale": torch.ones(1)}
+    noted = replace(open_checkpoint(tensors), notes=("taken from the hub",))
+    found = match(noted, open_checkpoint(plain[1]), Options())
+    assert found.notes[0] == "taken from the hub"
+    (said,) = found.notes[1:]
+    assert said.startswith("the base side is quantized (F8_E4M3)")
+    assert "free of its rounding" in said

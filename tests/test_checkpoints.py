@@ -327,3 +327,22 @@ def test_a_file_written_tensor_by_tensor_is_the_one_the_official_library_reads(t
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     with pytest.raises(ValueError, match="announced as F32"):
         write_file(tmp_path / "y", [("a", "F32", (2,))], [torch.zeros(2).half()], {})
+
+
+# ---------------------------------------------------------------------------------------------- damaged configs
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": ["llama"]}, ("model_type is", "expected text")),
+        ({"text_config": {"model_type": 3}}, ("model_type is '3'", "expected text")),
+        ({"quantization_config": [1]}, ("quantization_config is '[1]'", "expected an object")),
+        ({"quantization_config": {"weight_block_size": 128}}, ("weight_block_size is '128'", "two positive")),
+        ({"quantization_config": {"weight_block_size": [128, 0]}}, ("weight_block_size", "two positive")),
+        ({"quantization_config": {"weight_block_size": ["a", "b"]}}, ("weight_block_size", "two positive")),
+    ],
+    ids=str,
+)
+def test_a_config_value_of_another_type_is_named(tmp_path, config, words):
+    refused(write(tmp_path / "m", llama_tensors(), config), tmp_path / "m", *words)
