@@ -106,9 +106,9 @@ def extract(
         "ranks": choice.facts(), "options": options.facts(), "notes": [*selection.notes, *filter(None, [where.note])],
         **machine_facts(where),
     }  # fmt: skip
-    same = ("base", "tuned", "targets", "servable", "dtype", "ranks", "options", "versions", "device")
-    store = Unfinished(Path(out), {key: facts[key] for key in same})
-    work = Work(base_side, tuned_side, selection.chosen, store, where.device, options)
+    same = ("base", "tuned", "dtype", "versions", "device")
+    store = Unfinished(Path(out), {key: facts[key] for key in same} | {"seed": options.seed})
+    work = Work(base_side, tuned_side, selection.chosen, store, where.device, options, choice.needs_noise)
     started = time.perf_counter()
     if where.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where.device)
@@ -122,8 +122,9 @@ def extract(
         )
     ledger = pd.DataFrame(lines, columns=list(EXTRACTION))
     adapters = {}
+    moved = {target.name: work.moved(target) for target in work.targets}
     for label, allotments in allotted.items():
-        kept = {name: one.rank for name, one in allotments.items() if work.moved(name)}
+        kept = {name: one.rank for name, one in allotments.items() if moved[name]}
         adapters[label] = write_adapter(
             Path(out) / label, selection, kept, partial(work.cut, kept), base_side, tuned_side, dtype=DTYPES[dtype]
         )
@@ -151,12 +152,12 @@ def _ranks(
 ) -> dict[str, dict[str, Allotment]]:
     """Adapter → target → its allotment; all factors are in the store afterwards."""
     if choice.needs_spectra:
-        work.spectra(choice.needs_noise, progress)
-        units = [work.unit(number) for number in range(len(work.targets))]
+        work.spectra(progress)
+        units = [work.unit(target) for target in work.targets]
         allotted = choice.allot(units, dtype.itemsize)
         work.factors({one.name: one.rank for one in allotted[""]}, dtype, progress)
     else:
         work.factors({target.name: min(choice.most, *target.shape) for target in work.targets}, dtype, progress)
-        units = [work.kept_unit(number) for number in range(len(work.targets))]
+        units = [work.kept_unit(target) for target in work.targets]
         allotted = choice.allot(units, dtype.itemsize)
     return {label: {one.name: one for one in allotments} for label, allotments in allotted.items()}

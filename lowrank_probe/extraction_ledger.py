@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_probe.allocation import Allotment
 from lowrank_probe.columns import CURVES
-from lowrank_probe.extraction_work import Piece, Work
+from lowrank_probe.extraction_work import Work, pieces_of
 from lowrank_probe.factorisation import relative
 from lowrank_probe.targets import Selection, Target
 
@@ -25,8 +25,7 @@ def ledger_lines(
     others = list(_others(work, selection, norms))
     lines = []
     for label, allotments in allotted.items():
-        for number, target in enumerate(work.targets):
-            lines.append({"adapter": label} | _target_line(work, number, target, allotments[target.name]))
+        lines += [{"adapter": label} | _target_line(work, one, allotments[one.name]) for one in work.targets]
         lines += [{"adapter": label} | line for line in others]
     total = sum(line["fro_norm"] ** 2 for line in lines if line["fro_norm"] > 0) / max(1, len(allotted))
     for line in lines:
@@ -37,8 +36,8 @@ def ledger_lines(
 def curves(work: Work) -> list[dict[str, Any]]:
     """Energy against rank of every target (`columns.CURVES`), at all ranks to 16 and a few a doubling beyond."""
     rows = []
-    for number, target in enumerate(work.targets):
-        keys = [Piece(number, copy, target).key("factors") for copy in range(target.copies)]
+    for target in work.targets:
+        keys = [piece.key("factors") for piece in pieces_of(target)]
         held = [key for key in keys if work.store.has(key) and "stored" in work.store.names(key)]
         if not held:
             continue
@@ -62,19 +61,18 @@ def _points(most: int) -> list[int]:
     return sorted({rank for rank in {*range(1, 17), *beyond, most} if rank <= most})
 
 
-def _target_line(work: Work, number: int, target: Target, allotment: Allotment) -> dict[str, Any]:
+def _target_line(work: Work, target: Target, allotment: Allotment) -> dict[str, Any]:
     rank = allotment.rank
     square, base_square, kept, upper, stored = 0.0, 0.0, 0.0, 0.0, 0.0
     methods = set()
-    for copy in range(target.copies):
-        piece = Piece(number, copy, target)
-        what = "factors" if work.store.has(piece.key("factors")) else "spectrum"
+    for piece in pieces_of(target):
+        what = "factors" if work.store.has(piece.key("factors")) else work.spectrum
         facts = work.store.facts(piece.key(what))
         norm = facts["fro_norm"]
         square += norm**2
         base = facts.get("base_norm")
         base_square += math.nan if base is None and norm > 0 else (base or 0.0) ** 2
-        if what == "spectrum" or not norm > 0 or rank == 0:
+        if what != "factors" or not norm > 0 or rank == 0:
             stored += norm**2
             continue
         at = min(rank, *target.shape) - 1

@@ -3,6 +3,7 @@
 Legend: m out, n in, r rank, k = min(m, n). A piece is one copy of a target: one matrix ΔW (m, n).
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -16,6 +17,7 @@ from torch import Tensor
 from lowrank_probe.allocation import Unit
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.deltas import Delta, read_pair
+from lowrank_probe.errors import NumericsError
 from lowrank_probe.factorisation import factorise
 from lowrank_probe.matching import Pair
 from lowrank_probe.metrics import Values
@@ -33,14 +35,19 @@ IN_FLIGHT: Final = 2.5
 
 @dataclass(frozen=True)
 class Piece:
-    """One matrix of work: `copy` of the target with this number."""
+    """One matrix of work: a copy of a target."""
 
-    number: int
-    copy: int
     target: Target
+    copy: int
 
     def key(self, what: str) -> str:
-        return f"{what}-{self.number:05d}-{self.copy:03d}"
+        """Where it is kept: by name, so that what is finished holds for other --exclude and --targets too."""
+        return f"{what}-{hashlib.sha256(self.target.name.encode()).hexdigest()[:16]}-{self.copy:03d}"
+
+
+def pieces_of(target: Target) -> list[Piece]:
+    """One for each copy."""
+    return [Piece(target, copy) for copy in range(target.copies)]
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,17 @@ class Work:
     store: Unfinished
     device: torch.device
     options: Options
+    noise: bool = False
+
+    @property
+    def spectrum(self) -> str:
+        return "noise" if self.noise else "spectrum"
 
     def pieces(self) -> Iterator[Piece]:
-        for number, target in enumerate(self.targets):
-            for copy in range(target.copies):
-                yield Piece(number, copy, target)
+        return (piece for target in self.targets for piece in pieces_of(target))
 
-    def spectra(self, noise: bool, progress: "Progress | None") -> None:
-        """The singular values of every piece; noise: also what storage did to it, and the values without that."""
+    def spectra(self, progress: "Progress | None") -> None:
+        """The singular values of every piece; `noise`: also what storage did to it, and the values without that."""
         settings = Settings(self.device, self.options).with_turns()
 
         def compute(piece: Piece, delta: Delta | None) -> Piece:
@@ -68,7 +78,7 @@ class Work:
             tensors: dict[str, Tensor] = {}
             if delta is not None:
                 assert delta.dense is not None
-                if noise:
+                if self.noise:
                     found = analyse(delta, settings)
                     values, denoised = found.values, found.denoised
                     for name in ("signal_rank", "r90_denoised", "denoised_fro_norm", "decidable_r90"):
@@ -78,10 +88,10 @@ class Work:
                 else:
                     values = full_spectrum(delta.dense, delta.fro_norm).values
                 tensors["values"] = torch.from_numpy(np.ascontiguousarray(values))
-            self.store.put(piece.key("spectrum"), tensors, facts)
+            self.store.put(piece.key(self.spectrum), tensors, facts)
             return piece
 
-        self._run("spectrum", lambda piece: True, compute, progress, keep_sides=noise)
+        self._run(self.spectrum, None, compute, progress, keep_sides=self.noise)
 
     def factors(self, ranks: Mapping[str, int], dtype: torch.dtype, progress: "Progress | None") -> None:
         """The factors of every piece at its target's rank (0: none)."""
@@ -91,21 +101,29 @@ class Work:
                 self.store.put(piece.key("factors"), {}, {"fro_norm": 0.0, "base_norm": None})
                 return piece
             assert delta.dense is not None
-            rank = ranks[piece.target.name]
+            rank = min(ranks[piece.target.name], *piece.target.shape)
             found = factorise(delta.dense, delta.fro_norm, rank, dtype, piece.target.name, seed=self.options.seed)
             numbers = {name: torch.from_numpy(getattr(found, name)) for name in ("kept", "upper", "stored")}
-            facts = {"fro_norm": delta.fro_norm, "base_norm": delta.base_norm, "method": found.method}
+            facts = {
+                "fro_norm": delta.fro_norm,
+                "base_norm": delta.base_norm,
+                "method": found.method,
+                "rank": found.A.shape[0],
+            }
             # B by columns, so that a smaller rank is the first rows of both.
             self.store.put(piece.key("factors"), {"Bt": found.B.T.contiguous(), "A": found.A, **numbers}, facts)
             return piece
 
-        self._run("factors", lambda piece: ranks[piece.target.name] > 0, compute, progress)
+        self._run("factors", ranks, compute, progress)
 
     def norms(self, pairs: Sequence[Pair]) -> dict[str, float]:
-        """name → ‖ΔW‖_F of pairs that no adapter carries."""
+        """name → ‖ΔW‖_F of pairs that no adapter carries; NaN where it cannot be told (NaN or Inf in it)."""
 
         def load(pair: Pair) -> float:
-            found = read_pair(pair, self.base, self.tuned, torch.device("cpu"))
+            try:
+                found = read_pair(pair, self.base, self.tuned, torch.device("cpu"))
+            except NumericsError:
+                return math.nan
             return found.fro_norm if isinstance(found, Delta) else float(found["fro_norm"])
 
         def size(pair: Pair) -> int:
@@ -120,16 +138,14 @@ class Work:
         """‖ΔW‖_F of what is carried as it is."""
         return whole.fro_norm(self.base, self.tuned)
 
-    def moved(self, name: str) -> bool:
+    def moved(self, target: Target) -> bool:
         """Whether a target has factors, in one of its copies."""
-        return any(self._held(piece) for piece in self.pieces() if piece.target.name == name)
+        return any(self._held(piece) for piece in pieces_of(target))
 
     def cut(self, ranks: Mapping[str, int], target: Target) -> tuple[Tensor, Tensor]:
         """(B (E, m, r), A (E, r, n)) of a target at its rank, as stored; zeros where a copy did not move."""
-        number, r = self.targets.index(target), ranks[target.name]
-        pieces = [Piece(number, copy, target) for copy in range(target.copies)]
-        factors = []
-        for piece in pieces:
+        r, factors = ranks[target.name], []
+        for piece in pieces_of(target):
             key = piece.key("factors")
             if self._held(piece):
                 factors.append((self.store.get(key, "Bt", 0, r).T, self.store.get(key, "A", 0, r)))
@@ -141,10 +157,17 @@ class Work:
         key = piece.key("factors")
         return self.store.has(key) and "A" in self.store.names(key)
 
+    def _has(self, piece: Piece, what: str, rank: int) -> bool:
+        """Whether it is finished: a spectrum, or factors of at least this rank (of any, where it did not move)."""
+        key = piece.key(what)
+        if not self.store.has(key):
+            return False
+        return what == self.spectrum or self.store.facts(key).get("rank", rank) >= rank
+
     def _run(
         self,
         what: str,
-        needed: Callable[[Piece], bool],
+        ranks: Mapping[str, int] | None,
         compute: Callable[[Piece, Delta | None], Piece],
         progress: "Progress | None",
         keep_sides: bool = False,
@@ -157,8 +180,11 @@ class Work:
         def size(piece: Piece) -> int:
             return math.prod(piece.target.shape)
 
-        every = [piece for piece in self.pieces() if needed(piece)]
-        todo = [piece for piece in every if not self.store.has(piece.key(what))]
+        def rank(piece: Piece) -> int:
+            return 1 if ranks is None else min(ranks[piece.target.name], *piece.target.shape)
+
+        every = [piece for piece in self.pieces() if rank(piece) > 0]
+        todo = [piece for piece in every if not self._has(piece, what, rank(piece))]
         total, done = sum(map(size, every)), sum(map(size, every)) - sum(map(size, todo))
         jobs = run_jobs(todo, size, load, compute, self.device, IN_FLIGHT)
         with interruptible() as asked_to_stop, closing(jobs):
@@ -169,10 +195,9 @@ class Work:
                 if asked_to_stop():
                     raise KeyboardInterrupt
 
-    def unit(self, number: int) -> Unit:
+    def unit(self, target: Target) -> Unit:
         """The `allocation.Unit` of a target, from its spectra (all values)."""
-        target = self.targets[number]
-        keys = [Piece(number, copy, target).key("spectrum") for copy in range(target.copies)]
+        keys = [piece.key(self.spectrum) for piece in pieces_of(target)]
         facts = [self.store.facts(key) for key in keys]
         k = min(target.shape)
         square = sum(fact["fro_norm"] ** 2 for fact in facts)
@@ -193,10 +218,9 @@ class Work:
             copies=target.copies, **found,
         )  # fmt: skip
 
-    def kept_unit(self, number: int) -> Unit:
+    def kept_unit(self, target: Target) -> Unit:
         """The same where only the values up to the rank of the factors are known."""
-        target = self.targets[number]
-        keys = [Piece(number, copy, target).key("factors") for copy in range(target.copies)]
+        keys = [piece.key("factors") for piece in pieces_of(target)]
         square = sum(self.store.facts(key)["fro_norm"] ** 2 for key in keys)
         kept = [self.store.get(key, "kept").numpy() if "kept" in self.store.names(key) else None for key in keys]
         r = max((len(one) for one in kept if one is not None), default=0)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -78,7 +79,10 @@ class Unfinished:
         return side.read(name, span=(first * info.shape[1], count * info.shape[1])).reshape(count, info.shape[1])
 
     def remove(self) -> None:
+        """Remove it, and the output directory where nothing else is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.folder.parent.rmdir()
 
     def _write(self, name: str, write: Any) -> None:
         aside = self.folder / f".part-{os.getpid()}-{name}"
