@@ -1,13 +1,15 @@
-"""PEFT LoRA adapters: the one place that knows PEFT's file format. Reading, for now.
+"""PEFT LoRA adapters as they lie in files: the modules of an adapter, and their factors. `peft_files` writes them.
 
 Legend: B (m, r), A (r, n), ΔW = scaling·B·A with m out, n in; scaling = α/r, or α/√r with rsLoRA.
-Source: PEFT ≥ 0.18, `LoraConfig` and `get_peft_model_state_dict`.
+A bare parameter (E, m, n) (`target_parameters`) has lora_A (E·r, n), the expert slowest, and lora_B (m, r·E), the
+expert fastest. Those of one module are wrappers in each other: the last one registered has no `base_layer` in its name.
+Source: PEFT ≥ 0.18, `LoraConfig`, `get_peft_model_state_dict`, `ParamWrapper`.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import CheckpointError
+from lowrank_probe.layers import place, sort_key
 
 _FACTOR: Final = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.\w+)?(?:\.weight)?$"
@@ -23,7 +26,6 @@ _FACTOR: Final = re.compile(
 # Variants whose ΔW is not scaling·B·A alone, by the setting in adapter_config.json that turns them on.
 _REFUSED: Final = {
     "use_dora": "DoRA (its ΔW also rescales every column)",
-    "target_parameters": "LoRA on bare parameters (experts)",
     "megatron_config": "Megatron LoRA",
     "use_qalora": "QA-LoRA",
     "alora_invocation_tokens": "activated LoRA",
@@ -37,7 +39,11 @@ _REFUSED: Final = {
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One adapted matrix: name of the base tensor, shape (m, n), rank, scaling, and the two factors' tensor names."""
+    """One adapted matrix: name of the base tensor, shape (m, n), rank, scaling, and the two factors' tensor names.
+
+    kernel: of a convolution, whose n is in·kernel. expert, copies: which of the E matrices of a parameter it is.
+    rows: the m rows of B that are this base tensor's, where the parameter is stored in pieces.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -45,16 +51,31 @@ class LoraModule:
     scaling: float
     name_A: str  # noqa: N815
     name_B: str  # noqa: N815
-    is_embedding: bool
+    is_embedding: bool = False
+    kernel: tuple[int, ...] = ()
+    expert: int | None = None
+    copies: int = 1
+    rows: tuple[int, int] | None = None
 
-    def stored_shape(self, conv1d: bool) -> tuple[int, int]:
-        """The shape the base tensor must have: (n, m) for a `Conv1D`."""
-        return self.shape[::-1] if conv1d else self.shape
+    def fits(self, stored: tuple[int, ...], conv1d: bool) -> bool:
+        """Whether the base tensor has the shape of this module: (n, m) for a `Conv1D`, (E, …) for a stack."""
+        m, n = self.shape
+        if self.expert is not None and len(stored) == 3:
+            return stored[0] == self.copies and stored[1:] in ((m, n), (n, m))
+        if self.kernel:
+            return stored == (m, n // math.prod(self.kernel), *self.kernel)
+        return stored == ((n, m) if conv1d else (m, n))
 
     def read(self, adapter: Checkpoint, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """(B (m, r), A (r, n)) in their stored dtype; an embedding's factors are transposed into that form."""
+        """(B (m, r), A (r, n)) in their stored dtype, brought into that form."""
         A, B = adapter.read(self.name_A, device), adapter.read(self.name_B, device)
-        return (A.T, B.T) if self.is_embedding else (B, A)
+        if self.is_embedding:
+            return A.T, B.T
+        A, B = A.flatten(1), B.flatten(1)
+        if self.expert is not None:
+            A = A[self.expert * self.rank : (self.expert + 1) * self.rank]
+            B = B[:, self.expert :: self.copies]
+        return (B if self.rows is None else B[slice(*self.rows)]), A
 
 
 def read_modules(adapter: Checkpoint) -> tuple[list[LoraModule], list[str]]:
@@ -80,40 +101,90 @@ def read_modules(adapter: Checkpoint) -> tuple[list[LoraModule], list[str]]:
             others.append(name)
     if not factors:
         raise CheckpointError(f"{adapter.path}: holds no LoRA factors (expected tensors named …lora_A.weight)")
-    return [_module(adapter, module, is_embedding, pair) for (module, is_embedding), pair in factors.items()], others
+    parameters = _parameters(adapter, [module for module, _ in factors])
+    found_modules: list[LoraModule] = []
+    for (module, is_embedding), pair in factors.items():
+        found_modules += _modules(adapter, module, parameters.get(module), is_embedding, pair)
+    return found_modules, others
 
 
-def _module(adapter: Checkpoint, module: str, is_embedding: bool, pair: Mapping[str, str]) -> LoraModule:
+def _parameters(adapter: Checkpoint, modules: list[str]) -> dict[str, str]:
+    """Name of the wrapper in the file → name of the bare parameter that it adapts, by `target_parameters`.
+
+    The file says how deep a wrapper lies, not whose it is: the parameters of one module are taken in the order gate,
+    up, down, in which every model registers them.
+    """
+    listed = adapter.config.get("target_parameters") or ()
+    if not isinstance(listed, list | tuple) or not all(isinstance(one, str) for one in listed):
+        raise CheckpointError(f"{adapter.path / 'adapter_config.json'}: target_parameters is no list of names")
+    depths: dict[str, list[str]] = {}
+    for module in modules:
+        bare = re.sub(r"(?:\.base_layer)+$", "", module)
+        if listed and not _is_target_module(adapter.config.get("target_modules"), bare):
+            depths.setdefault(bare, []).append(module)
+    found: dict[str, str] = {}
+    for bare, wrappers in depths.items():
+        leaves = {
+            one.rpartition(".")[2] for one in listed if f".{bare}".endswith(f".{one.rpartition('.')[0]}".rstrip("."))
+        }
+        order = sorted(leaves, key=lambda leaf: (sort_key(place(f"{bare}.{leaf}").layer_type), leaf))
+        if len(order) != len(wrappers):
+            raise CheckpointError(
+                f"{adapter.path}: {bare} has factors for {len(wrappers)} parameters, adapter_config.json names "
+                f"{len(order)} of it (target_parameters)"
+            )
+        for wrapper, leaf in zip(sorted(wrappers, key=len, reverse=True), order, strict=True):
+            found[wrapper] = f"{bare}.{leaf}"
+    absent = [one for one in listed if not any(f".{name}".endswith(f".{one}") for name in found.values())]
+    if absent:
+        raise CheckpointError(f"{adapter.path}: has no factors for {absent[0]} (target_parameters); is it complete?")
+    return found
+
+
+def _is_target_module(targets: Any, module: str) -> bool:
+    """PEFT's rule: a regular expression for all of the name, or names that end it at a dot."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == one or module.endswith(f".{one}") for one in targets or ())
+
+
+def _modules(
+    adapter: Checkpoint, module: str, parameter: str | None, is_embedding: bool, pair: Mapping[str, str]
+) -> list[LoraModule]:
     for factor in "AB":
         if factor not in pair:
             other = next(iter(pair.values()))
             raise CheckpointError(
                 f"{adapter.path}: {module} has {other} but no lora_{factor}; the adapter is incomplete"
             )
-    A, B = adapter.tensors[pair["A"]], adapter.tensors[pair["B"]]
-    if len(A.shape) != 2 or len(B.shape) != 2:
-        raise CheckpointError(
-            f"{adapter.path}: {module}: factors {A.shape} and {B.shape} are not matrices (a convolution?)"
-        )
-    if A.shape[0] != B.shape[1]:
-        raise CheckpointError(
-            f"{adapter.path}: {module}: lora_A {A.shape} and lora_B {B.shape} do not share a rank (damaged?)"
-        )
-    rank = A.shape[0]
+    A, B = adapter.tensors[pair["A"]].shape, adapter.tensors[pair["B"]].shape
+    kernel = A[2:]
+    if len(A) < 2 or len(A) != len(B) or math.prod(B[2:]) != 1:
+        raise CheckpointError(f"{adapter.path}: {module}: factors {A} and {B} are not matrices")
+    if A[0] != B[1]:
+        raise CheckpointError(f"{adapter.path}: {module}: lora_A {A} and lora_B {B} do not share a rank (damaged?)")
+    named = parameter or module
     where = adapter.path / "adapter_config.json"
-    expected = _number(where, "r", "rank_pattern", adapter.config, module)
+    expected = _number(where, "r", "rank_pattern", adapter.config, named)
+    rank, copies = A[0], 1
+    if parameter is not None and expected and A[0] % int(expected) == 0:
+        rank, copies = int(expected), A[0] // int(expected)
     if rank == 0 or (expected is not None and expected != rank):
         raise CheckpointError(
             f"{adapter.path}: {module}: lora_A has rank {rank}, {where.name} says {expected:g} (r or rank_pattern)"
             if rank
             else f"{adapter.path}: {module}: its factors have rank 0"
         )
-    alpha = _number(where, "lora_alpha", "alpha_pattern", adapter.config, module)
+    alpha = _number(where, "lora_alpha", "alpha_pattern", adapter.config, named)
     if alpha is None:
         raise CheckpointError(f"{where}: lora_alpha is missing")
     scaling = alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
-    shape = (A.shape[1], B.shape[0]) if is_embedding else (B.shape[0], A.shape[1])
-    return LoraModule(f"{module}.weight", shape, rank, scaling, pair["A"], pair["B"], is_embedding)
+    shape = (A[1], B[0]) if is_embedding else (B[0], math.prod(A[1:]))
+    name = parameter or f"{module}.weight"
+    one = LoraModule(name, shape, rank, scaling, pair["A"], pair["B"], is_embedding, kernel, copies=copies)
+    if parameter is None or copies == 1:
+        return [one]
+    return [replace(one, expert=number) for number in range(copies)]
 
 
 def _number(where: Path, key: str, pattern_key: str, config: Mapping[str, Any], module: str) -> float | None:

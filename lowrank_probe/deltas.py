@@ -134,14 +134,14 @@ def _read_lora(
     norm = abs(module.scaling) * math.sqrt(max(0.0, square))
     base_norm = math.nan
     if base is not None:
-        W = base.read(pair.name, device)
+        W = read_part(base, pair.name, pair.part, device)
         base_norm = math.sqrt(_sum_squares(W))
         if not math.isfinite(base_norm):
             _raise_not_finite([(base, pair.name, W)])
     if norm == 0.0:
         return ledger_line(pair, "unchanged", "the adapter's product B·A is zero", 0.0, 0.0)
     return Delta(
-        pair.name, pair.place, module.shape, base.tensors[pair.name].dtype if base else "",
+        pair.key, pair.place, (B.shape[0], A.shape[1]), base.tensors[pair.name].dtype if base else "",
         adapter.tensors[module.name_A].dtype, norm, base_norm, math.nan, factors=(B, A, module.scaling),
     )  # fmt: skip
 

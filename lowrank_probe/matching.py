@@ -16,6 +16,7 @@ from lowrank_probe.errors import MatchError
 from lowrank_probe.layers import BASE_PREFIXES, Place, is_conv1d, is_known, matches, place
 from lowrank_probe.layouts import Part, parts
 from lowrank_probe.ledger import ledger_line, tensor_line
+from lowrank_probe.modules import Slot, in_memory
 from lowrank_probe.options import Options
 
 # Buffers that checkpoints carry beside their weights; anything else that is not a float is refused by name.
@@ -158,35 +159,40 @@ def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching, split: 
 
 def _match_adapter(base: Checkpoint | None, adapter: Checkpoint, result: Matching) -> None:
     modules, others = read_modules(adapter)
-    names = {module.name: module for module in modules}
     if base is None:
-        for name, module in names.items():
-            result.pairs.append(Pair(name, module.name_A, place(name), module))
+        result.pairs += [_lora_pair(module.name, module) for module in modules]
         for name in others:
             result.ledger.append(tensor_line("", name, "only in tuned", "no base given to compare with"))
         return
     plain = {re.sub(r"^base_model\.model\.", "", name).replace(".base_layer.", "."): name for name in others}
-    wanted = [*names, *plain]
+    wanted = list(dict.fromkeys([*(module.name for module in modules), *plain]))
     found = {name: name for name in wanted if name in base.tensors}
     renamed, note = _by_prefix([n for n in base.tensors if n not in found], [n for n in wanted if n not in found])
     if note:
         result.notes.append(note)
     found.update({wanted_name: base_name for base_name, wanted_name in renamed.items()})
+    missing = set(wanted) - set(found)
+    if missing:
+        modules, plain = _as_stored(base, modules, plain, missing)
+        found.update({name: name for name in (*(module.name for module in modules), *plain) if name in base.tensors})
+    names: dict[str, list[LoraModule]] = {}
+    for module in modules:
+        names.setdefault(module.name, []).append(module)
     if not any(name in found for name in names):
         raise MatchError(
             f"{adapter.path} adapts no tensor of {base.path} (adapter has {_some(names)}; base has "
             f"{_some(base.tensors)}); is this the base it was trained on?"
         )
-    for name, module in names.items():
+    model_type = base.config.get("model_type")
+    for name, members in names.items():
+        first = members[0]
         if name not in found:
-            result.ledger.append(tensor_line("", module.name_A, "only in tuned", f"base has no {name}"))
-            continue
-        shape = base.tensors[found[name]].shape
-        if shape != module.stored_shape(is_conv1d(name, base.config.get("model_type"))):
-            line = tensor_line(found[name], module.name_A, "shape differs", f"adapter is for {module.shape}")
+            result.ledger.append(tensor_line("", first.name_A, "only in tuned", f"base has no {name}"))
+        elif not first.fits(base.tensors[found[name]].shape, is_conv1d(name, model_type)):
+            line = tensor_line(found[name], first.name_A, "shape differs", f"adapter is for {first.shape}")
             result.ledger.append(line)
-            continue
-        result.pairs.append(Pair(found[name], module.name_A, place(found[name]), module))
+        else:
+            result.pairs += [_lora_pair(found[name], module, base.tensors[found[name]].shape) for module in members]
     adapted = {found[name] for name in names if name in found}
     for name, tensor in plain.items():
         if found.get(name) in adapted:
@@ -204,6 +210,41 @@ def _match_adapter(base: Checkpoint | None, adapter: Checkpoint, result: Matchin
     for name in base.tensors:
         if name not in touched:
             result.ledger.append(tensor_line(name, "", "unchanged", "not adapted"))
+
+
+def _lora_pair(name: str, module: LoraModule, stored: tuple[int, ...] = ()) -> Pair:
+    """The pair of one LoRA module; of one of several copies, with its part of the base's stack."""
+    part = _WHOLE
+    if module.expert is not None and len(stored) != 2:
+        part = Part(str(module.expert), None, module.expert, transposed=stored[1:] == module.shape[::-1])
+    return Pair(name, module.name_A, place(name), module, part)
+
+
+def _as_stored(
+    base: Checkpoint, modules: list[LoraModule], plain: dict[str, str], missing: set[str]
+) -> tuple[list[LoraModule], dict[str, str]]:
+    """The missing modules and other tensors under the names that the base's file has for what they are in memory.
+
+    A parameter that is stored in pieces becomes one module a piece: the rows of its B that are the piece's.
+    """
+    stored: dict[str, list[tuple[Slot, str]]] = {}
+    for name, slot in in_memory(base).slots.items():
+        if slot.parameter in missing:
+            stored.setdefault(slot.parameter, []).append((slot, name))
+    renamed = []
+    for module in modules:
+        pieces = [one for one in stored.get(module.name, ()) if one[0].expert in (None, module.expert)]
+        start = 0
+        for _, name in sorted(pieces, key=lambda one: one[0].piece):
+            shape = base.tensors[name].shape
+            one = replace(module, name=name)
+            if len(pieces) > 1:
+                one = replace(one, rows=(start, start + shape[0]), shape=(shape[0], module.shape[1]))
+                start += shape[0]
+            renamed.append(one)
+        if not pieces or (len(pieces) > 1 and start != module.shape[0]):
+            renamed = [*renamed[: len(renamed) - len(pieces)], module]
+    return renamed, {stored[name][0][1] if len(stored.get(name, ())) == 1 else name: plain[name] for name in plain}
 
 
 def _by_prefix(rest_base: Sequence[str], rest_tuned: Sequence[str]) -> tuple[dict[str, str], str]:

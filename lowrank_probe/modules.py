@@ -53,7 +53,8 @@ class Modules:
     """The loaded model as far as an adapter needs it.
 
     slots: stored name → `Slot`. names: of all modules. head: the output head's module, "" where there is none.
-    tied: module → the one whose weight it shares. experts: whether there are stacks of experts. note: what to tell.
+    tied: module → the one whose weight it shares. experts: whether there are stacks of experts. order: the parameters
+    as the model registers them; () unknown. note: what to tell.
     """
 
     slots: Mapping[str, Slot]
@@ -61,6 +62,7 @@ class Modules:
     head: str = ""
     tied: Mapping[str, str] = field(default_factory=dict)
     experts: bool = False
+    order: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -163,7 +165,7 @@ def _by_transformers(side: Checkpoint) -> Modules:
     }
     return Modules(
         slots, frozenset(modules), next((name for name, module in modules.items() if module is outputs), ""), tied,
-        any(slot.kind == "parameter" and state[slot.parameter].ndim == 3 for slot in slots.values()),
+        any(slot.kind == "parameter" and state[slot.parameter].ndim == 3 for slot in slots.values()), tuple(state),
     )  # fmt: skip
 
 

@@ -237,7 +237,7 @@ def test_factors_that_share_no_rank(plain):
         ({"use_dora": True}, "DoRA"),
         ({"peft_type": "IA3"}, "expected 'LORA'"),
         ({"peft_type": None}, "expected 'LORA'"),
-        ({"target_parameters": ["experts.up"]}, "bare parameters"),
+        ({"target_parameters": ["experts.up"]}, "no factors for experts.up"),
         ({"use_qalora": True}, "QA-LoRA"),
         ({"use_bdlora": {"target_modules_bd_a": ["q_proj"]}}, "use_bdlora"),
         ({"kasa_config": {"beta": 1.0}}, "kasa_config"),

@@ -1,0 +1,224 @@
+"""Write an adapter directory that PEFT loads: factors first, tensor by tensor, `adapter_config.json` last.
+
+Legend: B (E, m, r), A (E, r, n), ΔW = B·A for each of the E copies of a target (E = 1 but for stacks of experts).
+Every rank is written with alpha = rank, so that the scaling is 1 whatever a reader makes of `alpha_pattern`.
+Source: PEFT 0.21, `LoraConfig`, `set_peft_model_state_dict`, `ParamWrapper`, `ModulesToSaveWrapper`.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from lowrank_probe.adapters import read_modules
+from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
+from lowrank_probe.errors import NumericsError, OutputError, ProbeError
+from lowrank_probe.layers import place, sort_key
+from lowrank_probe.outputs import write_directory
+from lowrank_probe.safetensors_files import write_file
+from lowrank_probe.targets import Selection, Target, Whole
+from lowrank_probe.tensor_info import DTYPES
+
+WEIGHTS: Final = "adapter_model.safetensors"
+CONFIG: Final = "adapter_config.json"
+_PREFIX: Final = "base_model.model."
+_DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+_TOKENIZER: Final = re.compile(
+    r"(?:tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template.*|.*\.model|.*\.spm)"
+)
+
+Factors = Callable[[Target], tuple[Tensor, Tensor]]
+
+
+def rounded(factor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The factor as it is stored. Raises `NumericsError` where an entry is not finite, or too large for the dtype."""
+    largest = float(factor.abs().max()) if factor.numel() else 0.0
+    if not math.isfinite(largest):
+        raise NumericsError(f"{name}: its LoRA factors contain NaN or Inf")
+    if largest > torch.finfo(dtype).max:
+        raise NumericsError(
+            f"{name}: its LoRA factors reach {largest:.3g}, {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:g}; store them with --dtype bfloat16 or float32"
+        )
+    return factor.to(dtype)
+
+
+def write_adapter(
+    directory: str | os.PathLike[str], selection: Selection, ranks: Mapping[str, int], factors: Factors,
+    base: Checkpoint, tuned: Checkpoint, *, dtype: torch.dtype = torch.float32,
+    files: Mapping[str, Callable[[Path], Any]] | None = None,
+) -> Path:  # fmt: skip
+    """Write the adapter of a selection into `directory` and read it back with our own reader. Returns the directory.
+
+    ranks: name of each chosen target → its rank; 0 or missing: no module is written for it, nor its bias.
+    factors(target) → B (E, m, r) and A (E, r, n), or (m, r) and (r, n) for E = 1, with ΔW ≈ B·A; asked for one target
+    at a time, in the order of `selection.chosen`, and rounded to dtype. files: name → writer of what else goes there.
+    The tokenizer of the fine-tune is copied where the vocabulary differs.
+    Raises `OutputError` where there is an adapter already or nothing can be written, `NumericsError` for a factor that
+    is not finite in `dtype`, `ProbeError` where no target has a rank: PEFT refuses an adapter without one.
+    """
+    root = Path(directory)
+    if (root / CONFIG).exists():
+        raise OutputError(f"{root}: holds an adapter already; choose another --out")
+    modules = [(target, ranks.get(target.name, 0)) for target in selection.chosen if ranks.get(target.name, 0)]
+    if not modules:
+        raise ProbeError("no matrix to adapt: every ΔW asked for is 0, or only tables and norms changed")
+    adapted = {target.name for target, _ in modules}
+    whole = [one for one in selection.whole if one.why != "bias" or one.module in adapted]
+    keys = _keys([target for target, _ in modules], selection.modules.order)
+    config = _config(modules, whole, selection, base, tuned)
+    infos: list[tuple[str, str, tuple[int, ...]]] = []
+    for target, r in modules:
+        infos += [
+            (key, _DTYPE_NAMES[dtype], shape) for key, shape in zip(keys[target.name], _shapes(target, r), strict=True)
+        ]
+    carried = [(f"{_PREFIX}{_path(one)}.{leaf}", name) for one in whole for leaf, name in one.tensors.items()]
+    for key, name in carried:
+        info = tuned.tensors[name]
+        infos.append((key, "F32" if info.quantized else info.dtype, info.shape))
+
+    def tensors() -> Iterator[Tensor]:
+        for target, _ in modules:
+            B, A = factors(target)
+            yield from (rounded(factor, dtype, target.name) for factor in _packed(target, B, A))
+        for _, name in carried:
+            yield tuned.read(name)
+
+    metadata = {"format": "pt"}
+    if selection.sizes:
+        metadata |= {"base_vocabulary": str(selection.sizes[0]), "tuned_vocabulary": str(selection.sizes[1])}
+
+    def write_config(file: Path) -> None:
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _check(file.parent, modules)
+
+    copied = _tokenizer(tuned.path) if selection.sizes else {}
+    return write_directory(
+        root, {WEIGHTS: lambda file: write_file(file, infos, tensors(), metadata), **copied, **(files or {}),
+               CONFIG: write_config},
+    )  # fmt: skip
+
+
+def _keys(targets: Sequence[Target], order: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """target name → the names of lora_A and lora_B in the file.
+
+    PEFT wraps the parameters of one module in each other, the first one registered innermost.
+    """
+    registered = {name: i for i, name in enumerate(order)}
+    nested: dict[str, list[Target]] = {}
+    for target in targets:
+        if target.by_parameter:
+            nested.setdefault(target.module, []).append(target)
+    keys = {}
+    for target in targets:
+        path, weight = f"{_PREFIX}{target.module}", ".weight"
+        if target.by_parameter:
+            members = sorted(
+                nested[target.module], key=lambda one: (registered.get(one.name, -1), sort_key(one.place.layer_type))
+            )
+            path += ".base_layer" * (len(members) - 1 - members.index(target))
+        factor = "lora_"
+        if target.kind == "embedding":
+            factor, weight = "lora_embedding_", ""
+        keys[target.name] = (f"{path}.{factor}A{weight}", f"{path}.{factor}B{weight}")
+    return keys
+
+
+def _shapes(target: Target, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of lora_A and lora_B in the file."""
+    m, n = target.shape
+    if target.kind == "embedding":
+        return (r, m), (n, r)
+    if target.kind == "conv":
+        kernel = target.stored[2:]
+        return (r, target.stored[1], *kernel), (m, r, *(1 for _ in kernel))
+    return (target.copies * r, n), (m, r * target.copies)
+
+
+def _packed(target: Target, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B as PEFT stores them."""
+    r = A.shape[-2]
+    A_shape, B_shape = _shapes(target, r)
+    if target.kind == "embedding":
+        return B.reshape(target.shape[0], r).T, A.reshape(r, target.shape[1]).T
+    if target.copies > 1:  # the expert slowest in A, fastest in B
+        B = B.permute(1, 2, 0)
+    return A.reshape(A_shape), B.reshape(B_shape)
+
+
+def _path(one: Whole) -> str:
+    return f"{one.module}.base_layer" if one.why == "bias" else one.module
+
+
+def _config(
+    modules: Sequence[tuple[Target, int]], whole: Sequence[Whole], selection: Selection, base: Checkpoint,
+    tuned: Checkpoint,
+) -> dict[str, Any]:  # fmt: skip
+    # PEFT warns of a pattern that matches no module, and forgets the parameters there: they get the common rank.
+    common = Counter(r for target, r in modules if target.by_parameter) or Counter(r for _, r in modules)
+    default = common.most_common(1)[0][0]
+    pattern = {f"^{re.escape(target.name)}": r for target, r in modules if r != default}
+    saved = [one.module for one in whole if one.why != "bias"]
+    return {
+        "peft_type": "LORA",
+        "task_type": _task(tuned.config or base.config),
+        "base_model_name_or_path": str(base.path) if base.path.exists() else None,
+        "inference_mode": True,
+        "r": default,
+        "lora_alpha": default,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "target_modules": _target_modules([t.name for t, _ in modules if not t.by_parameter], selection),
+        "target_parameters": sorted(t.name for t, _ in modules if t.by_parameter) or None,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "fan_in_fan_out": any(target.kind == "conv1d" for target, _ in modules),
+        "bias": "lora_only" if any(one.why == "bias" for one in whole) else "none",
+        "modules_to_save": saved or None,
+        "ensure_weight_tying": any(one.tied for one in whole) or any(target.tied for target, _ in modules),
+        "init_lora_weights": True,
+    }
+
+
+def _target_modules(names: list[str], selection: Selection) -> list[str] | str:
+    """Full names, sorted; as one regular expression where another module's name ends in one of them."""
+    known, wanted = selection.modules.names, set(names)
+    if any(name.endswith(tuple(f".{one}" for one in names)) for name in known - wanted):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return sorted(names)
+
+
+def _task(config: Mapping[str, Any]) -> str | None:
+    """PEFT's task type, where it adds nothing to the adapter; for classifiers it would wrap the head unasked."""
+    architecture = str((config.get("architectures") or [""])[0])
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    seq2seq = config.get("is_encoder_decoder") and architecture.endswith(("ForConditionalGeneration", "MTModel"))
+    return "SEQ_2_SEQ_LM" if seq2seq else None
+
+
+def _tokenizer(path: Path) -> dict[str, Callable[[Path], Any]]:
+    files = sorted(path.iterdir()) if path.is_dir() else []
+    names = (file for file in files if file.is_file() and _TOKENIZER.fullmatch(file.name))
+    return {file.name: partial(shutil.copyfile, file) for file in names}
+
+
+def _check(directory: Path, modules: Sequence[tuple[Target, int]]) -> None:
+    """Raise `ProbeError` unless our own reader finds every module with its shape and rank, and no other."""
+    found = Counter((one.name, one.shape, one.rank, one.scaling) for one in read_modules(open_checkpoint(directory))[0])
+    written = Counter[tuple[str, tuple[int, int], int, float]]()
+    for target, r in modules:
+        name = target.name if target.by_parameter else f"{target.name}.weight"
+        written[name, target.shape, r, 1.0] += target.copies
+    if found != written:
+        odd = min((found - written) + (written - found))
+        raise ProbeError(f"{odd[0]}: the adapter does not read back as it was written ({place(odd[0]).layer_type})")
