@@ -18,13 +18,14 @@ from markupsafe import Markup
 
 from lowrank_probe import __version__
 from lowrank_probe.columns import LEDGER, TABLE, Column
-from lowrank_probe.figure_data import packed_spectra, verdict_alone
+from lowrank_probe.figure_data import packed_spectra
 from lowrank_probe.figure_spectra import opening, points_for
 from lowrank_probe.figure_style import Spec
 from lowrank_probe.figures import specs, write
 from lowrank_probe.outputs import write_directory
 from lowrank_probe.runs import Result, load, plain
 from lowrank_probe.terminal import _rank
+from lowrank_probe.verdicts import verdict_alone
 
 # Figure name → heading, and the one sentence on how to read it.
 READING: Final[dict[str, tuple[str, str]]] = {

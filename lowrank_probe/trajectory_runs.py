@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,9 +20,10 @@ import pandas as pd
 from lowrank_probe import runs
 from lowrank_probe.columns import AMPLIFICATION, SIMILARITY, Column
 from lowrank_probe.errors import CheckpointError, OutputError, ProbeError
-from lowrank_probe.layers import sort_key
+from lowrank_probe.layers import labels, several_stacks, sort_key
 from lowrank_probe.outputs import made, write_directory
 from lowrank_probe.runs import SCHEMA_VERSION, Result, plain
+from lowrank_probe.verdicts import summarise
 
 FACTS: Final = "trajectory.json"
 _READ: Final = ("similarity.parquet", "amplification.parquet")
@@ -50,15 +51,26 @@ class Trajectory:
     @property
     def table(self) -> pd.DataFrame:
         """One row a step and layer type: `step`, then the columns of `Result.summary`."""
-        parts = [result.summary.assign(step=label) for label, result in self.results.items()]
+        parts = []
+        for label, result in self.results.items():
+            related = bool(result.facts.get("related", True))
+            parts.append(summarise(result.table, related=related, apart=self._apart).assign(step=label))
         table = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
         return table[["step", *(column for column in table.columns if column != "step")]]
+
+    @cached_property
+    def _apart(self) -> bool:
+        """Whether stacks are told: the same in every table, whichever stacks each step moved."""
+        tables = [result.table for result in self.results.values()]
+        return several_stacks(
+            (s, t) for table in tables for s, t in zip(table["stack"], table["layer_type"], strict=True)
+        )
 
     @property
     def similarity_by_type(self) -> pd.DataFrame:
         """Medians of `similarity` over the matrices of a layer type, i = j; `trusted` becomes the share that is."""
         part = self.similarity[self.similarity["i"] == self.similarity["j"]].drop(columns=["name", "layer"])
-        return _medians(part, ["step_a", "step_b", "i", "j"])
+        return _medians(part, ["step_a", "step_b", "i", "j"], self._apart)
 
     @property
     def shown_dimension(self) -> int:
@@ -71,7 +83,7 @@ class Trajectory:
     @property
     def amplification_by_type(self) -> pd.DataFrame:
         """Medians of `amplification` over the matrices of a layer type; `trusted` becomes the share that is."""
-        return _medians(self.amplification.drop(columns=["name", "layer"]), ["step", "r"])
+        return _medians(self.amplification.drop(columns=["name", "layer"]), ["step", "r"], self._apart)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -209,9 +221,8 @@ def naming(label: str) -> Iterator[None]:
         raise
 
 
-def _medians(part: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    both = {"encoder", "decoder"} <= set(part["stack"])
-    names = (part["stack"] + " " + part["layer_type"]).str.strip() if both else part["layer_type"]
+def _medians(part: pd.DataFrame, keys: list[str], apart: bool) -> pd.DataFrame:
+    names = pd.Series(labels(part["stack"], part["layer_type"], apart), index=part.index, dtype=object)
     order = {name: (kind, name) for name, kind in zip(names, part["layer_type"].map(sort_key), strict=True)}
     grouped = part.assign(layer_type=names).drop(columns="stack").groupby(["layer_type", *keys], sort=False)
     table = grouped[[c for c in part.columns if c not in (*keys, "layer_type", "stack", "trusted")]].median()

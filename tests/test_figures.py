@@ -324,7 +324,7 @@ def test_packed_spectra_mark_a_matrix_without_one(result):
 
 
 def test_the_verdict_of_one_matrix_is_the_rule_of_verdicts(result):
-    alone = figure_data.verdict_alone(result.table)
+    alone = verdicts.verdict_alone(result.table)
     for i, word in enumerate(alone):
         expected, _ = verdicts.verdict(result.table.iloc[[i]])
         known = result.table["decidable_r90"].iloc[i] and not pd.isna(result.table["r90_high"].iloc[i])

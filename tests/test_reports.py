@@ -13,8 +13,8 @@ from builders import build
 from lowrank_probe import reports
 from lowrank_probe.columns import LEDGER, TABLE
 from lowrank_probe.errors import CheckpointError
-from lowrank_probe.figure_data import verdict_alone
 from lowrank_probe.terminal import _rank, print_summary
+from lowrank_probe.verdicts import verdict_alone
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7 * 7 }}"
 

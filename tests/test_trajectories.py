@@ -282,6 +282,26 @@ def test_results_are_those_of_spectrum_and_the_table_stacks_their_summaries(grow
     assert list(dict.fromkeys(by_type["layer_type"])) == ["q", "k", "up", "down"]
 
 
+def test_towers_are_told_apart_in_every_table_though_only_one_step_moved_both(tmp_path):
+    names = [f"model.{tower}.layers.0.self_attn.q_proj.weight" for tower in ("vision_tower", "language_model")]
+    generator = torch.Generator().manual_seed(0)
+    W = {name: torch.randn(24, 20, generator=generator) for name in names}
+    both = {name: tensor + 0.01 * torch.randn(24, 20, generator=generator) for name, tensor in W.items()}
+    paths = [
+        write(tmp_path / "base", W),
+        write(tmp_path / "both", both),
+        write(tmp_path / "text", W | {names[1]: both[names[1]]}),
+    ]
+    found = lp.trajectory(paths[0], paths[1:])
+    assert list(zip(found.table["step"], found.table["layer_type"], strict=True)) == [
+        ("both", "text q"), ("both", "vision q"), ("text", "text q"),
+    ]  # fmt: skip
+    assert set(found.similarity_by_type["layer_type"]) == {"text q"}
+    assert set(found.amplification_by_type["layer_type"]) == {"text q", "vision q"}
+    assert set(found.amplification_by_type["n_matrices"]) == {1}
+    assert {trace.name for trace in found.figures["relative_update"].data} == {"text q", "vision q"}
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
