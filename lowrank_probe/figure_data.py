@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lowrank_probe.figure_style import log_spaced, numbers, text
+from lowrank_probe.figure_style import log_spaced, numbers, shown_names
 from lowrank_probe.layers import labels, sort_key
 from lowrank_probe.metrics import SIGNAL_FACTOR, Values, marchenko_pastur
 from lowrank_probe.runs import Result
@@ -40,7 +40,8 @@ def null_values(index: NDArray[np.int64], shape: tuple[int, int]) -> Values:
 def group_of(table: pd.DataFrame) -> "pd.Series[str]":
     """Each matrix's layer type as shown (`layers.labels`), as plotly text."""
     shown = labels(table["stack"].astype(str), table["layer_type"].astype(str))
-    return pd.Series([text(label) for label in shown], index=table.index, dtype=object)
+    names = shown_names(shown)
+    return pd.Series([names[label] for label in shown], index=table.index, dtype=object)
 
 
 def groups(table: pd.DataFrame) -> list[str]:

@@ -410,5 +410,13 @@ def test_a_browser_that_does_not_work_is_an_error_of_one_line(result, tmp_path, 
 @needs_chromium
 def test_figures_cannot_be_written_into_a_file(result, tmp_path):
     (tmp_path / "taken").write_text("a file", encoding="utf-8")
-    with pytest.raises(OutputError, match="taken: cannot be made: File exists; choose another --figures"):
+    with pytest.raises(OutputError, match=r"taken: is a file \(expected a directory\); choose another --figures"):
         figures.write(result, tmp_path / "taken")
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_those_that_were_there(result, tmp_path, monkeypatch):
+    (tmp_path / "heatmap.svg").write_text("before", encoding="utf-8")
+    monkeypatch.setenv("BROWSER_PATH", "/bin/true")
+    with pytest.raises(ProbeError, match="did not draw"):
+        figures.write(result, tmp_path)
+    assert [(path.name, path.read_text("utf-8")) for path in tmp_path.iterdir()] == [("heatmap.svg", "before")]
