@@ -123,7 +123,7 @@ def spectrum(
         if figures is not None:
             from lowrank_probe.figures import check_writable
 
-            check_writable()  # before the minutes of work, not after them
+            check_writable(figures)  # before the minutes of work, not after them
     found: Result | Trajectory
     with _directory(out, tuned[-1] if tuned else base) as directory:
         if tuned and len(tuned) > 1:
@@ -143,7 +143,7 @@ def _directory(out: Path | None, last: str) -> AbstractContextManager[Path]:
 
 def _single(base: str, tuned: str | None, directory: Path, options: Options, as_json: bool, quiet: bool) -> "Result":
     """`probe spectrum` with one tuned side."""
-    from lowrank_probe import runs, spectra
+    from lowrank_probe import runs, scheduling, spectra
 
     earlier = runs.unfinished(directory)
     with progress_bar(quiet) as on_progress:
@@ -154,7 +154,10 @@ def _single(base: str, tuned: str | None, directory: Path, options: Options, as_
             stopped.result.save(directory)
             kept = f"{len(stopped.result.table)} finished matrices kept in {directory}"
             raise stopped_line(kept, f"the same command with --out {directory} resumes") from None
-    result.save(directory)
+    with scheduling.interruptible(patient=True) as asked_to_stop:  # minutes of work must not be lost in the last second
+        result.save(directory)
+    if asked_to_stop():
+        raise interrupts.Stopped(f"{interrupts.LINE}; the finished run is in {printable(directory)}")
     if earlier is not None:
         tell(f"resumed the interrupted run in {directory}: {len(earlier.table)} matrices were finished", quiet)
     _show(result, directory, as_json, quiet)
@@ -168,14 +171,13 @@ def _trajectory(
     from lowrank_probe import spectra, trajectories, trajectory_runs
 
     labels = trajectories.step_labels(steps)
-    earlier = trajectory_runs.unfinished_steps(directory, labels)
+    plan = trajectory_runs.plan_of(base, dict(zip(labels, steps, strict=True)), options)
+    earlier = trajectory_runs.unfinished_steps(directory, plan)
     kept = sum(result.facts["status"] == "complete" for result in earlier.values())
 
     def on_step(label: str, result: "Result") -> None:
         nonlocal kept
-        if result.facts["status"] == "interrupted":
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # as above
-        trajectory_runs.save_step(directory, label, result)
+        trajectory_runs.save_step(directory, label, result, plan)
         kept += result.facts["status"] == "complete"
 
     try:
@@ -197,6 +199,8 @@ def _trajectory(
         from lowrank_probe.trajectory_terminal import print_trajectory
 
         print_trajectory(found)
+    for text in found.facts["notes"]:
+        tell(f"note: {text}", quiet)
     for label, result in found.results.items():
         for warning in result.facts.get("warnings", []):
             tell(f"warning: {label}: {warning}", False)

@@ -51,18 +51,21 @@ class Delta:
 
 
 def read_pair(
-    pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: torch.device, *, thin: bool = False
-) -> Delta | dict[str, Any]:
+    pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: torch.device, W: Tensor | None = None,
+    *, thin: bool = False,
+) -> Delta | dict[str, Any]:  # fmt: skip
     """Read one pair: a `Delta` for a changed matrix, else its ledger line (unchanged, vector).
 
-    thin: whether a matrix with a side of 1 is a `Delta` too, not a vector.
+    W: the base's matrix (m, n) as stored, where it was read before. thin: whether a matrix with a side of 1 is a
+    `Delta` too, not a vector.
 
     Raises `NumericsError` naming tensor and file for NaN or Inf, `CheckpointError` for a dtype that is no float.
     """
     if pair.lora is not None:
-        return _read_lora(pair, base, tuned, device)
+        return _read_lora(pair, base, tuned, device, W)
     assert base is not None
-    a, b = (read_part(side, name, pair.part, device) for side, name in ((base, pair.name), (tuned, pair.tuned_name)))
+    a = read_part(base, pair.name, pair.part, device) if W is None else W
+    b = read_part(tuned, pair.tuned_name, pair.part, device)
     wide = torch.float64 if max(a.dtype.itemsize, b.dtype.itemsize) >= 4 else torch.float32
     delta = torch.empty(b.shape, dtype=wide, device=device)
     for out, x, y in zip(_parts(delta), _parts(b), _parts(a), strict=True):
@@ -120,7 +123,7 @@ def _same(side: Checkpoint, a: str, b: str, block: int = 1 << 21) -> bool:
 
 
 def _read_lora(
-    pair: Pair, base: Checkpoint | None, adapter: Checkpoint, device: torch.device
+    pair: Pair, base: Checkpoint | None, adapter: Checkpoint, device: torch.device, W: Tensor | None
 ) -> Delta | dict[str, Any]:
     assert pair.lora is not None
     module = pair.lora
@@ -134,7 +137,7 @@ def _read_lora(
     norm = abs(module.scaling) * math.sqrt(max(0.0, square))
     base_norm = math.nan
     if base is not None:
-        W = read_part(base, pair.name, pair.part, device)
+        W = read_part(base, pair.name, pair.part, device) if W is None else W
         base_norm = math.sqrt(_sum_squares(W))
         if not math.isfinite(base_norm):
             _raise_not_finite([(base, pair.name, W)])

@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lowrank_probe.figure_style import log_spaced, numbers, text
-from lowrank_probe.layers import sort_key
+from lowrank_probe.figure_style import log_spaced, numbers, shown_names
+from lowrank_probe.layers import labels, sort_key
 from lowrank_probe.metrics import SIGNAL_FACTOR, Values, marchenko_pastur
 from lowrank_probe.runs import Result
-from lowrank_probe.verdicts import LOW_RANK, NOT_LOW_RANK
 
 OUTSIDE: Final = "outside"  # the heat map's column of what is in no layer
 
@@ -39,10 +38,10 @@ def null_values(index: NDArray[np.int64], shape: tuple[int, int]) -> Values:
 
 
 def group_of(table: pd.DataFrame) -> "pd.Series[str]":
-    """Each matrix's layer type as shown, with its stack where the model has more than one."""
-    label = table["layer_type"].astype(str).map(text)
-    several = table["stack"].nunique() > 1
-    return (table["stack"].astype(str) + " ").str.lstrip() + label if several else label
+    """Each matrix's layer type as shown (`layers.labels`), as plotly text."""
+    shown = labels(table["stack"].astype(str), table["layer_type"].astype(str))
+    names = shown_names(shown)
+    return pd.Series([names[label] for label in shown], index=table.index, dtype=object)
 
 
 def groups(table: pd.DataFrame) -> list[str]:
@@ -130,14 +129,6 @@ def doubtful(table: pd.DataFrame) -> set[str]:
     return {str(name) for name in share.index[share < 0.5]}
 
 
-def verdict_alone(table: pd.DataFrame) -> NDArray[Any]:
-    """The verdict's rule on each matrix alone: "low-rank", "not low-rank", "between" or "undecidable"."""
-    known = table["decidable_r90"].astype(bool) & table["r90_low"].notna() & table["r90_high"].notna()
-    low = (table["r90_high"] <= LOW_RANK * table["null_r90"]) & (table["r90_high"] < table["break_even_rank"])
-    high = table["r90_low"] >= NOT_LOW_RANK * table["null_r90"]
-    return np.select([~known, low, high], ["undecidable", "low-rank", "not low-rank"], "between")
-
-
 def spectrum_points(result: Result, row: Mapping[Any, Any], points: int) -> tuple[list[Any], list[Any]]:
     """x and y of the five lines of one spectrum: storage noise alone, raw, denoised, noise edge, signal threshold.
 
@@ -163,9 +154,9 @@ def spectrum_points(result: Result, row: Mapping[Any, Any], points: int) -> tupl
 def packed_spectra(result: Result, points: int) -> dict[str, Any]:
     """Every matrix's lines as `spectrum_points` draws them, in the table's order, for a page to unpack one at a time.
 
-    grids: the distinct indices with the noise of unit variance there. rows: (grid, raw points, denoised points,
-    noise_std, noise_edge) a matrix, grid −1 where there is no spectrum. values: raw, then denoised σ of one matrix
-    after the other, as little-endian float32 in base64.
+    types: each matrix's layer type as shown. grids: the distinct indices with the noise of unit variance there. rows:
+    (grid, raw points, denoised points, noise_std, noise_edge) a matrix, grid −1 where there is no spectrum.
+    values: raw, then denoised σ of one matrix after the other, as little-endian float32 in base64.
     """
     grids: dict[tuple[int, int, int], tuple[int, NDArray[np.int64], list[float | None]]] = {}
     rows: list[list[Any]] = []
@@ -189,6 +180,7 @@ def packed_spectra(result: Result, points: int) -> dict[str, Any]:
         rows.append([number, n_raw, n_denoised, *numbers(_noise(row))])
     values = np.concatenate([empty, *parts]).astype("<f4")
     return {
+        "types": labels(result.table["stack"], result.table["layer_type"]),
         "grids": [{"index": index.tolist(), "noise": noise} for _, index, noise in grids.values()],
         "rows": rows,
         "values": base64.b64encode(values.tobytes()).decode("ascii"),

@@ -22,7 +22,19 @@ from lowrank_probe.figure_data import (
     spectrum_points,
 )
 from lowrank_probe.figure_layers import METRICS, button, known_metric, trusted_by
-from lowrank_probe.figure_style import COLOURS, DASHES, INK, NULL_LINE, THRESHOLD_LINE, Spec, faint, menu, numbers, spec
+from lowrank_probe.figure_style import (
+    COLOURS,
+    DASHES,
+    INK,
+    NULL_LINE,
+    THRESHOLD_LINE,
+    Spec,
+    faint,
+    menu,
+    numbers,
+    shown_names,
+    spec,
+)
 from lowrank_probe.figure_style import text as plain_text
 from lowrank_probe.runs import Result
 
@@ -133,7 +145,8 @@ def singular_values_spec(result: Result, name: str | None = None, *, with_menu: 
     ]
     title = "What does one spectrum look like?"
     if points and not with_menu:
-        title += f"  {plain_text(rows[first]['name'])}"
+        (drawn,) = shown_names([str(rows[first]["name"])], 80).values()
+        title += f"  {drawn}"
     found = spec(
         data, title, 500, {"type": "log", "title": "index", "dtick": 1},
         {"type": "log", "title": "singular value σ of ΔW", "exponentformat": "power", "nticks": 5},

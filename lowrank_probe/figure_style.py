@@ -1,6 +1,7 @@
 """The look of the figures, and how values and names become plotly's: palette, axes, menus, text. Plain dicts only."""
 
 import html
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -63,6 +64,21 @@ def faint(colour: str) -> str:
     """A "#rrggbb" colour as a transparent fill."""
     r, g, b = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({r},{g},{b},.12)"
+
+
+def shown_names(names: Iterable[str], limit: int = 40) -> dict[str, str]:
+    """Each name as plotly text: cut in the middle to `limit` characters, numbered where two would then be alike.
+
+    >>> list(shown_names(["q", "abc-1-xyz", "abc-2-xyz"], 6).values())
+    ['q', 'abc…xyz', 'abc…xyz (2)']
+    """
+    half = limit // 2
+    shown: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        cut = name if len(name) <= limit else f"{name[:half]}…{name[-half:]}"
+        number = sum(other == cut or other.startswith(f"{cut} (") for other in shown.values())
+        shown[name] = f"{cut} ({number + 1})" if number else cut
+    return {name: text(cut) for name, cut in shown.items()}
 
 
 def text(name: str) -> str:

@@ -9,8 +9,10 @@ A figure is built as a plain dict (`specs`), which is all that the page needs; p
 """
 
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -120,8 +122,12 @@ def all_figures(result: Result) -> dict[str, go.Figure]:
     return found | ({"singular_values": singular_values(result)} if found and result.singular_values else {})
 
 
-def check_writable() -> None:
-    """Raises `ProbeError`, with the mend, where `write` lacks kaleido or a browser for it."""
+_ELSEWHERE: Final = "choose another --figures"
+
+
+def check_writable(directory: str | os.PathLike[str]) -> None:
+    """Raises `OutputError` where nothing can be written there, `ProbeError` where kaleido or a browser is missing."""
+    outputs.check_writable(Path(directory), _ELSEWHERE)
     try:
         from choreographer.browsers.chromium import Chromium
         from kaleido.errors import ChromeNotFoundError  # noqa: F401
@@ -142,15 +148,15 @@ def write(found: "Result | Trajectory", directory: str | os.PathLike[str]) -> li
     Through kaleido and a headless Chromium, without the network. Raises `ProbeError` where either is missing or fails,
     `OutputError` where the directory cannot be written.
     """
-    check_writable()
+    check_writable(directory)
     import kaleido
 
-    root, elsewhere = Path(directory), "choose another --figures"
-    jobs = list(_jobs(specs(found), root)) if isinstance(found, Result) else list(_trajectory_jobs(found, root))
-    with ExitStack() as directories:
-        for place in dict.fromkeys([root, *(Path(job["path"]).parent for job in jobs)]):
-            directories.enter_context(outputs.made(place, elsewhere))
-        outputs.check_writable(root, elsewhere)
+    root, written = Path(directory), list[Path]()
+    with tempfile.TemporaryDirectory(prefix="lowrank_probe-") as drawn:
+        aside = Path(drawn)
+        jobs = list(_jobs(specs(found), aside)) if isinstance(found, Result) else list(_trajectory_jobs(found, aside))
+        for place in {Path(job["path"]).parent for job in jobs}:
+            place.mkdir(exist_ok=True)
         try:
             # Mathjax comes from the network and none of the figures needs it.
             kaleido.write_fig_from_object_sync(jobs, cancel_on_error=True, kopts={"mathjax": False})
@@ -159,7 +165,15 @@ def write(found: "Result | Trajectory", directory: str | os.PathLike[str]) -> li
             raise ProbeError(
                 f"{root}: the browser did not draw the figures: {said} Is it a working Chromium?"
             ) from error
-    return [Path(job["path"]) for job in jobs]
+        places: dict[Path, dict[str, Callable[[Path], Any]]] = {}
+        for path in (Path(job["path"]) for job in jobs):
+            place = root / path.parent.relative_to(aside)
+            places.setdefault(place, {})[path.name] = partial(shutil.copyfile, path)
+            written.append(place / path.name)
+        with outputs.made(root, _ELSEWHERE):
+            for place, files in places.items():
+                outputs.write_directory(place, files, _ELSEWHERE)
+    return written
 
 
 def _jobs(figures: Mapping[str, Spec], root: Path) -> Iterable[dict[str, Any]]:

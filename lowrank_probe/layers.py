@@ -6,6 +6,7 @@ module's own last name, so that nothing is left without a type; `is_known` says 
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -203,6 +204,29 @@ def place(name: str) -> Place:
     if "experts" in module.split(".") and layer_type in {"q", "o", "gate", "up", "gate_up", "down"}:
         layer_type = f"expert_{layer_type}"
     return Place(layer_type, int(number[1]) if number else None, stack, int(expert[1]) if expert else None)
+
+
+def several_stacks(places: Iterable[tuple[str, str]]) -> bool:
+    """Whether (stack, layer type) pairs have some layer type in more than one stack, so that its stack has to be told.
+
+    >>> several_stacks([("encoder", "q"), ("", "embedding")]), several_stacks([("vision", "q"), ("", "q")])
+    (False, True)
+    """
+    different = set(places)
+    return len({layer_type for _, layer_type in different}) < len(different)
+
+
+def labels(stack: Iterable[str], layer_type: Iterable[str], apart: bool | None = None) -> list[str]:
+    """The layer type of each matrix as shown and judged: with its stack where a type is in more than one of them.
+
+    apart: whether the stacks are told, where that is settled by more matrices than these (`several_stacks`).
+
+    >>> labels(["vision", "text", ""], ["q", "q", "embedding"])
+    ['vision q', 'text q', 'embedding']
+    """
+    places = list(zip(stack, layer_type, strict=True))
+    apart = several_stacks(places) if apart is None else apart
+    return [f"{stack} {layer_type}".strip() if apart else layer_type for stack, layer_type in places]
 
 
 def is_known(name: str) -> bool:

@@ -77,13 +77,13 @@ def new_directory(wanted: Path) -> Iterator[Path]:
                 root.rmdir()
 
 
-def write_directory(root: Path, files: dict[str, Callable[[Path], Any]]) -> Path:
+def write_directory(root: Path, files: dict[str, Callable[[Path], Any]], elsewhere: str = ANOTHER_OUT) -> Path:
     """Write every file aside, then rename them into place in order: the last one tells that all are there.
 
     Raises `OutputError` naming what failed; then nothing of this call stays behind.
     """
     name = root.name
-    with made(root):
+    with made(root, elsewhere):
         try:
             with tempfile.TemporaryDirectory(prefix=".part-", dir=root, ignore_cleanup_errors=True) as aside:
                 for name, write in files.items():
@@ -91,5 +91,5 @@ def write_directory(root: Path, files: dict[str, Callable[[Path], Any]]) -> Path
                 for name in files:
                     os.replace(Path(aside) / name, root / name)
         except OSError as error:
-            raise OutputError(f"{root}: cannot write {name}: {why(error)}") from None
+            raise OutputError(f"{root}: cannot write {name}: {why(error, elsewhere)}") from None
     return root

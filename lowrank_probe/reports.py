@@ -1,6 +1,7 @@
 """Tables, figures and run facts → one self-contained HTML page that works from file:// with no network.
 
-The page is `report.html.j2`, rendered with autoescape: paths, tensor names and notes come from strangers' files.
+The page is `report.html.j2`, with page.css.j2 and page.js.j2, rendered with autoescape: paths, tensor names and notes
+come from strangers' files.
 """
 
 import html
@@ -16,15 +17,15 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from lowrank_probe import __version__
+from lowrank_probe import __version__, words
 from lowrank_probe.columns import LEDGER, TABLE, Column
-from lowrank_probe.figure_data import packed_spectra, verdict_alone
+from lowrank_probe.figure_data import packed_spectra
 from lowrank_probe.figure_spectra import opening, points_for
 from lowrank_probe.figure_style import Spec
 from lowrank_probe.figures import specs, write
 from lowrank_probe.outputs import write_directory
 from lowrank_probe.runs import Result, load, plain
-from lowrank_probe.terminal import _rank
+from lowrank_probe.verdicts import verdict_alone
 
 # Figure name → heading, and the one sentence on how to read it.
 READING: Final[dict[str, tuple[str, str]]] = {
@@ -163,9 +164,9 @@ def page_environment() -> jinja2.Environment:
 def _template() -> jinja2.Template:
     environment = page_environment()
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
-    environment.filters["number"] = _number
-    environment.filters["rank"] = _rank
-    environment.filters["percent"] = lambda value: f"{_number(100 * value)} %" if _known(value) else "–"
+    environment.filters["number"] = words.number
+    environment.filters["rank"] = words.rank
+    environment.filters["percent"] = lambda value: f"{words.number(100 * value)} %" if words.is_known(value) else "–"
     return environment.get_template("report.html.j2")
 
 
@@ -182,7 +183,7 @@ def _card(row: Mapping[Any, Any]) -> dict[str, Any]:
     kind = next((k for k in ("low-rank", "not low-rank", "undecidable") if verdict.startswith(k)), "unrelated")
     null, low, high = row["null_r90"], row["r90_low"], row["r90_high"]
     bar = None
-    if _known(low) and _known(null) and null > 0 and _known(high) and kind != "unrelated":
+    if words.is_known(low) and words.is_known(null) and null > 0 and words.is_known(high) and kind != "unrelated":
         start = min(98.5, 100 * low / null)
         bar = {"start": start, "width": max(1.5, min(100.0, 100 * high / null) - start)}
     return {**row, "kind": kind.replace(" ", "-"), "bar": bar}
@@ -195,9 +196,8 @@ def _headline(cards: list[dict[str, Any]]) -> str:
     counts = {kind: sum(card["kind"] == kind for card in cards) for kind in ("low-rank", "not-low-rank", "undecidable")}
     if not any(counts.values()):
         return "No verdict: the two sides are not a base and its fine-tune."
-    words = {"low-rank": "low-rank", "not-low-rank": "not low-rank", "undecidable": "undecidable"}
-    parts = [f"{n} {words[kind]}" for kind, n in counts.items() if n]
-    return f"Of {len(cards)} layer type{'s' if len(cards) != 1 else ''}: {', '.join(parts)}."
+    parts = [f"{n} {kind.replace('not-low', 'not low')}" for kind, n in counts.items() if n]
+    return f"Of {words.count(len(cards), 'layer type')}: {', '.join(parts)}."
 
 
 def _side(word: str, side: Any) -> dict[str, str]:
@@ -206,9 +206,9 @@ def _side(word: str, side: Any) -> dict[str, str]:
     path = str(side.get("path", "?"))
     details = [str(side[key]) for key in ("kind", "model_type") if side.get(key)]
     if side.get("n_tensors"):
-        details.append(f"{side['n_tensors']} tensors")
+        details.append(words.count(side["n_tensors"], "tensor"))
     if side.get("n_bytes"):
-        details.append(_bytes(side["n_bytes"]))
+        details.append(words.size(side["n_bytes"]))
     return {"word": word, "path": path, "name": PurePosixPath(path).name or path, "details": " · ".join(details)}
 
 
@@ -218,9 +218,9 @@ def _run_line(facts: Mapping[str, Any]) -> list[str]:
     if isinstance(device, Mapping):
         device = device.get("name") or device.get("type")
     if isinstance(seconds, Mapping):
-        seconds = sum(value for value in seconds.values() if _known(value))
+        seconds = sum(value for value in seconds.values() if words.is_known(value))
     date = str(facts.get("time", "")).replace("T", " ").replace("+00:00", " UTC")
-    took = f"{_number(seconds)} s" if _known(seconds) else ""
+    took = f"{words.number(seconds)} s" if words.is_known(seconds) else ""
     version = _versions(facts).get("lowrank_probe")
     return [part for part in (date, str(device or ""), took, f"lowrank_probe {version}" if version else "") if part]
 
@@ -231,7 +231,7 @@ def _versions(facts: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _dtypes(table: pd.DataFrame) -> str:
-    """What the two sides are stored as, where it is one pair for all; else the most common one and "…"."""
+    """What the two sides are stored as, where it is one pair for all; else the most common one "and others"."""
     pairs = table[["base_dtype", "tuned_dtype", "storage"]].astype(str).value_counts(sort=True)
     if pairs.empty:
         return ""
@@ -274,23 +274,7 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(item, f"{key}.{number}")
     elif isinstance(value, list | tuple):
         yield key, ", ".join(map(str, value)) or "–"
-    elif key.endswith("n_bytes") and _known(value):
-        yield key, f"{value} ({_bytes(value)})"
+    elif key.endswith("n_bytes") and words.is_known(value):
+        yield key, f"{value} ({words.size(value)})"
     else:
         yield key, "–" if value is None else str(value)
-
-
-def _known(value: Any) -> bool:
-    """Whether it is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _number(value: Any) -> str:
-    """Four digits for people: 0.0312, 12.5, 2088; ∞ and – as such."""
-    if not _known(value):
-        return "∞" if isinstance(value, float) and value == math.inf else "–"
-    return f"{value:,.0f}".replace(",", " ") if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _bytes(n: float) -> str:
-    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"

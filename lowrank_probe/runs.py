@@ -5,6 +5,7 @@ timeline.csv, report.html and, written last, facts.json, which has the size and 
 """
 
 import hashlib
+import html
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lowrank_probe import words
 from lowrank_probe.columns import LEDGER
 from lowrank_probe.errors import CheckpointError, OutputError
 from lowrank_probe.outputs import check_writable, write_directory
@@ -32,7 +34,7 @@ TIMELINE: Final = ("name", "phase", "start_s", "stop_s")
 _READ: Final = ("table.parquet", "ledger.csv", "timeline.csv", "singular_values.parquet")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """The answer of `spectrum`.
 
@@ -53,6 +55,17 @@ class Result:
     def summary(self) -> pd.DataFrame:
         """One row a layer type with its verdict, columns as `columns.SUMMARY`."""
         return summarise(self.table, related=bool(self.facts.get("related", True)))
+
+    def __repr__(self) -> str:
+        sides = [str(self.facts[key]["path"]) for key in ("base", "tuned") if self.facts.get(key)]
+        counted = words.count(len(self.table), "matrix", "matrices")
+        verdicts = ", ".join(f"{row.layer_type} {row.verdict}" for row in self.summary.head(8).itertuples())
+        more = ", …" if len(self.summary) > 8 else ""
+        return f"<Result: {' → '.join(sides)}; {counted}{': ' if verdicts else ''}{verdicts}{more}>"
+
+    def _repr_html_(self) -> str:
+        said = [found["statement"] for found in self.facts.get("findings") or ()]
+        return notebook_html(said, self.summary)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -101,6 +114,13 @@ class Result:
             for name, s in self.singular_values.items()
         ]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(LONG))
+
+
+def notebook_html(lines: Sequence[str], table: pd.DataFrame) -> str:
+    """A table below some lines, as a notebook shows it."""
+    said = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+    shown: str = table.to_html(index=False, float_format=words.number, na_rep="–", max_rows=100)
+    return said + shown
 
 
 def load(directory: str | os.PathLike[str]) -> "Result | Trajectory":

@@ -160,16 +160,16 @@ def _small_ones_first(queue: Sequence[Item], entries: Callable[[Item], int]) -> 
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible(patient: bool = False) -> Iterator[Callable[[], bool]]:
     """Within it Ctrl-C only asks to stop, between two matrices; the function yielded says whether it was pressed.
 
-    A second Ctrl-C raises at once. Outside of the main thread Ctrl-C keeps its meaning.
+    A second Ctrl-C raises at once; if `patient`, none does. Outside of the main thread Ctrl-C keeps its meaning.
     """
     asked = False
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if asked and not patient:
             raise KeyboardInterrupt
         asked = True
 

@@ -26,7 +26,7 @@ from lowrank_probe.matching import Matching, Pair, match
 from lowrank_probe.metrics import Values
 from lowrank_probe.options import Options
 from lowrank_probe.rows import Settings, analyse
-from lowrank_probe.runs import SCHEMA_VERSION, Result
+from lowrank_probe.runs import SCHEMA_VERSION, TIMELINE, Result
 from lowrank_probe.scheduling import interruptible, run_jobs
 
 Progress = Callable[[str, int, int], None]
@@ -117,7 +117,7 @@ def probe_pair(
         run.work(Settings(choice.device, options).with_turns(), on_progress)
     except KeyboardInterrupt:
         run.facts["status"] = "interrupted"
-        with interruptible():  # a second Ctrl-C must not lose what is finished
+        with interruptible(patient=True):  # a second Ctrl-C must not lose what is finished
             kept = run.result(headers_s)
         raise Interrupted(kept) from None
     return run.result(headers_s)
@@ -156,11 +156,17 @@ class _Run:
     ) -> None:  # fmt: skip
         self.matching, self.base, self.tuned, self.facts = matching, base, tuned, facts
         self.done: dict[str, _Done] = {} if resume is None else self._taken(resume)
+        # The clock goes on where the interrupted run left it.
+        self.earlier_s = max((stop for item in self.done.values() for _, _, stop in item.times), default=0.0)
+        self.earlier_headers_s = 0.0 if resume is None else resume.facts["seconds"]["headers"]
 
     def _taken(self, earlier: Result) -> dict[str, _Done]:
         """What an interrupted run finished. Of a tensor that was taken apart, only the matrices that have a row."""
         rows = {row["name"]: row for row in earlier.table.to_dict("records")}
         lines = {line["name"]: line for line in earlier.ledger.to_dict("records") if line["status"] != "pending"}
+        times: dict[str, list[tuple[str, float, float]]] = {}
+        for name, *phase in earlier.timeline[list(TIMELINE)].itertuples(index=False):
+            times.setdefault(name, []).append((phase[0], phase[1], phase[2]))
         done = {}
         for pair in self.matching.pairs:
             row, line = rows.get(pair.key), lines.get(pair.name)
@@ -168,7 +174,7 @@ class _Run:
                 line = ledger_line(pair, "analysed", "", row["fro_norm"], row["relative_update"]) if row else None
             if line is not None:
                 values = earlier.singular_values.get(pair.key), earlier.denoised_values.get(pair.key)
-                done[pair.key] = _Done(pair, line, row, *values)
+                done[pair.key] = _Done(pair, line, row, *values, times.get(pair.key, ()))
         return done
 
     def work(self, settings: Settings, on_progress: Progress | None) -> None:
@@ -180,7 +186,7 @@ class _Run:
         def size(pair: Pair) -> int:
             return pair.entries(self.base, self.tuned)
 
-        started = time.perf_counter()
+        started = time.perf_counter() - self.earlier_s
 
         def load(pair: Pair) -> _Loaded:
             clock = time.perf_counter() - started
@@ -259,13 +265,13 @@ class _Run:
                 f"unrelated checkpoints: the median cosine of their weights is {cosine:+.3f}, so that their difference "
                 "is no fine-tuning update"
             ]
-        facts["seconds"] = {"headers": headers_s} | {
+        facts["seconds"] = {"headers": headers_s + self.earlier_headers_s} | {
             phase: sum(stop - start for item in done for name, start, stop in item.times if name == phase)
             for phase in ("read", "spectrum", "noise")
         }
         timeline = pd.DataFrame(
             [(item.pair.key, *times) for item in done for times in item.times],
-            columns=["name", "phase", "start_s", "stop_s"],
+            columns=list(TIMELINE),
         )
         by_name = list(table["name"])
         found = Result(

@@ -1,15 +1,15 @@
 """The summary of a `Result` for a terminal. Formatting only."""
 
-import math
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowrank_probe import words
 from lowrank_probe.errors import printable
 from lowrank_probe.metrics import ENERGY_RANKS
 
@@ -25,11 +25,9 @@ def print_summary(result: "Result") -> None:
     width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
     console = Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
     ranks = ENERGY_RANKS if width >= WIDE else (16,)
-    counts = result.facts.get("counts", {})
-    console.print("ledger: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    console.print(ledger_words(result))
     if result.table.empty:
-        console.print(_empty(counts))
-        _print_findings(result, console)
+        console.print("\n".join([empty_words(result), *finding_words(result)]))
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     heads = ("type", "n", "‖ΔW‖/‖W‖", "stable", "signal", "r50", "null", "r90", "null")
@@ -39,14 +37,12 @@ def print_summary(result: "Result") -> None:
         table.add_column(f"E{r}%", justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     for row in result.summary.to_dict("records"):
-        verdict = str(row["verdict"])
-        style = next((s for start, s in _STYLES.items() if verdict.startswith(start)), "")
         table.add_row(
-            printable(row["layer_type"]), str(row["n_matrices"]), _number(row["relative_update"]),
-            _number(row["stable_rank"]), _rank(row["signal_rank"]),
-            _bracket(row["r50_low"], row["r50_high"]), _rank(row["null_r50"]),
-            _bracket(row["r90_low"], row["r90_high"]), _rank(row["null_r90"]),
-            *(_percent(row[f"energy_{r}"]) for r in ranks), Text(verdict, style=style),
+            printable(row["layer_type"]), str(row["n_matrices"]), words.number(row["relative_update"]),
+            words.number(row["stable_rank"]), words.rank(row["signal_rank"]),
+            words.bracket(row["r50_low"], row["r50_high"]), words.rank(row["null_r50"]),
+            words.bracket(row["r90_low"], row["r90_high"]), words.rank(row["null_r90"]),
+            *(words.percent(row[f"energy_{r}"]) for r in ranks), styled(str(row["verdict"])),
         )  # fmt: skip
     console.print(table)
     console.print(
@@ -54,42 +50,37 @@ def print_summary(result: "Result") -> None:
         "noise of that shape. stable, E (energy kept by rank r, in %): of ΔW as stored. Medians over n matrices.",
         style="dim",
     )
-    _print_findings(result, console)
+    for line in finding_words(result):
+        console.print(line)
 
 
-def _print_findings(result: "Result", console: Console) -> None:
-    """What kind of update it is, a line each."""
-    for finding in result.facts.get("findings") or ():
-        if finding["kind"] != "identical":  # said already
-            console.print(f"kind: {printable(finding['statement'])}")
+def styled(verdict: str) -> Text:
+    """A verdict in its colour."""
+    return Text(verdict, style=next((style for start, style in _STYLES.items() if verdict.startswith(start)), ""))
 
 
-def _empty(counts: dict[str, int]) -> str:
-    if counts.get("unchanged") and not counts.get("analysed"):
-        differing = {k: v for k, v in counts.items() if k not in ("unchanged", "excluded", "not a weight", "tied")}
-        if not differing:
-            return "The two checkpoints are identical in every tensor compared: there is no update to analyse."
-    return "No matrix differs between the two: nothing to analyse (see the ledger)."
+def ledger_words(result: "Result") -> str:
+    """How many tensors ended how."""
+    return "ledger: " + ", ".join(f"{count} {status}" for status, count in result.facts.get("counts", {}).items())
 
 
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return "–"
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+def finding_words(result: "Result") -> list[str]:
+    """What kind of update it is, a line each; that nothing moved says `empty_words`."""
+    findings = result.facts.get("findings") or ()
+    return [f"kind: {printable(found['statement'])}" for found in findings if found["kind"] != "identical"]
 
 
-def _rank(value: float) -> str:
-    """A rank, or the median of several, as a whole number; halves go up, as in the figures."""
-    return str(math.floor(value + 0.5)) if math.isfinite(value) else "?"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f}" if math.isfinite(value) else "–"
-
-
-def _bracket(low: Any, high: Any) -> str:
-    if math.isnan(low) and math.isnan(high):
-        return "?"
-    if _rank(low) == _rank(high):
-        return _rank(low)
-    return f"{_rank(low)}–{_rank(high)}"
+def empty_words(result: "Result") -> str:
+    """Why no matrix was analysed."""
+    counts = result.facts.get("counts", {})
+    compared = sum(counts.get(status, 0) for status in ("unchanged", "vector", "tied"))
+    beside = {k: n for k, n in counts.items() if k not in ("unchanged", "vector", "tied", "excluded", "not a weight")}
+    others = ", ".join(f"{n} {status}" for status, n in beside.items())
+    if not compared:
+        return f"No matrix was compared{f': {others}' if others else ''} (see the ledger)."
+    if counts.get("vector"):
+        only = f"only {words.count(counts['vector'], 'vector')} moved"
+        say = f"No matrix differs among the tensors compared, {only}: nothing to analyse"
+    else:
+        say = "The two checkpoints are identical in every tensor compared: there is no update to analyse"
+    return f"{say}; not compared: {others} (see the ledger)." if others else f"{say}."

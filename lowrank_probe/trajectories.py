@@ -7,9 +7,9 @@ amplification of each step, columns as `columns.SIMILARITY` and `columns.AMPLIFI
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from lowrank_probe import spectra, svd
-from lowrank_probe.checkpoints import WEIGHT_SUFFIXES, Checkpoint, open_checkpoint
+from lowrank_probe.checkpoints import WEIGHT_SUFFIXES, Checkpoint, Source, open_checkpoint
 from lowrank_probe.columns import AMPLIFICATION, SIMILARITY
 from lowrank_probe.deltas import Delta, read_pair, read_part
 from lowrank_probe.devices import choose_device
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
+from lowrank_probe.hub import is_hub_id
 from lowrank_probe.layers import is_conv1d
 from lowrank_probe.matching import Pair, match
 from lowrank_probe.options import Keywords, Options
@@ -36,8 +37,8 @@ from lowrank_probe.trajectory_runs import TAKEN, Trajectory, is_labels, naming
 
 
 def trajectory(
-    base: str | os.PathLike[str],
-    steps: Sequence[str | os.PathLike[str]],
+    base: Source,
+    steps: Sequence[Source],
     *,
     labels: Sequence[str] | None = None,
     rank: int = 16,
@@ -48,14 +49,16 @@ def trajectory(
 ) -> Trajectory:
     """Spectra of several fine-tunes of one base, φ(i, j) between their updates, and their amplification.
 
-    steps: checkpoints or PEFT adapters, in the order given. labels: their names, by default from their directories.
+    base, steps: as `spectrum` takes them, the steps in the order given; PEFT adapters may be among them. labels: their
+    names, by default from their directories.
     rank: directions kept of each ΔW, (m, rank) and (rank, n); φ and amplification at 1, 2, 4, … rank. The other options
     are those of `spectrum`. resume: label → a finished or interrupted result of that step (`unfinished_steps`).
     on_step: called with (label, result) as each step is finished, and with what is there at Ctrl-C (`save_step`).
 
-    One matrix at a time: all steps' directions of it are kept, never two steps' matrices. Every file is read twice.
-    Raises what `spectrum` raises, naming the step; on Ctrl-C `Interrupted` or, after the last spectrum,
-    KeyboardInterrupt.
+    One matrix at a time: all steps' directions of it are kept, never two steps' matrices. Every step is read twice, the
+    base once for each step and once more. Raises what `spectrum` raises, naming the step; on Ctrl-C `Interrupted` or,
+    after the last spectrum, KeyboardInterrupt.
+    Source: Hu et al. 2021, §7.2 and §7.3 (φ and amplification).
     """
     return probe_steps(
         base, steps, Options(**options), labels=labels, rank=rank, resume=resume, on_step=on_step,
@@ -64,8 +67,8 @@ def trajectory(
 
 
 def probe_steps(
-    base: str | os.PathLike[str],
-    steps: Sequence[str | os.PathLike[str]],
+    base: Source,
+    steps: Sequence[Source],
     options: Options,
     *,
     labels: Sequence[str] | None = None,
@@ -75,38 +78,54 @@ def probe_steps(
     on_progress: Progress | None = None,
 ) -> Trajectory:
     """`trajectory` with the options of `spectrum` in one value."""
-    paths = dict(zip(step_labels(steps) if labels is None else _checked(labels, steps), steps, strict=True))
+    if isinstance(steps, str | os.PathLike | Mapping) or not isinstance(steps, Iterable):
+        raise ProbeError(f"steps: expected a list of checkpoints, found a {type(steps).__name__}; put it in a list")
+    steps = list(steps)
+    if not steps:
+        raise ProbeError("no steps: expected at least one fine-tuned checkpoint")
+    sources = dict(zip(step_labels(steps) if labels is None else _checked(labels, steps), steps, strict=True))
     if rank < 1:
         raise ProbeError(f"rank {rank}: expected at least 1 direction")
     choice = choose_device(options.device)
     base_side = open_checkpoint(base)
-    opened: dict[str, tuple[Checkpoint, dict[str, Pair]]] = {}
-    for label, path in paths.items():  # every header before any work
+    sides: dict[str, Checkpoint] = {}
+    for label, source in sources.items():  # every header before any work
         with naming(label):
-            side = open_checkpoint(path)
-            opened[label] = side, {pair.key: pair for pair in match(base_side, side, options).pairs}
+            sides[label] = open_checkpoint(source)
+    matched, notes = _match_all(base_side, sides, options), list[str]()
+    if options.split and (fused := _fused_beside_adapters(sides, matched)):
+        options = replace(options, split=False)
+        matched = _match_all(base_side, sides, options)
+        notes = [f"fused matrices such as {fused} are kept whole: an adapter among the steps changes them as a whole"]
     results: dict[str, Result] = {}
-    for number, (label, path) in enumerate(paths.items(), 1):
+    for number, (label, source) in enumerate(sources.items(), 1):
         earlier = (resume or {}).get(label)
         with naming(label):
-            told = _told(on_progress, f"{number}/{len(paths)} {label}")
+            told = _told(on_progress, f"{number}/{len(sources)} {label}")
             try:
-                found = spectra.probe_pair(base, path, options, resume=earlier, on_progress=told)
+                found = spectra.probe_pair(base, source, options, resume=earlier, on_progress=told)
             except Interrupted as stopped:
                 if on_step:
-                    on_step(label, stopped.result)
+                    with interruptible(patient=True):
+                        on_step(label, stopped.result)
                 raise
             if earlier is not None and earlier.facts["status"] == "complete":
                 found = earlier  # `spectrum` has checked that it is of the same files and options
             elif on_step:
-                on_step(label, found)
+                with interruptible(patient=True) as asked_to_stop:  # what it writes must not be lost half-way
+                    on_step(label, found)
+                if asked_to_stop():
+                    raise KeyboardInterrupt
         results[label] = found
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "status": "complete", "base": side_facts(base_side),
         "steps": [{"label": label, "path": result.facts["tuned"]["path"]} for label, result in results.items()],
-        "rank": rank, "grid_matrix": _grid_matrix(results), "options": options.facts(), **machine_facts(choice),
+        "rank": rank, "grid_matrix": _grid_matrix(results), "options": options.facts(), "notes": notes,
+        **machine_facts(choice),
     }  # fmt: skip
-    comparison = _Comparison(base_side, opened, results, rank, facts["grid_matrix"], choice.device, options.seed)
+    comparison = _Comparison(
+        base_side, sides, matched, results, rank, facts["grid_matrix"], choice.device, options.seed
+    )
     similarity, amplification = comparison.run(_told(on_progress, "subspaces"))
     return Trajectory(results, similarity, amplification, facts)
 
@@ -116,7 +135,8 @@ class _Comparison:
     """The second pass: directions of every step's ΔW, a matrix at a time."""
 
     base: Checkpoint
-    steps: Mapping[str, tuple[Checkpoint, Mapping[str, Pair]]]
+    sides: Mapping[str, Checkpoint]
+    matched: Mapping[str, Mapping[str, Pair]]
     results: Mapping[str, Result]
     rank: int
     grid_matrix: str | None
@@ -126,11 +146,14 @@ class _Comparison:
     def run(self, on_progress: Progress | None) -> tuple[pd.DataFrame, pd.DataFrame]:
         """(similarity, amplification), in the order of the tables."""
         names = list(dict.fromkeys(name for result in self.results.values() for name in result.table["name"]))
-        pairs = {key: pair for _, of_step in self.steps.values() for key, pair in of_step.items()}
+        pairs = {key: pair for of_step in self.matched.values() for key, pair in of_step.items()}
+        lines = {label: _by_name(result.table) for label, result in self.results.items()}
         sizes = {name: math.prod(self._shape(pairs[name])) for name in names}
         rows: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
         done = 0
-        jobs = run_jobs(names, sizes.__getitem__, partial(self._base_matrix, pairs), self._matrix, self.device)
+        jobs = run_jobs(
+            names, sizes.__getitem__, partial(self._base_matrix, pairs), partial(self._matrix, lines), self.device
+        )
         with interruptible() as asked_to_stop, closing(jobs):
             for name, found in jobs:
                 rows[name] = found
@@ -156,20 +179,22 @@ class _Comparison:
         W = self.base.read(pair.name, self.device)
         return W.T if is_conv1d(pair.name, self.base.config.get("model_type")) else W
 
-    def _matrix(self, name: str, W: Tensor) -> tuple[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    def _matrix(
+        self, lines: Mapping[str, Mapping[str, dict[str, Any]]], name: str, W: Tensor
+    ) -> tuple[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
         dims, whole_grid = dimensions(self.rank), name == self.grid_matrix
         base_values = svd.top_triplets(W, self.rank).s.cpu().numpy()
         found: dict[str, Directions] = {}
-        for label, (side, pairs) in self.steps.items():
-            row = self.results[label].table.set_index("name", drop=False)
-            if name not in row.index:
+        for label, side in self.sides.items():
+            row = lines[label].get(name)
+            if row is None:
                 continue  # this step left the matrix alone, or does not have it
             with naming(label):
-                delta = read_pair(pairs[name], self.base, side, self.device)
+                delta = read_pair(self.matched[label][name], self.base, side, self.device, W)
                 assert isinstance(delta, Delta)
                 certified = self.results[label].singular_values[name]
                 key = f"{self.seed} {name} {label}"
-                found[label] = directions(delta, W, self.rank, row.loc[name].to_dict(), certified, key)
+                found[label] = directions(delta, W, self.rank, row, certified, key)
                 place = {"name": name, "layer_type": delta.place.layer_type, "layer": delta.place.layer,
                          "stack": delta.place.stack}  # fmt: skip
         return name, (
@@ -177,18 +202,35 @@ class _Comparison:
         )  # fmt: skip
 
 
-def step_labels(steps: Sequence[str | os.PathLike[str]]) -> list[str]:
+def _match_all(base: Checkpoint, sides: Mapping[str, Checkpoint], options: Options) -> dict[str, dict[str, Pair]]:
+    """label → key → pair."""
+    matched = {}
+    for label, side in sides.items():
+        with naming(label):
+            matched[label] = {pair.key: pair for pair in match(base, side, options).pairs}
+    return matched
+
+
+def _fused_beside_adapters(sides: Mapping[str, Checkpoint], matched: Mapping[str, Mapping[str, Pair]]) -> str:
+    """A tensor that an adapter changes as a whole while another step's is taken apart; "" where there is none."""
+    whole = {pair.name for label, side in sides.items() if side.is_adapter for pair in matched[label].values()}
+    apart = (pair.name for pairs in matched.values() for pair in pairs.values() if pair.part.label)
+    return next((name for name in apart if name in whole), "")
+
+
+def _by_name(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    return {str(row["name"]): dict(row) for row in table.to_dict("records")}
+
+
+def step_labels(steps: Sequence[Source]) -> list[str]:
     """A name for each step from its directory (or file), with as many parents as tell it from the others.
 
     >>> step_labels(["a/checkpoint-100", "a/checkpoint-200/", "b/checkpoint-100"])
     ['a-checkpoint-100', 'checkpoint-200', 'b-checkpoint-100']
     """
-    parts = []
-    for step in steps:
-        path = Path(step).absolute()
-        if path.suffix in WEIGHT_SUFFIXES:
-            path = path.parent if path.stem in ("model", "adapter_model", "pytorch_model") else path.with_suffix("")
-        parts.append([word for p in path.parts if (word := re.sub(r"[^\w.-]+", "-", p).strip("-."))] or ["step"])
+    parts = [[word for p in _path_of(step) if (word := re.sub(r"[^\w.-]+", "-", p).strip("-."))] for step in steps]
+    parts = [words or ["step"] for words in parts]
+    folded = [[word.lower() for word in words] for words in parts]
     depth = [1] * len(parts)
 
     def named() -> list[str]:
@@ -196,7 +238,10 @@ def step_labels(steps: Sequence[str | os.PathLike[str]]) -> list[str]:
 
     while True:
         names = [name.lower() for name in named()]
-        unclear = [i for i, name in enumerate(names) if names.count(name) > 1 and depth[i] < len(parts[i])]
+        unclear = [
+            i for i, name in enumerate(names)
+            if depth[i] < len(parts[i]) and any(names[j] == name and folded[j] != folded[i] for j in range(len(names)))
+        ]  # fmt: skip
         if not unclear:
             break
         for i in unclear:
@@ -209,6 +254,19 @@ def step_labels(steps: Sequence[str | os.PathLike[str]]) -> list[str]:
             label = f"{name}-{number}"
         unique.append(label)
     return unique
+
+
+def _path_of(step: Source) -> tuple[str, ...]:
+    """The components of a step's path; of a hub id its own; of a model in memory its class."""
+    if not isinstance(step, str | os.PathLike):
+        return ("step" if isinstance(step, Mapping) else type(step).__name__,)
+    path = Path(step)
+    if not path.exists() and path.suffix not in WEIGHT_SUFFIXES and is_hub_id(os.fspath(step)):
+        return path.parts
+    path = path.absolute()
+    if path.suffix in WEIGHT_SUFFIXES:
+        path = path.parent if path.stem in ("model", "adapter_model", "pytorch_model") else path.with_suffix("")
+    return path.parts
 
 
 def _told(on_progress: Progress | None, prefix: str) -> Progress | None:

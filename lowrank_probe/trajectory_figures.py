@@ -11,8 +11,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lowrank_probe.figure_style import COLOURS, DASHES, INK, UNKNOWN, axis, menu, numbers, spec, text
-from lowrank_probe.terminal import _bracket, _rank
+from lowrank_probe import words
+from lowrank_probe.figure_style import COLOURS, DASHES, INK, UNKNOWN, axis, menu, numbers, shown_names, spec, text
 
 if TYPE_CHECKING:
     from lowrank_probe.trajectory_runs import Trajectory
@@ -25,28 +25,32 @@ def steps_lines(trajectory: "Trajectory", column: str, title: str) -> go.Figure:
     """A column of the table over the steps, one line a layer type; a logarithmic axis."""
     table, labels = trajectory.table, _labels(trajectory)
     figure = go.Figure()
-    for number, kind in enumerate(_types(table)):
+    for number, (kind, name) in enumerate(shown_names(_types(table)).items()):
         part = table[table["layer_type"] == kind].set_index("step").reindex(list(trajectory.results))
-        figure.add_trace(_line(labels, part[column].astype(float).where(lambda v: v > 0), kind, number))
+        figure.add_trace(_line(labels, part[column].astype(float).where(lambda v: v > 0), name, number))
     _styled(figure, title, height=430)
-    return figure.update_yaxes(title=title, **_log_ticks(percent=column == "relative_update"))
+    ticks = _log_ticks([v for trace in figure.data for v in trace.y], percent=column == "relative_update")
+    return figure.update_yaxes(title=title, type="log", **ticks)
 
 
 def r90_steps(trajectory: "Trajectory") -> go.Figure:
     """The bracket of r90 over the steps beside the r90 of noise, a panel a layer type."""
     table, labels = trajectory.table, _labels(trajectory)
     kinds = _types(table)[:MAX_PANELS]
-    figure, places, height = _panels([text(kind) for kind in kinds])
+    figure, places, height = _panels(list(shown_names(kinds).values()))
     for number, kind in enumerate(kinds):
         part = table[table["layer_type"] == kind].set_index("step").reindex(list(trajectory.results))
         low, high = part["r90_low"].astype(float), part["r90_high"].astype(float)
         null = float(part["null_r90"].median())
-        unknown, is_open = low.isna() | high.isna(), np.isinf(high) & low.notna()
-        end = high.where(~is_open, np.maximum(low, null))
+        still = part["n_matrices"].isna()
+        unknown = (low.isna() | high.isna()) & ~still
         colour = COLOURS[number % len(COLOURS)]
-        bars = {"type": "data", "symmetric": False, "array": numbers(end - low), "arrayminus": [0] * len(low),
+        bars = {"type": "data", "symmetric": False, "array": numbers(high - low), "arrayminus": [0] * len(low),
                 "color": colour, "thickness": 3, "width": 0}  # fmt: skip
-        hover = [f"r90 {_bracket(a, b)}, noise {_rank(null)}" for a, b in zip(low, high, strict=True)]
+        hover = [
+            "no matrix of this type moved" if s else f"r90 {words.bracket(a, b)}, noise {words.rank(null)}"
+            for a, b, s in zip(low, high, still, strict=True)
+        ]
         common: dict[str, Any] = {
             "x": labels,
             "showlegend": False,
@@ -54,12 +58,10 @@ def r90_steps(trajectory: "Trajectory") -> go.Figure:
             "hovertemplate": "%{x}: %{hovertext}<extra></extra>",
         }
         dashed = {"color": INK, "width": 1.4, "dash": "dash"}
-        arrow = {"color": colour, "size": 10, "symbol": "triangle-up"}
         for trace in (
             go.Scatter(y=numbers(low), mode="lines+markers", marker={"color": colour, "size": 6},
                        line={"color": colour, "width": 1}, error_y=bars, **common),
-            go.Scatter(y=numbers(end.where(is_open)), mode="markers", marker=arrow, **common),
-            go.Scatter(y=numbers(unknown.map({True: 0.0, False: np.nan})), mode="text", text=["?"] * len(low),
+            go.Scatter(y=numbers(np.where(unknown | still, 0.0, np.nan)), mode="text", text=np.where(still, "–", "?"),
                        textfont={"color": INK, "size": 13}, **common),
             go.Scatter(x=labels, y=[null] * len(labels), mode="lines", line=dashed, hoverinfo="skip", showlegend=False),
         ):  # fmt: skip
@@ -80,6 +82,7 @@ def similarity_heatmap(trajectory: "Trajectory") -> go.Figure:
     steps = list(trajectory.results)
     kinds = _types(table)[:MAX_PANELS]
     figure, places, height = _panels(kinds, square=True)
+    names = shown_names(kinds)
     dims = sorted(table["i"].unique())
     written = len(steps) <= MAX_WRITTEN
     buttons: list[dict[str, Any]] = []
@@ -96,7 +99,7 @@ def similarity_heatmap(trajectory: "Trajectory") -> go.Figure:
                 number = np.vectorize(lambda v: f"{v:.2f}" if written else "", otypes=[object])(values)
                 words += [np.where(trusted, number, "").tolist(), np.where(doubtful, "?", "").tolist()]
                 chance = float(part[f"phi_random_{side}"].median())
-                titles.append(f"{text(kind)} · chance {chance:.2g}" if len(part) else f"{text(kind)} · i > rank")
+                titles.append(f"{names[kind]} · chance {chance:.2g}" if len(part) else f"{names[kind]} · i > rank")
             layout = {f"annotations[{n}].text": title for n, title in enumerate(titles)}
             buttons.append({"label": f"i = {i}, {word}", "method": "update", "args": [{"z": z, "text": words}, layout]})
     active = dims.index(trajectory.shown_dimension)
@@ -170,22 +173,28 @@ def amplification_lines(trajectory: "Trajectory") -> go.Figure:
     kinds = _types(table)
     buttons: list[dict[str, Any]] = []
     for r in sorted(table["r"].unique()):
-        y, symbols = [], []
+        y: list[list[float | None]] = []
+        symbols = []
         for kind in kinds:
             part = table[(table["layer_type"] == kind) & (table["r"] == r)].set_index("step")
             part = part.reindex(list(trajectory.results))
             y.append(numbers(part["factor"].astype(float)))
             symbols.append(["circle-open" if share < 0.5 else "circle" for share in part["trusted"].astype(float)])
-        buttons.append({"label": f"r = {r}", "method": "restyle", "args": [{"y": y, "marker.symbol": symbols}]})
+        ticks = _log_ticks([1.0, *(v for line in y for v in line)])
+        layout = {f"yaxis.{key}": value for key, value in ticks.items()}
+        args = [{"y": y, "marker.symbol": symbols}, layout]
+        buttons.append({"label": f"r = {r}", "method": "update", "args": args})
     active = min(2, len(buttons) - 1)  # r = 4, as in the source
-    first = buttons[active]["args"][0]
-    figure = go.Figure([_line(labels, y, kind, n) for n, (kind, y) in enumerate(zip(kinds, first["y"], strict=True))])
+    first, layout = buttons[active]["args"]
+    names = shown_names(kinds).values()
+    figure = go.Figure([_line(labels, y, name, n) for n, (name, y) in enumerate(zip(names, first["y"], strict=True))])
     for trace, symbols in zip(figure.data, first["marker.symbol"], strict=True):
         trace.marker.symbol = symbols
     _styled(figure, "Does the update amplify what the base already does?", height=430)
     figure.update_layout(updatemenus=[menu(buttons, active)])
     figure.add_hline(y=1, line={"color": INK, "width": 1, "dash": "dot"})
-    return figure.update_yaxes(title="‖ΔW‖ / ‖UᵀWV‖", **_log_ticks())
+    ticks = {key.removeprefix("yaxis."): value for key, value in layout.items()}
+    return figure.update_yaxes(title="‖ΔW‖ / ‖UᵀWV‖", type="log", **ticks)
 
 
 def all_figures(trajectory: "Trajectory") -> dict[str, go.Figure]:
@@ -219,22 +228,26 @@ def _short_ticks(labels: Sequence[str]) -> dict[str, Any]:
     return {"tickvals": list(labels[::step]), "ticktext": cut[::step]}
 
 
-def _log_ticks(percent: bool = False) -> dict[str, Any]:
-    """A logarithmic axis labelled at 1, 2 and 5 of every decade."""
-    values = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
-    return {"type": "log", "tickvals": values, "ticktext": [f"{100 * v:g}%" if percent else f"{v:g}" for v in values]}
+def _log_ticks(values: Sequence[float | None], percent: bool = False) -> dict[str, Any]:
+    """Ticks of a logarithmic axis: 1, 2 and 5 of every decade, or four over a span that holds fewer than three."""
+    known = [v for v in values if v]
+    low, high = (min(known), max(known)) if known else (1.0, 1.0)
+    ticks = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
+    if sum(low <= tick <= high for tick in ticks) < 3:
+        ticks = sorted({float(f"{v:.3g}") for v in np.geomspace(low, high, 4)})
+    return {"tickvals": ticks, "ticktext": [f"{100 * v:g}%" if percent else f"{v:g}" for v in ticks]}
 
 
 def _types(table: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(table["layer_type"]))
 
 
-def _line(x: Sequence[str], y: Any, kind: str, number: int) -> Any:
+def _line(x: Sequence[str], y: Any, name: str, number: int) -> Any:
     dash = DASHES[number // len(COLOURS) % len(DASHES)]
     return go.Scatter(
-        x=x, y=numbers(y), name=text(kind), mode="lines+markers", marker={"size": 7},
+        x=x, y=numbers(y), name=name, mode="lines+markers", marker={"size": 7},
         line={"color": COLOURS[number % len(COLOURS)], "width": 2.2, "dash": dash},
-        hovertemplate=f"{text(kind)}, %{{x}}: %{{y:.3~g}}<extra></extra>",
+        hovertemplate=f"{name}, %{{x}}: %{{y:.3~g}}<extra></extra>",
     )  # fmt: skip
 
 
@@ -250,10 +263,10 @@ def _panels(titles: Sequence[str], square: bool = False) -> tuple[go.Figure, lis
 
 
 def _square(part: pd.DataFrame, steps: list[str], column: str) -> Any:
-    """The symmetric steps × steps matrix of a column with 1 on its diagonal; NaN where a pair is missing."""
+    """The symmetric steps × steps matrix of a column, 1 on the diagonal of a step that changed; NaN where none did."""
     values = np.full((len(steps), len(steps)), np.nan)
-    if len(part):
-        np.fill_diagonal(values, 1.0)
+    for step in {*part["step_a"], *part["step_b"]}:
+        values[steps.index(step), steps.index(step)] = 1.0
     for a, b, value in zip(part["step_a"], part["step_b"], part[column], strict=True):
         at = steps.index(a), steps.index(b)
         values[at] = values[at[::-1]] = value

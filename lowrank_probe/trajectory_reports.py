@@ -1,6 +1,7 @@
 """A `Trajectory` to one self-contained HTML page beside those of its steps, which it links to; imports no torch.
 
-The page is `trajectory.html.j2`, rendered with autoescape: labels and paths come from strangers' files.
+The page is `trajectory.html.j2`, with page.css.j2 and page.js.j2, rendered with autoescape: labels and paths come from
+strangers' files.
 """
 
 from functools import lru_cache
@@ -11,9 +12,8 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from lowrank_probe import __version__
+from lowrank_probe import __version__, words
 from lowrank_probe.reports import page_environment, plotly_js
-from lowrank_probe.terminal import _bracket, _number, _rank
 from lowrank_probe.trajectory_figures import all_figures
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ READING: Final[dict[str, tuple[str, str]]] = {
     "r90": (
         "Does the update's rank grow?",
         "Each bar spans the possible values of r90, the rank that keeps 90 % of ‖ΔW‖² (median over a type); the dashed "
-        "line is the r90 of noise of that shape, a triangle an open upper end, and “?” undecidable in storage noise.",
+        "line is the r90 of noise of that shape, “?” undecidable in storage noise, and “–” that no such matrix moved.",
     ),
     "signal_rank": (
         "How many directions stand out of the storage noise?",
         "The median number of singular values above the noise edge: at least so many directions are real; in float32 "
-        "that is nearly all of them, and a type that is missing is undecidable.",
+        "that is nearly all of them, and a type that is missing is undecidable, or did not change.",
     ),
     "similarity": (
         "Do the steps move in the same directions?",
@@ -65,12 +65,14 @@ def render(trajectory: "Trajectory") -> str:
     steps = [
         {
             "label": label, "href": f"{quote(label)}/report.html", "path": paths[label],
-            "n": len(result.table), "warnings": result.facts.get("warnings") or [],
+            "n": len(result.table), "findings": [found["statement"] for found in result.facts.get("findings") or ()],
+            "warnings": result.facts.get("warnings") or [],
         }
         for label, result in trajectory.results.items()
     ]  # fmt: skip
     return _template().render(
         base=PurePosixPath(facts["base"]["path"]).name, base_path=facts["base"]["path"], steps=steps, figures=figures,
+        notes=facts.get("notes") or (),
         grid_matrix=facts.get("grid_matrix"), rows=trajectory.table.to_dict("records"), table7=_table7(trajectory),
         last=steps[-1]["label"], version=__version__, plotly_js=plotly_js() if figures else "",
     )  # fmt: skip
@@ -79,9 +81,8 @@ def render(trajectory: "Trajectory") -> str:
 @lru_cache(maxsize=1)
 def _template() -> jinja2.Template:
     environment = page_environment()
-    environment.filters |= {
-        "number": _number, "rank": _rank, "bracket": lambda row: _bracket(row["r90_low"], row["r90_high"])
-    }  # fmt: skip
+    environment.filters |= {"number": words.number, "rank": words.rank}
+    environment.globals["bracket"] = words.bracket
     return environment.get_template("trajectory.html.j2")
 
 

@@ -8,21 +8,25 @@ is unfinished, trajectory.json says so.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
 
-from lowrank_probe import runs
+from lowrank_probe import runs, words
 from lowrank_probe.columns import AMPLIFICATION, SIMILARITY, Column
 from lowrank_probe.errors import CheckpointError, OutputError, ProbeError
-from lowrank_probe.layers import sort_key
+from lowrank_probe.layers import labels, several_stacks, sort_key
+from lowrank_probe.options import Options
 from lowrank_probe.outputs import made, write_directory
 from lowrank_probe.runs import SCHEMA_VERSION, Result, plain
+from lowrank_probe.verdicts import summarise
+
+Source = Any  # as `checkpoints.Source`, which imports torch
 
 FACTS: Final = "trajectory.json"
 _READ: Final = ("similarity.parquet", "amplification.parquet")
@@ -33,7 +37,7 @@ TAKEN: Final = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trajectory:
     """The answer of `trajectory`.
 
@@ -47,18 +51,40 @@ class Trajectory:
     amplification: pd.DataFrame
     facts: dict[str, Any]
 
+    def __repr__(self) -> str:
+        labels = list(self.results)
+        shown = labels if len(labels) <= 6 else [*labels[:3], "…", *labels[-2:]]
+        steps = words.count(len(labels), "step")
+        return f"<Trajectory: {self.facts['base']['path']} → {steps}: {', '.join(shown)}>"
+
+    def _repr_html_(self) -> str:
+        found = [(label, result.facts.get("findings") or ()) for label, result in self.results.items()]
+        said = [f"{label}: {finding['statement']}" for label, findings in found for finding in findings]
+        return runs.notebook_html(said, self.table)
+
     @property
     def table(self) -> pd.DataFrame:
         """One row a step and layer type: `step`, then the columns of `Result.summary`."""
-        parts = [result.summary.assign(step=label) for label, result in self.results.items()]
+        parts = []
+        for label, result in self.results.items():
+            related = bool(result.facts.get("related", True))
+            parts.append(summarise(result.table, related=related, apart=self._apart).assign(step=label))
         table = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
         return table[["step", *(column for column in table.columns if column != "step")]]
+
+    @cached_property
+    def _apart(self) -> bool:
+        """Whether stacks are told: the same in every table, whichever stacks each step moved."""
+        tables = [result.table for result in self.results.values()]
+        return several_stacks(
+            (s, t) for table in tables for s, t in zip(table["stack"], table["layer_type"], strict=True)
+        )
 
     @property
     def similarity_by_type(self) -> pd.DataFrame:
         """Medians of `similarity` over the matrices of a layer type, i = j; `trusted` becomes the share that is."""
         part = self.similarity[self.similarity["i"] == self.similarity["j"]].drop(columns=["name", "layer"])
-        return _medians(part, ["step_a", "step_b", "i", "j"])
+        return _medians(part, ["step_a", "step_b", "i", "j"], self._apart)
 
     @property
     def shown_dimension(self) -> int:
@@ -71,7 +97,7 @@ class Trajectory:
     @property
     def amplification_by_type(self) -> pd.DataFrame:
         """Medians of `amplification` over the matrices of a layer type; `trusted` becomes the share that is."""
-        return _medians(self.amplification.drop(columns=["name", "layer"]), ["step", "r"])
+        return _medians(self.amplification.drop(columns=["name", "layer"]), ["step", "r"], self._apart)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -104,10 +130,14 @@ class Trajectory:
         return write_directory(root, files)
 
     def to_json(self) -> str:
-        """One JSON object: facts, the table, and similarity and amplification by layer type; NaN and ∞ are null."""
+        """One JSON object: facts, what each step is, the table, φ and amplification by type; NaN and ∞ are null."""
         payload = {
             "schema_version": SCHEMA_VERSION,
             "facts": self.facts,
+            "steps": {
+                label: {key: result.facts.get(key) or [] for key in ("counts", "findings", "warnings", "notes")}
+                for label, result in self.results.items()
+            },
             "table": self.table.to_dict("records"),
             "similarity": self.similarity_by_type.to_dict("records"),
             "amplification": self.amplification_by_type.to_dict("records"),
@@ -162,12 +192,26 @@ def is_labels(labels: Sequence[str]) -> bool:
     return 0 < len(labels) == len(lower) and all(re.fullmatch(r"[\w-][\w .+=-]*", x) and x not in TAKEN for x in lower)
 
 
-def save_step(root: Path, label: str, result: Result) -> None:
-    """Save one step's run directory in a trajectory's, which is marked as unfinished until `Trajectory.save`."""
+def plan_of(base: Source, steps: Mapping[str, Source], options: Options) -> dict[str, Any]:
+    """What an unfinished trajectory's directory must share with the command that resumes it: base, steps, options."""
+
+    def path(source: Source) -> str:
+        if not isinstance(source, str | os.PathLike):
+            return type(source).__name__
+        return os.path.abspath(source) if os.path.exists(source) else os.fspath(source)
+
+    return {"base": path(base), "steps": {label: path(step) for label, step in steps.items()}, **options.facts()}
+
+
+def save_step(root: Path, label: str, result: Result, plan: Mapping[str, Any] | None = None) -> None:
+    """Save one step's run directory in a trajectory's, which is marked as unfinished until `Trajectory.save`.
+
+    plan: from `plan_of`; without it nothing can resume from this directory.
+    """
     first = not (root / FACTS).exists()
     with made(root):
         if first:
-            facts = {"schema_version": SCHEMA_VERSION, "status": "interrupted"}
+            facts = {"schema_version": SCHEMA_VERSION, "status": "interrupted", "plan": plan}
             text = runs.facts_text(facts, root, ())
             write_directory(root, {FACTS: lambda p: p.write_text(text, encoding="utf-8")})
         try:
@@ -178,10 +222,10 @@ def save_step(root: Path, label: str, result: Result) -> None:
             raise
 
 
-def unfinished_steps(directory: str | os.PathLike[str], labels: Sequence[str]) -> dict[str, Result]:
+def unfinished_steps(directory: str | os.PathLike[str], plan: Mapping[str, Any]) -> dict[str, Result]:
     """label → the finished or interrupted result kept in a trajectory's directory; empty where that is free.
 
-    Raises `OutputError` where the directory holds a finished trajectory or anything else.
+    Raises `OutputError` where the directory holds a finished trajectory, one of another plan, or anything else.
     """
     root = Path(directory)
     if not (root / FACTS).exists():
@@ -190,12 +234,22 @@ def unfinished_steps(directory: str | os.PathLike[str], labels: Sequence[str]) -
         return {}
     try:
         facts = json.loads((root / FACTS).read_text(encoding="utf-8"))
-        complete = facts["status"] == "complete"
+        complete, kept = facts["status"] == "complete", facts.get("plan") or {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{root / FACTS}: cannot be read ({error}); choose another --out") from None
     if complete:
         raise OutputError(f"{root}: already holds a finished trajectory; choose another --out or remove it")
-    return {label: runs.load_result(root / label) for label in labels if (root / label / "facts.json").exists()}
+    for key, wanted in plain(dict(plan)).items():
+        if kept.get(key) != wanted:
+            raise OutputError(
+                f"{root}: holds an unfinished trajectory that differs in {key} ({_told(kept.get(key))} there, "
+                f"{_told(wanted)} here); choose another --out"
+            )
+    return {label: runs.load_result(root / label) for label in plan["steps"] if (root / label / "facts.json").exists()}
+
+
+def _told(value: Any) -> str:
+    return ", ".join(value.values()) if isinstance(value, dict) else str(value)
 
 
 @contextmanager
@@ -209,9 +263,8 @@ def naming(label: str) -> Iterator[None]:
         raise
 
 
-def _medians(part: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    both = {"encoder", "decoder"} <= set(part["stack"])
-    names = (part["stack"] + " " + part["layer_type"]).str.strip() if both else part["layer_type"]
+def _medians(part: pd.DataFrame, keys: list[str], apart: bool) -> pd.DataFrame:
+    names = pd.Series(labels(part["stack"], part["layer_type"], apart), index=part.index, dtype=object)
     order = {name: (kind, name) for name, kind in zip(names, part["layer_type"].map(sort_key), strict=True)}
     grouped = part.assign(layer_type=names).drop(columns="stack").groupby(["layer_type", *keys], sort=False)
     table = grouped[[c for c in part.columns if c not in (*keys, "layer_type", "stack", "trusted")]].median()

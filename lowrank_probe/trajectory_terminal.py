@@ -1,4 +1,4 @@
-"""A `Trajectory` for a terminal: a table of steps by layer type, and a short one of φ. Formatting only."""
+"""A `Trajectory` for a terminal: each step in a line, a table of steps by layer type, one of φ. Formatting only."""
 
 import shutil
 import sys
@@ -9,32 +9,37 @@ import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from lowrank_probe.terminal import _STYLES, _bracket, _number, _rank
+from lowrank_probe import words
+from lowrank_probe.errors import printable
+from lowrank_probe.terminal import empty_words, finding_words, ledger_words, styled
 
 if TYPE_CHECKING:
     from lowrank_probe.trajectory_runs import Trajectory
 
 
 def print_trajectory(trajectory: "Trajectory") -> None:
-    """A block a layer type with a line a step; then φ from step to step and from the first to the last, with chance."""
+    """What each step is; a block a layer type, a line a step; φ from step to step and first to last, with chance."""
     width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
     console = Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
+    for label, result in trajectory.results.items():
+        console.print(f"{printable(label)}: {ledger_words(result)}")
+        if result.table.empty:
+            console.print(f"  {empty_words(result)}")
+        for line in finding_words(result):
+            console.print(f"  {line}")
     table = trajectory.table
     if table.empty:
-        console.print("No matrix differs between the base and any step: nothing to analyse (see the ledgers).")
         return
     shown = _table("type", "step", "n", "‖ΔW‖/‖W‖", "stable", "signal", "r90", "null", "verdict")
     for kind in dict.fromkeys(table["layer_type"]):
         rows = table[table["layer_type"] == kind].to_dict("records")
         for number, row in enumerate(rows):
-            verdict = str(row["verdict"])
-            style = next((s for start, s in _STYLES.items() if verdict.startswith(start)), "")
             shown.add_row(
-                kind if number == 0 else "", str(row["step"]), str(row["n_matrices"]), _number(row["relative_update"]),
-                _number(row["stable_rank"]), _rank(row["signal_rank"]), _bracket(row["r90_low"], row["r90_high"]),
-                _rank(row["null_r90"]), Text(verdict, style=style), end_section=number == len(rows) - 1,
+                printable(kind) if number == 0 else "", printable(row["step"]), str(row["n_matrices"]),
+                words.number(row["relative_update"]), words.number(row["stable_rank"]), words.rank(row["signal_rank"]),
+                words.bracket(row["r90_low"], row["r90_high"]), words.rank(row["null_r90"]),
+                styled(str(row["verdict"])), end_section=number == len(rows) - 1,
             )  # fmt: skip
     console.print(shown)
     similarity = trajectory.similarity_by_type
@@ -57,7 +62,7 @@ def _print_similarity(console: Console, trajectory: "Trajectory", table: pd.Data
             part = table[(table["layer_type"] == kind) & chosen]
             doubt = " ?" if len(part) and part["trusted"].median() < 0.5 else ""
             cells.append(_sides(part, "phi") + doubt)
-        shown.add_row(kind, *cells, _sides(table[table["layer_type"] == kind], "phi_random"))
+        shown.add_row(printable(kind), *cells, _sides(table[table["layer_type"] == kind], "phi_random"))
     console.print(shown)
     console.print(
         "r90: lower–upper end of the rank that holds 90 % of ‖ΔW‖²; null: noise of that shape. φ, output / input side: "

@@ -8,16 +8,19 @@ The low-rank hypothesis is a claim about a layer type, not about a matrix. The r
     anything else                                                   undecidable (not enough evidence)
 
 where a condition must hold for at least three quarters of the decidable matrices, and the r that is named is the
-upper quartile of their upper ends: a rank that keeps 90 % of the energy of at least three matrices in four.
+upper quartile of their upper ends: a rank that keeps 90 % of the energy of at least three matrices in four. A model of
+several stacks (vision and text, encoder and decoder) is judged stack by stack: `layers.labels`.
 """
 
 import math
 from typing import Any, Final
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lowrank_probe.columns import SUMMARY
-from lowrank_probe.layers import sort_key
+from lowrank_probe.layers import labels, sort_key
 from lowrank_probe.metrics import ENERGY_RANKS
 
 SHARE: Final = 0.75
@@ -25,23 +28,22 @@ LOW_RANK: Final = 0.5
 NOT_LOW_RANK: Final = 0.75
 
 
-def summarise(table: pd.DataFrame, *, related: bool = True) -> pd.DataFrame:
+def summarise(table: pd.DataFrame, *, related: bool = True, apart: bool | None = None) -> pd.DataFrame:
     """One row a layer type, columns as `columns.SUMMARY`, in the order data flows through a block.
 
-    `related=False` (the two checkpoints are not one model's base and fine-tune) replaces every verdict.
+    `related=False` (the two checkpoints are not one model's base and fine-tune) replaces every verdict. apart: as
+    `layers.labels`.
     """
     if table.empty:
         return pd.DataFrame(columns=list(SUMMARY))
-    rows = []
-    # Encoder and decoder are judged apart where a model has both.
-    both = {"encoder", "decoder"} <= set(table["stack"])
-    stacks = table["stack"] if both else pd.Series("", index=table.index)
-    for stack in sorted(stacks.unique()):
-        part = table[stacks == stack]
-        for layer_type in sorted(part["layer_type"].unique(), key=sort_key):
-            group = part[part["layer_type"] == layer_type]
-            rows.append(_row(f"{stack} {layer_type}".strip(), group, related))
-    return pd.DataFrame(rows)
+    label = np.array(labels(table["stack"], table["layer_type"], apart), dtype=object)
+    places = dict(zip(label, zip(table["stack"], table["layer_type"], strict=True), strict=True))
+
+    def flow(name: str) -> tuple[Any, ...]:
+        stack, layer_type = places[name]
+        return (stack if name != layer_type else "", sort_key(layer_type))
+
+    return pd.DataFrame([_row(name, table[label == name], related) for name in sorted(places, key=flow)])
 
 
 def _row(name: str, group: pd.DataFrame, related: bool) -> dict[str, Any]:
@@ -70,9 +72,7 @@ def verdict(group: pd.DataFrame) -> tuple[str, str]:
     if decided["r90_high"].isna().any():
         return "undecidable (not enough evidence)", "the whole spectrum was not computed (--top); r90 was not reached"
     null, high, low = decided["null_r90"], decided["r90_high"], decided["r90_low"]
-    smaller = high < decided["break_even_rank"]
-    is_low = (high <= LOW_RANK * null) & smaller
-    is_high = low >= NOT_LOW_RANK * null
+    is_low, is_high = _conditions(decided)
     ratio = f"r90 {(low / null).median():.2f}–{(high / null).median():.2f} × null"
     if is_low.mean() >= SHARE:
         r = math.ceil(high.sort_values().iloc[math.ceil(SHARE * n) - 1])
@@ -83,6 +83,19 @@ def verdict(group: pd.DataFrame) -> tuple[str, str]:
         "undecidable (not enough evidence)",
         f"{ratio}; ≤ {LOW_RANK} in {int(is_low.sum())}, ≥ {NOT_LOW_RANK} in {int(is_high.sum())} of {n} matrices",
     )
+
+
+def verdict_alone(table: pd.DataFrame) -> NDArray[Any]:
+    """The rule on each matrix alone: "low-rank", "not low-rank", "between" or "undecidable"."""
+    known = table["decidable_r90"].astype(bool) & table["r90_low"].notna() & table["r90_high"].notna()
+    is_low, is_high = _conditions(table)
+    return np.select([~known, is_low, is_high], ["undecidable", "low-rank", "not low-rank"], "between")
+
+
+def _conditions(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Whether each matrix is low-rank, and whether it is not; neither where its bracket lies between."""
+    null, high, low = table["null_r90"], table["r90_high"], table["r90_low"]
+    return (high <= LOW_RANK * null) & (high < table["break_even_rank"]), low >= NOT_LOW_RANK * null
 
 
 def _median(values: pd.Series) -> float:

@@ -1,9 +1,12 @@
 """The page in real headless Chromium, from file://: it draws, sorts and filters, and says nothing in the console."""
 
 import pytest
+import torch
 from browsers import CHROMIUM, DRIVER, needs_chromium
 from builders import build
+from pairs import add_update, llama_tensors, write
 
+import lowrank_probe as lp
 from lowrank_probe import reports
 
 FLAGS = (
@@ -186,9 +189,9 @@ def test_the_theme_is_toggled_and_kept(page, path):
 
     light, written = background(), ink()
     button = find(page, "#theme")[0]
-    assert button.get_attribute("aria-pressed") == "false"
+    assert button.text == "Dark", "what it switches to"
     press(page, button)
-    assert button.get_attribute("aria-pressed") == "true"
+    assert button.text == "Light"
     assert background() == "rgb(15, 18, 23)" != light
     assert ink() != written
     visit(page, path.as_uri())
@@ -302,4 +305,40 @@ def test_five_thousand_matrices(driver, tmp_path):
     assert first[0] == pytest.approx(result.table["stable_rank"].min(), rel=1e-3)
     find(driver, "#matrices input")[0].send_keys("layers.7 up_proj")
     assert find(driver, "#matrices .count")[0].text == "12 of 5042"
+    assert driver.get_log("browser") == []
+
+
+@pytest.fixture(scope="module")
+def trajectory(tmp_path_factory):
+    """The page of three steps, the second of which did not move, of a model with a name of 500 characters."""
+    root, generator = tmp_path_factory.mktemp("trajectory"), torch.Generator().manual_seed(0)
+    base = llama_tensors() | {f"{'x' * 500}.weight": torch.randn(24, 20, generator=generator)}
+    steps = {"first": add_update(base), "still": base, "second": add_update(base, relative=0.06)}
+    paths = [write(root / name, tensors) for name, tensors in steps.items()]
+    found = lp.trajectory(write(root / "base", base), paths)
+    return found.save(root / "run") / "report.html"
+
+
+def test_the_page_of_a_trajectory_draws_and_has_the_same_theme_switch(driver, trajectory):
+    visit(driver, trajectory.as_uri())
+    for plot in find(driver, ".plot"):
+        assert plot.find_elements("css selector", "svg.main-svg")
+    assert len(find(driver, "#relative_update .ytick")) >= 2
+    assert "identical" in find(driver, "#steps tbody tr:nth-child(2)")[0].text
+    light = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    press(driver, find(driver, "#theme")[0])
+    assert find(driver, "#theme")[0].text == "Light"
+    assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(15, 18, 23)" != light
+    driver.execute_script("localStorage.clear()")
+    assert driver.get_log("browser") == []
+
+
+@pytest.mark.parametrize("step", ["", "first"])
+def test_a_name_of_500_characters_does_not_stretch_the_page(driver, trajectory, step):
+    visit(driver, (trajectory.parent / step / "report.html").as_uri())
+    wide = driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    assert wide[0] <= wide[1]
+    for css in ("#table .panel > table", "#matrices .grid > table", "#ledger .grid > table"):
+        for table in find(driver, css):
+            assert table.size["width"] < 1.6 * table.find_element("xpath", "..").size["width"]
     assert driver.get_log("browser") == []

@@ -210,6 +210,17 @@ def test_identical_checkpoints_are_told_and_are_no_failure(planted, tmp_path):
     assert (tmp_path / "run" / "report.html").exists()
 
 
+def test_what_was_not_compared_is_not_called_the_same(tmp_path):
+    W = torch.randn(8, 4, 3)
+    paths = write(tmp_path / "base", {"odd.weight": W}), write(tmp_path / "tuned", {"odd.weight": 2 * W})
+    stdout, _ = probe("spectrum", *paths, "--out", tmp_path / "run")
+    assert stdout.splitlines()[1] == "No matrix was compared: 1 not a matrix (see the ledger)."
+    both = {"norm.weight": torch.ones(4), "odd.weight": W}
+    paths = write(tmp_path / "base2", both), write(tmp_path / "tuned2", {key: 2 * value for key, value in both.items()})
+    stdout, _ = probe("spectrum", *paths, "--out", tmp_path / "run2")
+    assert "only 1 vector moved: nothing to analyse; not compared: 1 not a matrix" in stdout
+
+
 def test_warnings_and_notes_go_to_stderr(tmp_path):
     base = write(tmp_path / "base", llama_tensors(1, seed=1))
     tuned = write(tmp_path / "tuned", {f"transformer.{name}": W for name, W in llama_tensors(1, seed=2).items()})
@@ -305,6 +316,13 @@ def test_a_text_file_of_the_right_name(planted, tmp_path):
 
 def test_an_output_in_use_is_refused(finished, planted):
     fails("spectrum", *planted, "--out", finished[0], words=["already holds a finished run", "another --out"])
+
+
+def test_figures_that_cannot_be_written_are_told_before_the_work(planted, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    words = [tmp_path / "file", "is a file (expected a directory); choose another --figures"]
+    fails("spectrum", *planted, "--out", tmp_path / "run", "--figures", tmp_path / "file" / "x", words=words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_space_for_the_output(planted, tmp_path):

@@ -324,7 +324,7 @@ def test_packed_spectra_mark_a_matrix_without_one(result):
 
 
 def test_the_verdict_of_one_matrix_is_the_rule_of_verdicts(result):
-    alone = figure_data.verdict_alone(result.table)
+    alone = verdicts.verdict_alone(result.table)
     for i, word in enumerate(alone):
         expected, _ = verdicts.verdict(result.table.iloc[[i]])
         known = result.table["decidable_r90"].iloc[i] and not pd.isna(result.table["r90_high"].iloc[i])
@@ -410,5 +410,13 @@ def test_a_browser_that_does_not_work_is_an_error_of_one_line(result, tmp_path, 
 @needs_chromium
 def test_figures_cannot_be_written_into_a_file(result, tmp_path):
     (tmp_path / "taken").write_text("a file", encoding="utf-8")
-    with pytest.raises(OutputError, match="taken: cannot be made: File exists; choose another --figures"):
+    with pytest.raises(OutputError, match=r"taken: is a file \(expected a directory\); choose another --figures"):
         figures.write(result, tmp_path / "taken")
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_those_that_were_there(result, tmp_path, monkeypatch):
+    (tmp_path / "heatmap.svg").write_text("before", encoding="utf-8")
+    monkeypatch.setenv("BROWSER_PATH", "/bin/true")
+    with pytest.raises(ProbeError, match="did not draw"):
+        figures.write(result, tmp_path)
+    assert [(path.name, path.read_text("utf-8")) for path in tmp_path.iterdir()] == [("heatmap.svg", "before")]

@@ -10,11 +10,11 @@ import pytest
 from browsers import needs_chromium
 from builders import build
 
-from lowrank_probe import reports
+from lowrank_probe import reports, words
 from lowrank_probe.columns import LEDGER, TABLE
 from lowrank_probe.errors import CheckpointError
-from lowrank_probe.figure_data import verdict_alone
-from lowrank_probe.terminal import _rank, print_summary
+from lowrank_probe.terminal import print_summary
+from lowrank_probe.verdicts import verdict_alone
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7 * 7 }}"
 
@@ -118,7 +118,7 @@ def test_medians_of_ranks_are_the_same_whole_numbers_in_the_terminal_and_in_the_
     ("value", "shown"), [(6.0, "6"), (6.5, "7"), (7.5, "8"), (2088.5, "2089"), (np.nan, "?"), (np.inf, "?")]
 )
 def test_halves_of_ranks_go_up(value, shown):
-    assert _rank(value) == shown
+    assert words.rank(value) == shown
 
 
 def test_undecidable_brackets_show_no_number(result, page):

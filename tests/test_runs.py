@@ -45,6 +45,17 @@ def same(a, b):
     assert runs.plain(a.facts) == runs.plain(b.facts)
 
 
+def test_repr_is_short_and_a_notebook_shows_the_summary():
+    result = build(layers=30)
+    assert len(repr(result)) < 600
+    assert repr(result).startswith("<Result: /models/SmolLM2-135M → /models/SmolLM2-135M-man-pages; 212 matrices: ")
+    result.facts["findings"] = [{"kind": "x", "statement": "<b>bold</b>"}]
+    shown = result._repr_html_()
+    assert shown.startswith("<p>&lt;b&gt;bold&lt;/b&gt;</p><table")
+    assert shown.count("<tr") == 1 + len(result.summary)
+    assert len(shown) < 20_000
+
+
 def test_round_trip_of_a_real_run(everything, tmp_path):
     assert everything.save(tmp_path / "run") == tmp_path / "run"
     assert {file.name for file in (tmp_path / "run").iterdir()} == FILES

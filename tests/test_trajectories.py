@@ -4,8 +4,10 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pandas as pd
@@ -18,11 +20,13 @@ from refusals import refused
 from test_cli import fails, interrupted, probe
 
 import lowrank_probe as lp
-from lowrank_probe import runs, spectra, subspaces, trajectories
+from lowrank_probe import runs, spectra, subspaces, trajectories, trajectory_runs
 from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.columns import AMPLIFICATION, SIMILARITY
 from lowrank_probe.options import Keywords, Options
+from lowrank_probe.trajectory_figures import _log_ticks
 from lowrank_probe.trajectory_reports import READING
+from lowrank_probe.trajectory_terminal import print_trajectory
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -181,7 +185,7 @@ def test_swallowed_updates_are_not_trusted(tmp_path):
     assert grey.text[0][1] == "?"
     assert grey.z[0][1] is not None
     assert figure.data[0].z[0][1] is None
-    assert found.figures["r90"].data[2].text[0] == "?"
+    assert found.figures["r90"].data[1].text[0] == "?"
 
 
 def test_a_subspace_without_a_gap_is_not_trusted(tmp_path):
@@ -282,13 +286,36 @@ def test_results_are_those_of_spectrum_and_the_table_stacks_their_summaries(grow
     assert list(dict.fromkeys(by_type["layer_type"])) == ["q", "k", "up", "down"]
 
 
+def test_towers_are_told_apart_in_every_table_though_only_one_step_moved_both(tmp_path):
+    names = [f"model.{tower}.layers.0.self_attn.q_proj.weight" for tower in ("vision_tower", "language_model")]
+    generator = torch.Generator().manual_seed(0)
+    W = {name: torch.randn(24, 20, generator=generator) for name in names}
+    both = {name: tensor + 0.01 * torch.randn(24, 20, generator=generator) for name, tensor in W.items()}
+    paths = [
+        write(tmp_path / "base", W),
+        write(tmp_path / "both", both),
+        write(tmp_path / "text", W | {names[1]: both[names[1]]}),
+    ]
+    found = lp.trajectory(paths[0], paths[1:])
+    assert list(zip(found.table["step"], found.table["layer_type"], strict=True)) == [
+        ("both", "text q"), ("both", "vision q"), ("text", "text q"),
+    ]  # fmt: skip
+    assert set(found.similarity_by_type["layer_type"]) == {"text q"}
+    assert set(found.amplification_by_type["layer_type"]) == {"text q", "vision q"}
+    assert set(found.amplification_by_type["n_matrices"]) == {1}
+    assert {trace.name for trace in found.figures["relative_update"].data} == {"text q", "vision q"}
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
         (["a/checkpoint-100", "a/checkpoint-20/"], ["checkpoint-100", "checkpoint-20"]),
         (["a/x", "b/x", "c"], ["a-x", "b-x", "c"]),
         (["a/model.safetensors", "b/two words.safetensors"], ["a", "two-words"]),
-        (["a/x", "a/x"], None),
+        (["a/x", "a/x", "b/y"], ["x", "x-2", "y"]),
+        (["a/x", "a/x", "b/x"], ["a-x", "a-x-2", "b-x"]),
+        (["owner/name@main", "other/name@main"], ["owner-name-main", "other-name-main"]),
+        ([{}, torch.nn.Linear(2, 2), {}], ["step", "Linear", "step-2"]),
         (["report.html", "b/Report.html"], None),
     ],
 )
@@ -306,6 +333,58 @@ def test_labels_come_from_the_directories_and_are_unique(steps, expected, tmp_pa
 def test_bad_labels_are_refused(growing, labels):
     with pytest.raises(lp.ProbeError, match="label"):
         lp.trajectory(*growing, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [([], "no steps"), ("a/b", "found a str"), ({"w": torch.ones(2)}, "found a dict"), (3, "found a int")],
+)
+def test_steps_that_are_no_list_are_refused(growing, steps, words):
+    with pytest.raises(lp.ProbeError, match=words):
+        lp.trajectory(growing[0], steps)
+
+
+def test_models_and_state_dicts_in_memory_are_steps_too(growing, tmp_path):
+    sides = [open_checkpoint(path) for path in (growing[0], *growing[1][:2])]
+    base, first, second = ({name: side.read(name) for name in side.tensors} for side in sides)
+    found = lp.trajectory(base, [first, second])
+    expected = lp.trajectory(growing[0], growing[1][:2], labels=["step", "step-2"])
+    pd.testing.assert_frame_equal(found.similarity, expected.similarity)
+    pd.testing.assert_frame_equal(found.table, expected.table)
+    same(lp.load(found.save(tmp_path / "run")), found)
+
+
+def test_an_adapter_beside_a_full_model_keeps_fused_matrices_whole_in_both(tmp_path):
+    name, generator = "h.0.attn.c_attn.weight", torch.Generator().manual_seed(0)
+    W, config = torch.randn(16, 48, generator=generator), {"model_type": "gpt2", "n_embd": 16, "n_head": 2}
+    A, B = torch.randn(2, 16, generator=generator), torch.randn(48, 2, generator=generator)
+    base = write(tmp_path / "base", {name: W}, config)
+    full = write(tmp_path / "full", {name: W + (B @ A).T}, config)
+    factors = {f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight": f for x, f in (("A", A), ("B", B))}
+    adapter = write(tmp_path / "adapter", factors)
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": True}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert len(lp.trajectory(base, [full, full], labels=["a", "b"]).results["a"].table) == 3, "taken apart"
+    found = lp.trajectory(base, [full, adapter])
+    assert [list(result.table["name"]) for result in found.results.values()] == [[name], [name]]
+    (note,) = found.facts["notes"]
+    assert name in note
+    assert found.facts["options"]["split"] is False
+    same_space = found.similarity[(found.similarity["i"] == 2) & (found.similarity["j"] == 2)]
+    np.testing.assert_allclose(same_space[["phi_left", "phi_right"]], 1, atol=1e-6)
+
+
+def test_ctrl_c_waits_until_a_step_is_written(growing, tmp_path):
+    def slow(label, result):
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        trajectory_runs.save_step(tmp_path / "run", label, result)
+
+    with pytest.raises(KeyboardInterrupt):
+        lp.trajectory(*growing, on_step=slow)
+    assert lp.load(tmp_path / "run" / "checkpoint-100").facts["status"] == "complete"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-100", "trajectory.json"]
 
 
 def test_errors_name_the_step_and_come_before_any_work(growing, tmp_path):
@@ -485,7 +564,9 @@ def test_json_is_one_strict_object(growing, tmp_path):
     payload = json.loads(stdout, parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
     assert stdout.count("\n") == 1
     assert stderr == ""
-    assert set(payload) == {"schema_version", "facts", "table", "similarity", "amplification"}
+    assert set(payload) == {"schema_version", "facts", "steps", "table", "similarity", "amplification"}
+    assert payload["steps"]["checkpoint-100"]["counts"] == {"excluded": 10, "analysed": 2}
+    assert [found["kind"] for found in payload["steps"]["checkpoint-200"]["findings"]]
     assert {row["layer_type"] for row in payload["table"]} == {"q"}
     assert payload["similarity"][0]["step_b"] == "checkpoint-200"
     (run,) = (tmp_path / "probe-runs").iterdir()
@@ -509,12 +590,41 @@ def test_a_bad_tensor_names_its_step_and_the_finished_steps_serve_the_next_try(g
     arguments = ["spectrum", growing[0], growing[1][0], broken, "--out", tmp_path / "run"]
     fails(*arguments, words=["step broken: ", Q, "NaN"])
     seconds = lp.load(tmp_path / "run" / "checkpoint-100").table["seconds"]
-    fails(*arguments, "--seed", "1", words=["step checkpoint-100: ", "used other options"])
+    fails(*arguments, "--seed", "1", words=["an unfinished trajectory that differs in seed (0 there, 1 here)"])
+    other = ["spectrum", growing[0], growing[1][0], growing[1][1], "--out", tmp_path / "run"]
+    fails(*other, words=["an unfinished trajectory that differs in steps", broken, growing[1][1]])
+    fails("spectrum", growing[1][2], *other[2:], words=["differs in base"])
     write(broken, good)
     _, stderr = probe(*arguments)
     assert "resumed the interrupted run" in stderr
     assert (lp.load(tmp_path / "run" / "checkpoint-100").table["seconds"] == seconds).all()
     assert json.loads((tmp_path / "run" / "trajectory.json").read_text())["status"] == "complete"
+
+
+def test_the_terminal_says_what_each_step_is_and_which_did_not_move(growing, tmp_path):
+    stdout, _ = probe("spectrum", growing[0], growing[1][0], growing[0], "--out", tmp_path / "run")
+    lines = stdout.splitlines()
+    assert lines[0] == "checkpoint-100: ledger: 9 analysed, 3 vector"
+    assert lines[1].startswith("  kind: ")
+    at = lines.index("base: ledger: 12 unchanged")
+    assert "identical in every tensor compared" in lines[at + 1]
+
+
+def test_names_do_not_drive_the_terminal(tmp_path, capsys):
+    name = "model.layers.0.\x1b[31mred.weight"
+    W = torch.randn(24, 20, generator=torch.Generator().manual_seed(0))
+    paths = [write(tmp_path / label, {name: factor * W}) for label, factor in (("base", 1), ("a", 1.1), ("b", 1.2))]
+    print_trajectory(lp.trajectory(paths[0], paths[1:]))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\ufffd[31mred" in out
+
+
+def test_in_a_notebook_it_is_a_line_and_a_table(angled_trajectory):
+    assert re.fullmatch(r"<Trajectory: .*/base → 2 steps: a, b>", repr(angled_trajectory))
+    shown = angled_trajectory._repr_html_()
+    assert shown.count("<tr") == 1 + len(angled_trajectory.table)
+    assert len(shown) < 5000
 
 
 def test_fail_on_reads_the_verdicts_of_every_step(growing, tmp_path):
@@ -548,6 +658,15 @@ def test_ctrl_c_keeps_finished_steps_and_the_same_command_resumes(tmp_path):
     pd.testing.assert_frame_equal(lp.load(out / "s1").table, first.table)
     kept = lp.load(out / "s2").table.set_index("name")["seconds"]
     assert (kept[second.table["name"]].to_numpy() == second.table["seconds"].to_numpy()).all()
+    whole = lp.load(out / "s2")
+    assert whole.timeline.groupby("name")["phase"].agg(set).map(len).eq(3).all()
+    assert len(whole.timeline) == 90
+    before = second.timeline["stop_s"].max()
+    assert whole.timeline["start_s"].iloc[len(second.timeline) :].min() >= before, "the clock goes on"
+    for phase in ("read", "spectrum", "noise"):
+        rows = whole.timeline[whole.timeline["phase"] == phase]
+        assert whole.facts["seconds"][phase] == pytest.approx((rows["stop_s"] - rows["start_s"]).sum(), abs=1e-3)
+    assert whole.facts["seconds"]["headers"] > second.facts["seconds"]["headers"]
     assert len(pd.read_parquet(out / "similarity.parquet")["name"].unique()) == 30
 
 
@@ -585,6 +704,52 @@ def test_figures(growing, angled_trajectory):
     grid = angled_trajectory.figures["grid"]
     wanted = angled_trajectory.similarity.pivot(index="i", columns="j", values="phi_right").to_numpy()
     np.testing.assert_allclose(grid.data[1].z, wanted, rtol=1e-5)
+
+
+def test_a_step_that_did_not_move_is_no_question_mark(growing):
+    found = lp.trajectory(growing[0], [growing[1][0], growing[0], growing[1][1]], labels=["a", "still", "b"])
+    marks = found.figures["r90"].data[1]
+    assert list(marks.y) == [None, 0, None]
+    assert marks.text[1] == "–"
+    assert marks.hovertext[1] == "no matrix of this type moved"
+    assert "3" in marks.hovertext[0]
+    values, grey = found.figures["similarity"].data[:2]
+    assert [row[1] for row in values.z] == [None] * 3
+    assert [row[1] for row in grey.z] == [None] * 3
+    assert values.z[0][0] == values.z[2][2] == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.021, 0.024, None], [0.021, 0.0219, 0.023, 0.024]),
+        ([0.01, 0.05, 0.3], None),
+        ([0.4], [0.4]),
+        ([None], [1]),
+    ],
+)
+def test_a_logarithmic_axis_has_labels_whatever_it_spans(values, ticks):
+    found = _log_ticks(values, percent=True)
+    if ticks is not None:
+        assert found["tickvals"] == ticks
+        assert found["ticktext"] == [f"{100 * tick:g}%" for tick in ticks]
+    known = [v for v in values if v]
+    if len(known) > 1:
+        assert sum(min(known) <= tick <= max(known) for tick in found["tickvals"]) >= 3
+
+
+def test_names_of_any_length_are_drawn_short_and_apart(tmp_path):
+    long = [f"{'x' * 250}{i}{'x' * 250}.weight" for i in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    W = {name: torch.randn(24, 20, generator=generator) for name in long}
+    paths = [write(tmp_path / str(n), {k: (1 + n / 10) * v for k, v in W.items()}) for n in range(3)]
+    found = lp.trajectory(paths[0], paths[1:])
+    drawn = [trace.name for trace in found.figures["relative_update"].data]
+    assert len(set(drawn)) == 2
+    assert max(map(len, drawn)) < 50
+    heat = found.results["1"].figures["heatmap"].data[0]
+    assert len(set(heat.y)) == 2
+    assert max(map(len, heat.y)) < 50
 
 
 @needs_chromium

@@ -20,9 +20,10 @@ def table(*brackets, null=100.0, break_even=250.0, decidable=True, layer_type="q
     for i, (low, high, *flag) in enumerate(brackets):
         row = dict.fromkeys(TABLE, 1.0)
         row |= {
-            "name": f"{layer_type}.{i}", "layer_type": layer_type, "null_r90": null, "break_even_rank": break_even,
-            "r90_low": low, "r90_high": high, "decidable_r90": flag[0] if flag else decidable, "decidable_r50": True,
-            "decidable_signal_rank": True, "unchanged_fraction": 0.1, "cosine": 0.99,
+            "name": f"{layer_type}.{i}", "stack": "", "layer_type": layer_type, "null_r90": null,
+            "break_even_rank": break_even, "r90_low": low, "r90_high": high,
+            "decidable_r90": flag[0] if flag else decidable, "decidable_r50": True, "decidable_signal_rank": True,
+            "unchanged_fraction": 0.1, "cosine": 0.99,
         }  # fmt: skip
         rows.append(row | columns)
     return pd.DataFrame(rows, columns=list(TABLE))
@@ -124,6 +125,33 @@ def test_summary_has_one_row_a_type_in_the_order_of_the_block():
     assert summary["layer_type"].tolist() == ["embedding", "q", "down", "odd", "lm_head"]
     assert summary["n_matrices"].tolist() == [1, 2, 1, 1, 1]
     assert summary["r90_high"].tolist() == [20, 25, 20, 20, 20]
+
+
+def test_every_tower_is_judged_by_itself():
+    parts = [
+        table((low, high), (low, high), layer_type=layer_type, stack=stack)
+        for stack, layer_type, low, high in (
+            ("", "embedding", 10, 20), ("text", "q", 10, 20), ("vision", "q", 80, 90), ("audio", "q", 50, 60),
+        )
+    ]  # fmt: skip
+    summary = summarise(pd.concat(parts, ignore_index=True)).set_index("layer_type")["verdict"]
+    assert list(summary.index) == ["embedding", "audio q", "text q", "vision q"]
+    assert summary["text q"] == "low-rank at r=20"
+    assert summary["vision q"] == "not low-rank"
+    assert summary["audio q"] == EVIDENCE
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([("encoder", "q"), ("decoder", "q"), ("decoder", "cross_q")], ["decoder q", "decoder cross_q", "encoder q"]),
+        ([("encoder", "q"), ("", "embedding"), ("", "pooler")], ["embedding", "q", "pooler"]),  # BERT: one stack
+        ([("", "q"), ("vision", "q"), ("", "down")], ["q", "down", "vision q"]),  # the language model has no tower
+    ],
+)
+def test_a_stack_is_named_where_a_type_is_in_more_than_one(places, expected):
+    parts = [table((10, 20), stack=stack, layer_type=layer_type) for stack, layer_type in places]
+    assert summarise(pd.concat(parts, ignore_index=True))["layer_type"].tolist() == expected
 
 
 def test_summary_of_nothing():
