@@ -17,7 +17,7 @@ from lowrank_probe.gguf_files import open_gguf
 from lowrank_probe.memory import open_memory
 from lowrank_probe.pickles import open_pickle
 from lowrank_probe.safetensors_files import read_entries, read_header
-from lowrank_probe.tensor_info import Loader, Opened, TensorInfo
+from lowrank_probe.tensor_info import TORCH_DTYPES, Loader, Opened, TensorInfo
 
 # What a user may give as one side of a comparison: a path or hub id, a state dict, or a model.
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Any
@@ -45,6 +45,18 @@ class Checkpoint:
         """The files the tensors lie in; none for a model in memory."""
         return sorted({info.file for info in self.tensors.values() if info.file.exists()})
 
+    @property
+    def other_files(self) -> list[Path]:
+        """What lies beside the weights and the config in its directory: tokenizer, chat template, licence, …"""
+        if not self.path.is_dir():
+            return []
+        known = ("config.json", "adapter_config.json")
+        return [
+            file for file in sorted(self.path.iterdir())
+            if file.is_file() and not file.name.startswith(".") and file.name not in known
+            and not file.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
+        ]  # fmt: skip
+
     def read(self, name: str, device: str | torch.device = "cpu", span: tuple[int, int] | None = None) -> Tensor:
         """One tensor in its stored dtype, float32 where that is quantized; not to be written to (it may be a user's).
 
@@ -63,6 +75,13 @@ class Checkpoint:
         rows = self._dequantized(name, start, stop) if name in self.scales else self._rows(name, start, stop)
         first -= start * width
         return rows.reshape(-1)[first : first + count].reshape(shape).to(device)
+
+    def read_stored(self, name: str) -> Tensor:
+        """One tensor as it is stored, whatever its dtype. Raises `CheckpointError` where torch has no such dtype."""
+        info = self.tensors[name]
+        if name not in self.loaders and info.dtype not in TORCH_DTYPES:
+            raise CheckpointError(f"{name} in {info.file}: dtype {info.dtype} cannot be read")
+        return self._rows(name, 0, info.shape[0] if info.shape else 1).reshape(info.shape)
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor's first dimension, as they are stored."""
