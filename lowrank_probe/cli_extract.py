@@ -1,6 +1,8 @@
 """`probe extract`: parse, one library call, print."""
 
+import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +33,10 @@ def extract(
     include: Annotated[list[str] | None, typer.Option(help="Only tensors that match (repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave out what matches: q_proj, layers.3, *mlp*.")] = None,
     layers: Annotated[str | None, typer.Option(help="Only these layers: 0-3 or 7.")] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Compare base + adapter with the tuned model through PEFT; exit 3 if merging differs.")
+    ] = False,
+    data: Annotated[Path | None, typer.Option(help="Text or jsonl for --verify. Default: built-in prompts.")] = None,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
@@ -49,6 +55,13 @@ def extract(
         from lowrank_probe import allocation, extraction
         from lowrank_probe.options import Options
         from lowrank_probe.rank_choice import RankChoice
+    if data is not None and not verify:
+        raise typer.BadParameter("goes with --verify", param_hint="--data")
+    texts = None
+    if data is not None:
+        from lowrank_probe.texts import read_texts
+
+        texts = read_texts(data)  # before the work, not after it
     choice = RankChoice(
         ranks=ranks, energy=energy, auto=auto, budget=allocation.parse_budget(budget) if budget else None,
         denoised=denoised, max_rank=max_rank, rank_multiple=rank_multiple,
@@ -63,7 +76,25 @@ def extract(
             )  # fmt: skip
         except KeyboardInterrupt:
             raise stopped_line(f"finished matrices are kept in {out}", "the same command resumes") from None
-    _show(found, as_json, quiet)
+    checks = _verified(base, tuned, found, texts, device) if verify else {}
+    _show(found, checks, as_json, quiet)
+    if any(check.problems for check in checks.values()):
+        raise typer.Exit(3)
+
+
+def _verified(base: str, tuned: str, found: Any, texts: Any, device: str) -> dict[str, Any]:
+    """Label → the verification of that adapter, kept in its `probe` directory too."""
+    from lowrank_probe.outputs import write_directory
+    from lowrank_probe.verification import verify
+
+    where, checks = found.facts["device"]["type"], {}
+    for label, directory in found.adapters.items():
+        rows = found.ledger[(found.ledger["adapter"] == label) & (found.ledger["status"] == "adapted")]
+        expected = dict(zip(rows["name"] + ".weight", rows["relative_error"], strict=True))
+        checks[label] = check = verify(base, tuned, directory, texts, where, expected=expected)
+        name = f"verification{'-' + label if label else ''}.json"
+        write_directory(found.directory / "probe", {name: partial(Path.write_text, data=check.to_json() + "\n")})
+    return checks
 
 
 def _ranks(text: str | None, *, default: bool) -> tuple[tuple[int, ...], bool]:
@@ -79,13 +110,23 @@ def _ranks(text: str | None, *, default: bool) -> tuple[tuple[int, ...], bool]:
     return tuple(map(int, text.split(","))), False
 
 
-def _show(found: Any, as_json: bool, quiet: bool) -> None:
+def _show(found: Any, checks: dict[str, Any], as_json: bool, quiet: bool) -> None:
     if as_json:
-        print(found.to_json())  # noqa: T201
+        told = json.loads(found.to_json()) | {
+            "verification": {label: json.loads(check.to_json()) for label, check in checks.items()}
+        }
+        print(json.dumps(told, ensure_ascii=False))  # noqa: T201
     else:
-        from lowrank_probe.extraction_terminal import print_extraction
+        from lowrank_probe.extraction_terminal import print_extraction, print_verification
 
         print_extraction(found)
+        for label, check in checks.items():
+            print_verification(label, check)
+    for label, check in checks.items():
+        for text in check.problems:
+            tell(f"--verify {label or 'adapter'}: {text}", False)
+        for text in check.notes:
+            tell(f"note: --verify: {text}", quiet)
     left = next(iter(found.facts["adapters"].values()))["not_carried"]
     if left >= 0.01:
         what = ", ".join(found.facts["targets"])

@@ -49,6 +49,12 @@ class Extraction:
     adapters: dict[str, Path]
     facts: dict[str, Any]
 
+    @property
+    def directory(self) -> Path:
+        """What was given as `out`."""
+        label, path = next(iter(self.adapters.items()))
+        return path.parent if label else path
+
     def to_json(self) -> str:
         """One JSON object with `schema_version`: facts and ledger; NaN and ∞ become null."""
         told = {"schema_version": SCHEMA_VERSION, "facts": self.facts, "ledger": self.ledger.to_dict("records")}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lowrank_probe.extraction import Extraction
+    from lowrank_probe.verification import Verification
 
 
 def print_extraction(found: "Extraction") -> None:
@@ -61,6 +62,23 @@ def print_extraction(found: "Extraction") -> None:
             f" ({_size(told['n_bytes'])}); not carried: {_percent(told['not_carried'])}"
         )
     _print_left_out(found, console)
+
+
+def print_verification(label: str, check: "Verification") -> None:
+    """One line a model: how far it is from the tuned one."""
+    console = Console(width=120, highlight=False, markup=False, soft_wrap=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+    table.add_column(f"against the tuned model{', ' + label if label else ''}", no_wrap=True)
+    for column in check.table.columns:
+        table.add_column(str(column).replace("_", " "), justify="right", no_wrap=True)
+    for name, row in check.table.iterrows():
+        table.add_row(str(name), *(f"{value:.4g}" for value in row))
+    console.print(table)
+    console.print(
+        f"merged and unmerged differ by {check.merged_gap:.3g}; allowed: {check.tolerance:.3g} (2 % of the base's "
+        f"distance, and {check.storage_rounding:.3g} that {check.storage} rounding makes): "
+        f"{'holds' if check.ok else 'does NOT hold'}"
+    )
 
 
 def _print_left_out(found: "Extraction", console: Console) -> None:
