@@ -53,7 +53,7 @@ class Modules:
     """The loaded model as far as an adapter needs it.
 
     slots: stored name → `Slot`. names: of all modules. head: the output head's module, "" where there is none.
-    tied: module → the one whose weight it shares. experts: whether there are stacks of experts. order: the parameters
+    tied: parameter → the one that it is. experts: whether there are stacks of experts. order: the parameters
     as the model registers them; () unknown. note: what to tell.
     """
 
@@ -93,12 +93,12 @@ def _by_name(side: Checkpoint) -> Modules:
         slots[name] = Slot(module, leaf, *_kind_by_name(name, module, leaf, info.shape, config))
     head = next((slot.module for slot in slots.values() if place(slot.parameter).layer_type == "lm_head"), "")
     tied = {}
-    table = next((slot.module for slot in slots.values() if place(slot.parameter).layer_type == "embedding"), "")
+    table = next((slot.parameter for slot in slots.values() if place(slot.parameter).layer_type == "embedding"), "")
     if not head and table and any(str(a).endswith("ForCausalLM") for a in config.get("architectures") or ()):
         head = _HEAD
-        tied = {head: table}
+        tied = {f"{head}.weight": table}
     elif head and table and config.get("tie_word_embeddings"):
-        tied = {head: table}
+        tied = {f"{head}.weight": table}
     return Modules(slots, _with_parents(slots) | ({head} if head else set()), head, tied)
 
 
@@ -158,13 +158,9 @@ def _by_transformers(side: Checkpoint) -> Modules:
         slot = replace(slot, transposed=bool(getattr(modules[module], "is_transposed", False)))
         slots[name] = slot if pattern is None else _assembled(slot, name, pattern, converter_of[pattern])
     outputs = model.get_output_embeddings()
-    tied = {
-        a.removesuffix(".weight"): b.removesuffix(".weight")
-        for a, b in (getattr(model, "all_tied_weights_keys", None) or {}).items()
-        if a.endswith(".weight")
-    }
     return Modules(
-        slots, frozenset(modules), next((name for name, module in modules.items() if module is outputs), ""), tied,
+        slots, frozenset(modules), next((name for name, module in modules.items() if module is outputs), ""),
+        dict(getattr(model, "all_tied_weights_keys", None) or {}),
         any(slot.kind == "parameter" and state[slot.parameter].ndim == 3 for slot in slots.values()), tuple(state),
     )  # fmt: skip
 

@@ -30,6 +30,7 @@ from lowrank_probe.tensor_info import DTYPES
 
 WEIGHTS: Final = "adapter_model.safetensors"
 CONFIG: Final = "adapter_config.json"
+_HEAD: Final = "lm_head"
 _PREFIX: Final = "base_model.model."
 _DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 _TOKENIZER: Final = re.compile(
@@ -59,7 +60,7 @@ def write_adapter(
 ) -> Path:  # fmt: skip
     """Write the adapter of a selection into `directory` and read it back with our own reader. Returns the directory.
 
-    ranks: name of each chosen target → its rank; 0 or missing: no module is written for it, nor its bias.
+    ranks: name of each chosen target → its rank; 0 or missing: no module is written (`Selection.at`).
     factors(target) → B (E, m, r) and A (E, r, n), or (m, r) and (r, n) for E = 1, with ΔW ≈ B·A; asked for one target
     at a time, in the order of `selection.chosen`, and rounded to dtype. files: name → writer of what else goes there.
     The tokenizer of the fine-tune is copied where the vocabulary differs.
@@ -69,11 +70,11 @@ def write_adapter(
     root = Path(directory)
     if (root / CONFIG).exists():
         raise OutputError(f"{root}: holds an adapter already; choose another --out")
-    modules = [(target, ranks.get(target.name, 0)) for target in selection.chosen if ranks.get(target.name, 0)]
+    selection = selection.at(ranks)
+    modules = [(target, ranks[target.name]) for target in selection.chosen]
     if not modules:
         raise ProbeError("no matrix to adapt: every ΔW asked for is 0, or only tables and norms changed")
-    adapted = {target.name for target, _ in modules}
-    whole = [one for one in selection.whole if one.why != "bias" or one.module in adapted]
+    whole = selection.whole
     keys = _keys([target for target, _ in modules], selection.modules.order)
     config = _config(modules, whole, selection, base, tuned)
     infos: list[tuple[str, str, tuple[int, ...]]] = []
@@ -81,7 +82,12 @@ def write_adapter(
         infos += [
             (key, _DTYPE_NAMES[dtype], shape) for key, shape in zip(keys[target.name], _shapes(target, r), strict=True)
         ]
-    carried = [(f"{_PREFIX}{_path(one)}.{leaf}", name) for one in whole for leaf, name in one.tensors.items()]
+    carried = [
+        (f"{_PREFIX}{module}{'.base_layer' if one.is_bias else ''}.{leaf}", name)
+        for one in whole
+        for module, tensors in ((one.module, one.tensors), *one.partners.items())
+        for leaf, name in tensors.items()
+    ]
     for key, name in carried:
         info = tuned.tensors[name]
         infos.append((key, "F32" if info.quantized else info.dtype, info.shape))
@@ -155,10 +161,6 @@ def _packed(target: Target, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return A.reshape(A_shape), B.reshape(B_shape)
 
 
-def _path(one: Whole) -> str:
-    return f"{one.module}.base_layer" if one.why == "bias" else one.module
-
-
 def _config(
     modules: Sequence[tuple[Target, int]], whole: Sequence[Whole], selection: Selection, base: Checkpoint,
     tuned: Checkpoint,
@@ -167,7 +169,9 @@ def _config(
     common = Counter(r for target, r in modules if target.by_parameter) or Counter(r for _, r in modules)
     default = common.most_common(1)[0][0]
     pattern = {f"^{re.escape(target.name)}": r for target, r in modules if r != default}
-    saved = [one.module for one in whole if one.why != "bias"]
+    saved = [module for one in whole if not one.is_bias for module in (one.module, *one.partners)]
+    # PEFT ties only what bears this name, and ties it as a Linear without a bias.
+    ties = [list(one.partners) for one in whole if one.partners] + [[_HEAD] for target, _ in modules if target.tied]
     return {
         "peft_type": "LORA",
         "task_type": _task(tuned.config or base.config),
@@ -182,9 +186,9 @@ def _config(
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
         "fan_in_fan_out": any(target.kind == "conv1d" for target, _ in modules),
-        "bias": "lora_only" if any(one.why == "bias" for one in whole) else "none",
+        "bias": "lora_only" if any(one.is_bias for one in whole) else "none",
         "modules_to_save": saved or None,
-        "ensure_weight_tying": any(one.tied for one in whole) or any(target.tied for target, _ in modules),
+        "ensure_weight_tying": ties == [[_HEAD]],
         "init_lora_weights": True,
     }
 

@@ -54,7 +54,8 @@ def select(
     - a layer type (`q`, `embedding`, `expert_gate`) or a pattern as `layers.matches` takes it, of a name in the file
       or in memory; it picks norms too, and `bias` picks the biases of what LoRA adapts.
     servable: LoRA on linear layers only, no module whole, no bias. tied_lora: LoRA on a table that is tied to the
-    output head, which then holds unmerged only; else such a table is carried whole.
+    output head, which then holds unmerged only (PEFT ties it where it is named `embed_tokens`); else, and without
+    tied_lora, such a table is carried whole.
     Raises `MatchError` for a target that matches nothing, listing what there is; else as `matching.match`.
     """
     matching = match(base, tuned, Options(include=include, exclude=exclude, layers=layers, split=False))
@@ -76,12 +77,18 @@ def select(
             _leave_out(result, members, _NOT_ASKED)
         elif servable and (target.kind not in ("linear", "conv1d") or target.by_parameter):
             _leave_out(result, members, _NOT_SERVED)
-        elif target.tied and not tied_lora:
-            result.whole.append(_whole(target.name, members, "tied table", tied=True))
+        elif target.tied and not (tied_lora and target.module.endswith("embed_tokens")):
+            _carry_tied(result, target.name, members, "tied table", stored)
         else:
             result.chosen.append(target)
-    _rest(result, rest, asked, excluded, servable)
+    _rest(result, rest, asked, excluded, servable, stored)
     asked.check(stored)
+    for line in (line for line in matching.ledger if line["status"] == "not a matrix"):
+        pair = Pair(line["name"], line["tuned_name"], place(line["name"]))
+        result.left_out.append((pair, line | {"status": "left out"}))
+    told = {line["tuned_name"] for _, line in result.left_out}
+    told |= {name for one in result.whole for name in one.tensors.values()}
+    matching.ledger[:] = [line for line in matching.ledger if line["tuned_name"] not in told]
     _notes(result, base, tuned)
     return result
 
@@ -98,13 +105,13 @@ def _stored(matching: Matching, modules: Modules, by_tuned: bool) -> tuple[list[
 
     def slot(base_name: str, tuned_name: str) -> Slot | None:
         found = modules.slots.get(tuned_name if by_tuned else base_name)
-        shared = found and modules.tied.get(found.module)
-        if found is None or not shared or found.leaf != "weight":
+        shared = found and modules.tied.get(found.parameter)
+        if found is None or not shared:
             return found
-        known = any(other.module == shared for other in modules.slots.values())
-        if known:
+        if any(other.parameter == shared for other in modules.slots.values()):
             return replace(found, kind=None, why=f"tied to {shared}")
-        return replace(found, module=shared, kind="embedding" if found.kind else None)
+        module, _, leaf = shared.rpartition(".")
+        return replace(found, module=module, leaf=leaf, kind="embedding" if found.kind else None)
 
     both: list[tuple[str, str, Pair | None]] = [(pair.name, pair.tuned_name, pair) for pair in matching.pairs]
     wanted = [line for line in matching.ledger if line["status"] in ("shape differs", "only in tuned")]
@@ -126,9 +133,9 @@ def _target(members: Sequence[_Stored], modules: Modules, base: Checkpoint) -> T
         pair = replace(one.pair, part=replace(part, transposed=transposed))
         copies.setdefault(number or 0, []).append((one.slot.piece, pair))
     pieces = []
-    for number in range(len(copies)):
+    for number in range(max(copies) + 1):
         if number not in copies:
-            return f"expert {number} of {len(copies)} is missing"
+            return f"expert {number} of {max(copies) + 1} is missing"
         pieces.append(tuple(pair for _, pair in sorted(copies[number], key=lambda item: item[0])))
     shapes = [[pair.part.shape(base.tensors[pair.name].shape) for pair in pairs] for pairs in pieces]
     if any(found != shapes[0] for found in shapes) or len({n for _, n in shapes[0]}) > 1:
@@ -145,17 +152,22 @@ def _target(members: Sequence[_Stored], modules: Modules, base: Checkpoint) -> T
     where = first.place if len(members) == 1 else replace(place(slot.parameter), expert=None)
     return Target(
         slot.parameter if by_parameter else slot.module, slot.kind or "linear", where, (m, n), tuple(pieces), stored,
-        by_parameter, slot.transposed and stacked, tied=slot.module in modules.tied.values() and slot.leaf == "weight",
+        by_parameter, slot.transposed and stacked, tied=slot.parameter in modules.tied.values(),
     )  # fmt: skip
 
 
 def _rest(
-    result: Selection, rest: dict[str, list[_Stored]], asked: "_Asked", excluded: set[str], servable: bool
-) -> None:
+    result: Selection, rest: dict[str, list[_Stored]], asked: "_Asked", excluded: set[str], servable: bool,
+    stored: Sequence[_Stored],
+) -> None:  # fmt: skip
     """What LoRA does not adapt: modules carried whole, biases of adapted modules; the others are left out."""
     adapted = {target.name: target for target in result.chosen if not target.by_parameter}
     inside = {target.module for target in result.chosen} | {whole.module for whole in result.whole}
-    for module, members in rest.items():
+    with_partners = {name for one in result.whole for held in one.partners.values() for name in held.values()}
+    for module, every in rest.items():
+        members = [one for one in every if one.tuned_name not in with_partners]
+        if not members:
+            continue
         bias_only = all(one.slot.leaf == "bias" and one.pair is not None for one in members)
         if not asked.picks(members):
             _leave_out(result, members, _NOT_ASKED)
@@ -170,7 +182,7 @@ def _rest(
         elif why := _why_not_whole(module, members, result):
             _leave_out(result, members, why)
         else:
-            result.whole.append(_whole(module, members, _reason(members), module in result.modules.tied.values()))
+            _carry_tied(result, module, members, _reason(members), stored)
 
 
 def _reason(members: Sequence[_Stored]) -> str:
@@ -195,11 +207,28 @@ def _why_not_whole(module: str, members: Sequence[_Stored], result: Selection) -
     return f"PEFT finds modules to save by how a name ends, and so would take {clash[0]} too" if clash else ""
 
 
-def _whole(module: str, members: Sequence[_Stored], why: str, tied: bool = False) -> Whole:
+def _whole(module: str, members: Sequence[_Stored], why: str) -> Whole:
     return Whole(
         module, {one.slot.leaf: one.tuned_name for one in members},
-        {one.slot.leaf: one.base_name for one in members if one.base_name}, why, tied,
+        {one.slot.leaf: one.base_name for one in members if one.base_name}, why,
     )  # fmt: skip
+
+
+def _carry_tied(
+    result: Selection, module: str, members: Sequence[_Stored], why: str, stored: Sequence[_Stored]
+) -> None:
+    """Carry a module whole, and with it all modules that share its weight."""
+    tied, order = result.modules.tied, result.modules.order
+    names = {one.slot.parameter: one.tuned_name for one in stored}
+    partners: dict[str, dict[str, str]] = {}
+    for other in [name.rpartition(".")[0] for name, source in tied.items() if source == f"{module}.weight"]:
+        held = [name for name in order if name.rpartition(".")[0] == other] or [f"{other}.weight"]
+        sources = {name.rpartition(".")[2]: tied.get(name, name) for name in held}
+        if not all(source in names for source in sources.values()):
+            _leave_out(result, members, f"{other}, which is tied to it, has tensors that are in no file")
+            return
+        partners[other] = {leaf: names[source] for leaf, source in sources.items()}
+    result.whole.append(replace(_whole(module, members, why), partners=partners))
 
 
 def _leave_out(result: Selection, members: Iterable[_Stored], why: str) -> None:

@@ -14,7 +14,9 @@ import torch
 
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.deltas import Delta, read_pair
-from lowrank_probe.layers import Place
+from lowrank_probe.errors import NumericsError
+from lowrank_probe.layers import Place, place
+from lowrank_probe.ledger import ledger_line, tensor_line
 from lowrank_probe.matching import Matching, Pair
 from lowrank_probe.modules import Kind, Modules
 
@@ -102,27 +104,48 @@ def _stacked(name: str, target: Target, shapes: Sequence[tuple[int, int]], found
 class Whole:
     """What an adapter carries as it is in the fine-tune: a module (`modules_to_save`), or a bias (`bias="lora_only"`).
 
-    tensors: leaf → name in the tuned checkpoint, all of the module's. base: leaf → name in the base, where it has one
-    of the same shape. why: "norm", "tied table", "vocabulary 40 → 44", "bias", "new module".
+    tensors: leaf → name in the tuned checkpoint, all of the module's. base: leaf → name in the base, where it has one.
+    why: "norm", "tied table", "another size" (a grown vocabulary), "new module", "bias". partners: the modules tied to
+    it, with their own tensors: PEFT wraps each for itself and wants all of them in the file.
     """
 
     module: str
     tensors: Mapping[str, str]
     base: Mapping[str, str]
     why: str
-    tied: bool = False
+    partners: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def is_bias(self) -> bool:
+        return self.why == "bias"
+
+    @property
+    def name(self) -> str:
+        """The module's name, or the bias's."""
+        return f"{self.module}.bias" if self.is_bias else self.module
+
+    def lines(self, status: str, note: str) -> list[tuple[Pair | None, dict[str, Any]]]:
+        """Its ledger lines, each with the pair to read where the base has the tensor."""
+        found: list[tuple[Pair | None, dict[str, Any]]] = []
+        for leaf, name in self.tensors.items():
+            before = self.base.get(leaf, "")
+            pair = Pair(before, name, place(before)) if before else None
+            found.append((pair, tensor_line(before, name, status, note)))
+        return found
 
     def fro_norm(self, base: Checkpoint, tuned: Checkpoint, device: torch.device | str = "cpu") -> float:
         """‖ΔW‖_F of all its tensors; rows that only the fine-tune has count in full, as if the base's were 0."""
         square = 0.0
         for leaf, name in self.tensors.items():
-            W = tuned.read(name, device).double()
-            if leaf in self.base:
-                old = base.read(self.base[leaf], device)
-                W = W.clone()
-                rows = min(len(W), len(old))
-                W[:rows] -= old[:rows]
-            square += float(torch.linalg.vector_norm(W)) ** 2
+            W = tuned.read(name, device)
+            old = base.read(self.base[leaf], device) if leaf in self.base else W[:0]
+            for first in range(0, len(W), 4096):
+                part = W[first : first + 4096].double()
+                before = old[first : first + 4096].double()
+                square += float(torch.linalg.vector_norm(part[: len(before)] - before[: len(part)])) ** 2
+                square += float(torch.linalg.vector_norm(part[len(before) :])) ** 2
+        if not math.isfinite(square):
+            raise NumericsError(f"{self.module}: contains NaN or Inf; leave it out with --exclude {self.module}")
         return math.sqrt(square)
 
 
@@ -130,9 +153,11 @@ class Whole:
 class Selection:
     """What of an update an adapter carries, and what not.
 
-    chosen: by LoRA. whole: as it is. left_out: (the pair, or None where there is none to read; its ledger line with the
-    reason as note). notes: for the user. modules: the model in memory. sizes: rows of the tables of words, base and
-    tuned, where they differ. matching: all that was matched.
+    chosen: by LoRA. whole: as it is. left_out: (the pair, or None where the base has nothing to compare with; its
+    ledger line, status "left out" or "excluded", the reason as note). notes: for the user. modules: the model in
+    memory. sizes: rows of the table of words, base and tuned, where they differ. matching: its ledger has what no
+    adapter could carry, such as buffers and what only the base has; with chosen, whole and left_out that is every
+    tensor.
     """
 
     chosen: list[Target] = field(default_factory=list)
@@ -142,3 +167,25 @@ class Selection:
     modules: Modules = field(default_factory=lambda: Modules({}, frozenset()))
     sizes: tuple[int, int] | None = None
     matching: Matching = field(default_factory=Matching)
+
+    def weigh(self, base: Checkpoint, tuned: Checkpoint, device: torch.device | str = "cpu") -> dict[str, float]:
+        """‖ΔW‖_F of each whole module and bias, by `Whole.name`; the unchanged ones are moved to left_out."""
+        norms = {one.name: one.fro_norm(base, tuned, device) for one in self.whole}
+        for one in [one for one in self.whole if norms[one.name] == 0.0]:
+            self.whole.remove(one)
+            self.left_out += one.lines("unchanged", "")
+        return {name: norm for name, norm in norms.items() if norm > 0.0}
+
+    def at(self, ranks: Mapping[str, int]) -> "Selection":
+        """What is carried at these ranks: a target without one (ΔW = 0) goes to left_out, and its bias with it."""
+        bare = {target.name for target in self.chosen if not ranks.get(target.name, 0)}
+        left_out = list(self.left_out)
+        zero = [pair for target in self.chosen if target.name in bare for pairs in target.pieces for pair in pairs]
+        left_out += [(pair, ledger_line(pair, "unchanged", "ΔW = 0: no module", 0.0, 0.0)) for pair in zero]
+        lost = [one for one in self.whole if one.is_bias and one.module in bare]
+        for one in lost:
+            left_out += one.lines("left out", "a bias of a module without LoRA")
+        return replace(
+            self, left_out=left_out, chosen=[target for target in self.chosen if target.name not in bare],
+            whole=[one for one in self.whole if one not in lost],
+        )  # fmt: skip
