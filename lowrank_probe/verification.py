@@ -1,0 +1,127 @@
+"""Does an adapter do what it is for: base + adapter against the tuned model; the result, the rule, and the two verbs.
+
+`text_checks` runs the models, `weight_checks` compares weights where that is not possible.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pandas as pd
+import torch
+
+from lowrank_probe.runs import SCHEMA_VERSION, plain
+
+# The share of the base's own distance by which merged and unmerged may differ.
+ALLOWED_SHARE: Final = 0.02
+ROWS: Final = ("base", "base+adapter", "base+adapter merged")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far base, base+adapter and base+adapter merged are from the tuned model, and whether the check held.
+
+    table: one row a model. measure "logits": kl_nats (mean KL(tuned ‖ model) a token), top1_agreement,
+    mean_abs_logit_error, n_tokens; "hidden states": cosine, relative_error, n_tokens; "weights": relative_error
+    = ‖W − W_tuned‖ / ‖ΔW‖ over the adapted matrices, n_matrices. The rule rests on the distance (mean_abs_logit_error,
+    relative_error): merged_gap is that between merged and unmerged; storage_rounding is measured too, as that between
+    the model merged in float32 and the same with its merged weights rounded to `storage`, and is at least 1e-5 of the
+    outputs (float32 arithmetic); tolerance = 0.02·(the base's distance) + storage_rounding.
+    problems: what did not hold, one line each; notes: what a reader should know. matrices: one row an adapted matrix,
+    where weights were compared.
+    """
+
+    measure: str
+    table: pd.DataFrame
+    merged_gap: float
+    storage: str
+    storage_rounding: float
+    tolerance: float
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    matrices: pd.DataFrame | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was checked held."""
+        return not self.problems
+
+    def to_json(self) -> str:
+        """One JSON object with `schema_version`; NaN and ∞ become null."""
+        payload = {
+            "schema_version": SCHEMA_VERSION, "ok": self.ok, "measure": self.measure,
+            "table": self.table.reset_index().to_dict("records"), "merged_gap": self.merged_gap,
+            "storage": self.storage, "storage_rounding": self.storage_rounding, "tolerance": self.tolerance,
+            "problems": list(self.problems), "notes": list(self.notes),
+            "matrices": None if self.matrices is None else self.matrices.to_dict("records"),
+        }  # fmt: skip
+        return json.dumps(plain(payload), ensure_ascii=False)
+
+
+def verify(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    texts: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    expected: Mapping[str, float] | None = None,
+) -> Verification:
+    """base + adapter through peft against the tuned model on `texts` (None: the built-in prompts).
+
+    At most 64 texts of at most 256 tokens, one at a time, in float32. The class is the base's own; what has a head with
+    logits on both sides is compared by them, anything else by its last hidden states. Where transformers cannot load or
+    run the pair the weights are compared, with `expected` (base tensor → ‖ΔW − BA‖/‖ΔW‖ that the ledger states).
+
+    Raises `ProbeError` where peft cannot load the adapter, where no text gives a token, and for NaN outputs.
+    """
+    adapters = [(Path(adapter), 1.0)]
+    return _verify(Path(base), Path(tuned), adapters, texts, torch.device(device), expected)
+
+
+def verify_merge(
+    base: str | os.PathLike[str],
+    adapters: Sequence[tuple[str | os.PathLike[str], float]],
+    merged: str | os.PathLike[str],
+    texts: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+) -> Verification:
+    """base + Σ weight·adapter through peft against the merged checkpoint on disk, which takes the tuned model's place.
+
+    As `verify`, and a problem too where base+adapter is farther from it than the tolerance.
+    """
+    weighted = [(Path(adapter), float(weight)) for adapter, weight in adapters]
+    return _verify(Path(base), Path(merged), weighted, texts, torch.device(device), None, equal=True)
+
+
+def _verify(
+    base: Path, tuned: Path, adapters: Sequence[tuple[Path, float]], texts: Sequence[str] | None, device: torch.device,
+    expected: Mapping[str, float] | None, equal: bool = False,
+) -> Verification:  # fmt: skip
+    from lowrank_probe.running_models import CannotRun
+    from lowrank_probe.text_checks import compare_outputs
+    from lowrank_probe.weight_checks import compare_weights
+
+    try:
+        return compare_outputs(base, tuned, adapters, texts, device, equal)
+    except CannotRun as reason:
+        return compare_weights(base, tuned, adapters, device, expected, str(reason), equal)
+
+
+def broken_rules(gap: float, worn: float, tolerance: float, equal: bool) -> list[str]:
+    """One line a rule that does not hold; `equal`: the tuned side is what base+adapter was merged into."""
+    problems = []
+    if not gap <= tolerance:
+        problems.append(
+            f"merged and unmerged differ by {gap:.3g}, more than {tolerance:.3g} (2 % of the base's distance from the "
+            "tuned model, and storage rounding); tied weights that are adapted at one end do that"
+        )
+    if equal and not worn <= tolerance:
+        problems.append(
+            f"the merged checkpoint and base+adapter differ by {worn:.3g}, more than {tolerance:.3g} (2 % of the "
+            "base's distance from it, and storage rounding)"
+        )
+    return problems
