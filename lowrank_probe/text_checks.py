@@ -29,7 +29,7 @@ from lowrank_probe.verification import ALLOWED_SHARE, ROWS, Verification, broken
 N_TEXTS: Final = 64
 N_TOKENS: Final = 256
 STORED_BYTES: Final = 1 << 30
-# What the order of float32 sums changes in a deep stack, relative to the outputs; 1e-6 and less in a shallow one.
+# What the order of float32 sums may change, relative to the outputs: 1.3e-6 was seen at 30 layers.
 ARITHMETIC: Final = 1e-5
 
 

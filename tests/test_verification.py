@@ -174,6 +174,28 @@ def test_figures_are_those_of_the_models(pairs, tmp_path):
     assert payload["table"][0]["kl_nats"] == row["kl_nats"]
 
 
+def test_experts_adapted_as_parameters(tmp_path):
+    torch.manual_seed(0)
+    config = hf.Qwen3MoeConfig(
+        **SMALL, **IDS, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_experts=4,
+        num_experts_per_tok=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=64,
+    )  # fmt: skip
+    model = hf.Qwen3MoeForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    worn = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names))
+    with torch.no_grad():
+        for name, parameter in worn.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    worn.save_pretrained(tmp_path / "a")
+    worn.merge_and_unload().save_pretrained(tmp_path / "tuned")
+    result = verify(tmp_path / "base", tmp_path / "tuned", tmp_path / "a")
+    assert result.ok, result.problems
+    assert result.measure == "logits"
+    assert result.table["kl_nats"]["base+adapter"] < 1e-9 < 1e-6 < result.table["kl_nats"]["base"]
+
+
 def test_wrong_scaling_is_reported(pairs, tmp_path):
     base, tuned, targets = pairs["llama"]
     result = verify(base, tuned, adapter_of(base, tuned, tmp_path / "a", None, targets, factor=3.0))
@@ -319,6 +341,8 @@ def test_weights_are_compared_where_no_model_can_be_loaded(tmp_path, spoil, reas
     for row in result.matrices.itertuples():
         s = torch.linalg.svdvals(b[row.name].double() - a[row.name].double())
         assert row.relative_error == pytest.approx(math.sqrt(float((s[2:] ** 2).sum() / (s**2).sum())), rel=1e-4)
+    files = verify(base / "model.safetensors", tuned / "model.safetensors", adapter)
+    assert files.table.equals(result.table)
     errors = dict(zip(result.matrices["name"], result.matrices["relative_error"], strict=True))
     assert verify(base, tuned, adapter, expected=errors).ok
     first = next(iter(errors))
