@@ -252,9 +252,9 @@ def save(directory: Path, tensors: dict[str, Tensor]) -> Path:
 
 def publish(
     name: str, title: str, note: str, tables: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]],
-    verdicts: Sequence[tuple[str, bool]], *, write: bool = True,
+    verdicts: Sequence[tuple[str, bool]], *, write: bool = True, page: str = "",
 ) -> None:  # fmt: skip
-    """Print tables and verdicts, and write them to docs/benchmarks-<name>.md with machine, versions and date."""
+    """Print tables and verdicts, and write them to docs/<page or benchmarks-name>.md with machine, versions and date."""
     parts = [
         markdown(heads, cells) if not head else f"## {head}\n\n{markdown(heads, cells)}"
         for head, heads, cells in tables
@@ -270,7 +270,7 @@ def publish(
         f"{facts['time'][:10]}; {versions}.\n\n{note}\n\n{bars}\n\n" + "\n\n".join(parts) + "\n"
     )
     DOCS.mkdir(exist_ok=True)
-    (DOCS / f"benchmarks-{name}.md").write_text(text, encoding="utf-8")
+    (DOCS / f"{page or f'benchmarks-{name}'}.md").write_text(text, encoding="utf-8")
 
 
 def _cell(value: Any) -> str:

@@ -61,8 +61,8 @@ def main() -> int:
     ratio = medians[0] / medians[1]
     verdicts = [(f"whole process: {1 / ratio:.1f} × faster than WeightWatcher, bar {1 / BAR:.0f}", ratio <= BAR)]
     note = "The 84M-parameter bf16 pair of `speed.py`; every singular value of ΔW on both sides; runs are interleaved."
-    publish("weightwatcher", "Against WeightWatcher", note,
-            [("", ["whole process", "median, s", "others' load, cores"], cells)], verdicts)  # fmt: skip
+    publish("against_weightwatcher", "Against WeightWatcher", note,
+            [("", ["whole process", "median, s", "others' load, cores"], cells)], verdicts, page="benchmarks-weightwatcher")  # fmt: skip
     return 0 if ratio <= BAR else 1
 
 

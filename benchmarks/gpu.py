@@ -1,14 +1,17 @@
-"""One GPU on Llama-3-8B's shapes: exact spectra and `--top 64`, against the kernels alone and against reading.
+"""One GPU on Llama-3-8B's shapes: exact spectra, `--top 64` and `extract --rank 16`, against kernels and reading alone.
 
 28 matrices (4 layers, two bf16 files of 1.8 GB) with a decaying update of relative size 2e-2. In one run: the time to
-read both files, Σ of fp64 Gram + `eigvalsh` alone, then `probe spectrum` and `probe spectrum --top 64` as whole
-processes beside a process that only starts torch and CUDA. Prints bars and a timeline; writes docs/benchmarks-gpu.md.
+read both files, Σ of fp64 Gram + `eigvalsh` alone, then `probe spectrum`, `probe spectrum --top 64` and `probe extract
+--rank 16` as whole processes beside processes that only start torch and CUDA. Prints bars and a timeline; writes
+docs/benchmarks-gpu.md.
 
-    python benchmarks/gpu.py            # about 3 minutes on one H100, 8 GB of disk
-    python benchmarks/gpu.py --tiny     # the same on the CPU with small shapes: a check of the script, judges nothing
+    python benchmarks/gpu.py                                         # about 4 minutes on one H100, 8 GB of disk
+    python benchmarks/gpu.py --peer PATH/bin/mergekit-extract-lora   # extract against `mergekit … --cuda` too, one run
+    python benchmarks/gpu.py --tiny                                  # small shapes, on the CPU too; judges nothing
 """
 
 import argparse
+import json
 import math
 import shutil
 import statistics
@@ -16,12 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from accuracy import publish
+from extract import RANK, judge, scaling
+from safetensors.torch import load_file
 
 import lowrank_probe as lp
 from lowrank_probe.checkpoints import open_checkpoint
@@ -35,17 +40,23 @@ SHAPES: Final = {
 LAYERS: Final = 4
 EXACT_BAR: Final = 1.3
 TOP_BAR: Final = 1.5
+EXTRACT_BAR: Final = 1.3
+PEAK_BAR: Final = 6.0
+# × faster than mergekit, whose imports weigh less the more there is to do.
+PEER_BAR: Final = 7.0
+PEER_BAR_16: Final = 15.0
+PEER_ROUNDS: Final = 3
 # Starting Python and torch takes 4 to 7 s there: medians over rounds, in each of which everything is measured.
 ROUNDS: Final = 5
 
 
-def make_pair(root: Path, device: torch.device, shrink: int) -> tuple[Path, Path]:
+def make_pair(root: Path, device: torch.device, shrink: int, n_layers: int = LAYERS) -> tuple[Path, Path]:
     """(base, tuned) directories in bf16: W normal, ΔW with σ_i ∝ 1/i over 512 directions, ‖ΔW‖/‖W‖ = 2e-2."""
     from safetensors.torch import save_file
 
     generator = torch.Generator(device).manual_seed(0)
     base, tuned = {}, {}
-    for layer in range(LAYERS):
+    for layer in range(n_layers):
         for module, (m, n) in SHAPES.items():
             m, n = m // shrink, n // shrink
             r = min(512, min(m, n) // 2)
@@ -55,10 +66,15 @@ def make_pair(root: Path, device: torch.device, shrink: int) -> tuple[Path, Path
             D *= 2e-2 * torch.linalg.norm(W.float()) / torch.linalg.norm(D)
             name = f"model.layers.{layer}.{module}.weight"
             base[name], tuned[name] = W.cpu(), (W.float() + D).bfloat16().cpu()
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096 // shrink, "vocab_size": 128,
+        "intermediate_size": 14336 // shrink, "num_hidden_layers": n_layers, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "dtype": "bfloat16",
+    }  # fmt: skip
     for side, tensors in (("base", base), ("tuned", tuned)):
         (root / side).mkdir()
         save_file(tensors, root / side / "model.safetensors")
-        (root / side / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+        (root / side / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return root / "base", root / "tuned"
 
 
@@ -85,23 +101,59 @@ def kernels_s(sides: tuple[Path, Path], device: torch.device) -> float:
     return total
 
 
-def whole_s(*arguments: str | Path) -> float:
-    """Seconds of one whole `probe spectrum` process."""
+def whole_s(*command: str | Path) -> float:
+    """Seconds of one whole process; its own words where it fails."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "lowrank_probe", "spectrum", *map(str, arguments), "--quiet"]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run([*map(str, command)], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} {command[-1]}: exit {done.returncode}: {done.stderr.strip()[-2000:]}")
     return time.perf_counter() - started
 
 
+def probe_s(command: str, *arguments: str | Path) -> float:
+    """Seconds of one whole `probe COMMAND` process."""
+    return whole_s(sys.executable, "-m", "lowrank_probe", command, *arguments, "--quiet")
+
+
 def start_s(device: torch.device) -> float:
-    """Seconds of a process that imports what the command imports and starts the device."""
+    """Seconds of a process that imports what `probe spectrum` imports and starts the device and its eigen-solver."""
     code = (
         "import torch, pandas, pyarrow.parquet, plotly.offline, jinja2; "
         f"I = torch.eye(64, dtype=torch.float64, device='{device}'); torch.linalg.eigvalsh(I @ I).cpu()"
     )
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
-    return time.perf_counter() - started
+    return whole_s(sys.executable, "-c", code)
+
+
+def start_torch_s(device: torch.device) -> float:
+    """Seconds of a process that starts torch and the device, and no more."""
+    return whole_s(sys.executable, "-c", f"import torch; torch.ones(64, device='{device}').cpu()")
+
+
+def peer_s(peer: str, sides: tuple[Path, Path], out: Path, device: torch.device) -> float:
+    """Seconds of one whole mergekit process on the same matrices and nothing else."""
+    where = ["--cuda"] if device.type == "cuda" else []
+    only = ["-i", "_proj$", "-e", "embed_tokens", "-e", "lm_head", "--quiet", *where]
+    names = ["--base-model", sides[0], "--model", sides[1], "--max-rank", str(RANK), "--out-path", out]
+    return whole_s(peer, *names, *only)
+
+
+def stored_errors(
+    sides: tuple[Path, Path], adapter: Path, device: torch.device
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """({module: ‖ΔW − s·BA‖/‖ΔW‖ as stored}, {module: (optimum by fp64 Gram and eigvalsh, ‖ΔW‖)})."""
+    base, tuned = map(open_checkpoint, sides)
+    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    factors = load_file(adapter / "adapter_model.safetensors", device=str(device))
+    stored, optimum = {}, {}
+    for name in base.tensors:
+        module = name.removesuffix(".weight")
+        D = tuned.read(name, device).double() - base.read(name, device).double()
+        norm = float(torch.linalg.norm(D))
+        tail = torch.linalg.eigvalsh(D @ D.T if D.shape[0] <= D.shape[1] else D.T @ D)[:-RANK].clamp(min=0).sum()
+        A, B = (factors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")
+        stored[module] = float(torch.linalg.norm(D - scaling(config, module) * (B @ A))) / norm
+        optimum[module] = math.sqrt(float(tail)) / norm, norm
+    return stored, optimum
 
 
 def overlap(run: Path) -> Iterator[str]:
@@ -123,6 +175,24 @@ def overlap(run: Path) -> Iterator[str]:
         yield f"{name}: {spans}"
 
 
+def judge_extract(
+    whole: float, least: float, peak_bytes: int | None, peers: Sequence[float], n_layers: int
+) -> Iterator[tuple[str, bool]]:
+    """The extraction against start and reading, the peak on the card (where there is one), and mergekit (where given)."""
+    name = f"`probe extract --rank {RANK}`"
+    yield (f"{name}: {whole / least:.2f} × (start of torch and the device + reading), bar {EXTRACT_BAR:g}",
+           whole <= EXTRACT_BAR * least)  # fmt: skip
+    if peak_bytes is not None:
+        multiple = peak_bytes / (4 * max(m * n for m, n in SHAPES.values()))
+        yield (
+            f"{name}: peak on the card {multiple:.2f} × the largest matrix in fp32, bar {PEAK_BAR:g}",
+            multiple <= PEAK_BAR,
+        )
+    if peers:
+        faster, bar = statistics.median(peers) / whole, PEER_BAR_16 if n_layers >= 16 else PEER_BAR
+        yield f"{name}: {faster:.1f} × faster than mergekit, bar {bar:g}", faster >= bar
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -131,33 +201,52 @@ def _wait(device: torch.device) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small shapes, on whatever device there is")
-    tiny = parser.parse_args().tiny
+    parser.add_argument("--layers", type=int, default=LAYERS, help=f"default {LAYERS}; others write no page")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
+    parser.add_argument("--peer", help="the mergekit-extract-lora executable of another venv")
+    options = parser.parse_args()
+    tiny = options.tiny
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        sides = make_pair(root, device, 16 if tiny else 1)
+        sides = make_pair(root, device, 16 if tiny else 1, options.layers)
         alone = kernels_s(sides, device)
         read_s(*sides)  # once unmeasured: the files lie in the page cache for every measurement alike
-        rounds = []
-        for number in range(1 if tiny else ROUNDS):
-            shutil.rmtree(root / "exact", ignore_errors=True)
-            shutil.rmtree(root / "top", ignore_errors=True)
+        rounds, peers = [], []
+        for number in range(1 if tiny else options.rounds):
+            for made in ("exact", "top", "adapter", "peer"):
+                shutil.rmtree(root / made, ignore_errors=True)
             rounds.append((
-                start_s(device), read_s(*sides), whole_s(*sides, "--out", root / "exact"),
-                whole_s(*sides, "--out", root / "top", "--top", "64"),
+                start_s(device), start_torch_s(device), read_s(*sides), probe_s("spectrum", *sides, "--out", root / "exact"),
+                probe_s("spectrum", *sides, "--out", root / "top", "--top", "64"),
+                probe_s("extract", *sides, "--out", root / "adapter", "--rank", str(RANK)),
             ))  # fmt: skip
-            print(f"round {number + 1}: " + " ".join(f"{seconds:.2f}" for seconds in rounds[-1]), flush=True)
-        start, reading, exact, top = (statistics.median(column) for column in zip(*rounds, strict=True))
+            if options.peer and number < PEER_ROUNDS:
+                peers.append(peer_s(options.peer, sides, root / "peer", device))
+            print(
+                f"round {number + 1}: " + " ".join(f"{seconds:.2f}" for seconds in (*rounds[-1], *peers[number:])),
+                flush=True,
+            )
+        start, torch_start, reading, exact, top, extract = (
+            statistics.median(column) for column in zip(*rounds, strict=True)
+        )
+        extract_facts = json.loads((root / "adapter" / "probe" / "facts.json").read_text(encoding="utf-8"))
+        stored, optimum = stored_errors(sides, root / "adapter", device)
         lines = list(overlap(root / "exact"))
         table = lp.load(root / "top").table
         fell = int((table["method"] == "gram").sum())
         top_seconds = lp.load(root / "top").facts["seconds"]
         exact_seconds = lp.load(root / "exact").facts["seconds"]
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    n_matrices = options.layers * len(SHAPES)
     cells = [
-        ["fp64 Gram + eigvalsh alone, Σ of 28", f"{alone:.2f}"], ["start of Python, torch and the device", f"{start:.2f}"],
+        [f"fp64 Gram + eigvalsh alone, Σ of {n_matrices}", f"{alone:.2f}"],
+        ["start of Python, the command's imports and the device", f"{start:.2f}"],
+        ["start of Python, torch and the device, no more", f"{torch_start:.2f}"],
         ["reading both files from the page cache, one thread", f"{reading:.2f}"],
         ["`probe spectrum`, whole process", f"{exact:.2f}"], ["`probe spectrum --top 64`, whole process", f"{top:.2f}"],
+        [f"`probe extract --rank {RANK}`, whole process", f"{extract:.2f}"],
+        *([f"`mergekit-extract-lora{' --cuda' * (device.type == 'cuda')} --max-rank {RANK}`, whole process", f"{x:.2f}"] for x in peers),
     ]  # fmt: skip
     cells += [[f"… phases of {word}", ", ".join(f"{k} {v:.2f}" for k, v in seconds.items())]
               for word, seconds in (("the exact spectra", exact_seconds), ("--top 64", top_seconds))]  # fmt: skip
@@ -166,17 +255,20 @@ def main() -> int:
         (f"exact spectra: {exact_ratio:.2f} × (Gram + eigvalsh) beyond the start, bar {EXACT_BAR:g}", exact_ratio <= EXACT_BAR),
         (f"--top 64: {top_ratio:.2f} × reading beyond the start, bar {TOP_BAR:g}; {fell} of {len(table)} matrices fell "
          "through to the whole spectrum", top_ratio <= TOP_BAR),
+        *judge_extract(extract, torch_start + reading, extract_facts.get("gpu_peak_bytes"), peers, options.layers),
+        judge(f"`probe extract --rank {RANK}`", stored, optimum, "float32"),
     ]  # fmt: skip
     note = "\n".join(
         [
-            f"28 matrices of Llama-3-8B's shapes, two bf16 files; medians of {ROUNDS} rounds. Card: {card}.",
+            f"{n_matrices} matrices of Llama-3-8B's shapes, two bf16 files; medians of {options.rounds} rounds. Card: {card}.",
             "",
             *lines[:1],
             "",
             *(f"- {x}" for x in lines[1:13]),
         ]
     )
-    publish("gpu", "One GPU on Llama-3-8B's shapes", note, [("", ["what", "seconds"], cells)], verdicts, write=not tiny)
+    publish("gpu", "One GPU on Llama-3-8B's shapes", note, [("", ["what", "seconds"], cells)], verdicts,
+            write=not tiny and options.layers == LAYERS)  # fmt: skip
     return 0 if tiny or all(ok and math.isfinite(exact) for _, ok in verdicts) else 1
 
 

@@ -166,14 +166,14 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (HIDDEN,)
 
 
-def install_peer(venv: Path) -> Path:
-    """A venv with modeldelta and the torch of our constraints; returns the executable."""
-    print(f"making a venv with {PEER}", file=sys.stderr)
+def install_peer(venv: Path, requirement: str = PEER, command: str = "modeldelta") -> Path:
+    """A venv with a peer and the torch of our constraints; returns the peer's executable."""
+    print(f"making a venv with {requirement}", file=sys.stderr)
     constraints = Path(__file__).resolve().parent.parent / "constraints.txt"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     pip = [venv / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", constraints]
-    subprocess.run([*pip, "torch", PEER], check=True)
-    return venv / "bin" / "modeldelta"
+    subprocess.run([*pip, "torch", requirement], check=True)
+    return venv / "bin" / command
 
 
 def timed(command: Sequence[str]) -> Timing:
