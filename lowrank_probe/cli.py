@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowrank_probe import interrupts
+from lowrank_probe import cli_adapters, interrupts
 from lowrank_probe.cli_extract import extract
 from lowrank_probe.cli_shared import (
     Device,
@@ -270,6 +270,10 @@ def demo(
     _show(result, directory, as_json, quiet)
     if open_report:
         typer.launch(str((directory / "report.html").resolve()))
+
+
+app.command(epilog="Example: probe resize adapter/ --rank 8 --out smaller/")(cli_adapters.resize)
+app.command(epilog="Example: probe merge base/ adapter/ --out merged/")(cli_adapters.merge)
 
 
 def main() -> None:
