@@ -11,17 +11,21 @@ The verbs are resolved on first use (PEP 562), so `import lowrank_probe` imports
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, OutputError, ProbeError
+from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, OutputError, ProbeError, UnchangedError
 
 if TYPE_CHECKING:
     from lowrank_probe.demos import demo
+    from lowrank_probe.extraction import Extraction, extract
     from lowrank_probe.merging import Merged, merge
+    from lowrank_probe.options import Options
+    from lowrank_probe.rank_choice import RankChoice
     from lowrank_probe.reports import report
     from lowrank_probe.resizing import Resized, resize
     from lowrank_probe.runs import Result, load
     from lowrank_probe.spectra import Interrupted, spectrum
     from lowrank_probe.trajectories import trajectory
     from lowrank_probe.trajectory_runs import Trajectory
+    from lowrank_probe.verification import verify
 
 __version__ = "0.1.0"
 
@@ -32,6 +36,11 @@ _VERBS = {
     "Result": "runs",
     "trajectory": "trajectories",
     "Trajectory": "trajectory_runs",
+    "extract": "extraction",
+    "Extraction": "extraction",
+    "RankChoice": "rank_choice",
+    "Options": "options",
+    "verify": "verification",
     "resize": "resizing",
     "merge": "merging",
     "Merged": "merging",
@@ -42,23 +51,29 @@ _VERBS = {
 
 __all__ = [
     "CheckpointError",
+    "Extraction",
     "Interrupted",
     "MatchError",
     "Merged",
     "NumericsError",
+    "Options",
     "OutputError",
     "ProbeError",
+    "RankChoice",
     "Resized",
     "Result",
     "Trajectory",
+    "UnchangedError",
     "__version__",
     "demo",
+    "extract",
     "load",
     "merge",
     "report",
     "resize",
     "spectrum",
     "trajectory",
+    "verify",
 ]
 
 

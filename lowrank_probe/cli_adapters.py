@@ -1,12 +1,13 @@
 """The commands `probe resize` and `probe merge`: parse, one library call, print. Registered by `cli`."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowrank_probe import interrupts
-from lowrank_probe.cli_shared import Json, Quiet, progress_bar, tell
+from lowrank_probe.cli_shared import Json, Quiet, progress_bar, read_data, tell, tell_problems
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,6 +68,10 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(callback=_dtype, help="float32, bfloat16 or float16. Default: as the base is stored.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the merged model with base + adapters through PEFT; exit 3 if it differs.")
+    ] = False,
+    data: Annotated[Path | None, typer.Option(help="Text or jsonl for --verify. Default: built-in prompts.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -80,6 +85,8 @@ def merge(
         from lowrank_probe import merging
         from lowrank_probe.adapter_terminal import print_merged, print_overlap
 
+    texts = read_data(data, verify)
+
     def on_overlap(overlap: "pd.DataFrame") -> None:
         if not as_json:
             print_overlap(overlap)
@@ -88,10 +95,23 @@ def merge(
         found = merging.merge(
             base, adapters, out, weights=weight or None, dtype=dtype, on_overlap=on_overlap, on_progress=on_progress
         )
+    check = None
+    if verify:
+        from lowrank_probe.verification import verify_merge
+
+        weighted = list(zip(adapters, weight or [1.0] * len(adapters), strict=True))
+        check = verify_merge(base, weighted, found.path, texts)
     if as_json:
-        print(found.to_json())  # noqa: T201
+        told = json.loads(found.to_json()) | ({"verification": json.loads(check.to_json())} if check else {})
+        print(json.dumps(told, ensure_ascii=False))  # noqa: T201
     else:
         print_merged(found)
+        if check:
+            from lowrank_probe.extraction_terminal import print_verification
+
+            print_verification("", check, "the merged checkpoint")
     for told in found.facts["notes"]:
         tell(f"note: {told}", quiet)
     tell(f"model: {found.path}", quiet)
+    if check and tell_problems(check, "", quiet):
+        raise typer.Exit(3)

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from lowrank_probe import interrupts
-from lowrank_probe.cli_shared import Device, Json, Quiet, Seed, layer_span, progress_bar, stopped_line, tell
+from lowrank_probe.cli_shared import (
+    Device,
+    Json,
+    Quiet,
+    Seed,
+    layer_span,
+    progress_bar,
+    read_data,
+    stopped_line,
+    tell,
+    tell_problems,
+)
 
 Rank = Annotated[str | None, typer.Option("--rank", "-r", help="A rank, several (4,8,16), or auto. Default: 16.")]
 
@@ -55,13 +66,7 @@ def extract(
         from lowrank_probe import allocation, extraction
         from lowrank_probe.options import Options
         from lowrank_probe.rank_choice import RankChoice
-    if data is not None and not verify:
-        raise typer.BadParameter("goes with --verify", param_hint="--data")
-    texts = None
-    if data is not None:
-        from lowrank_probe.texts import read_texts
-
-        texts = read_texts(data)  # before the work, not after it
+    texts = read_data(data, verify)
     choice = RankChoice(
         ranks=ranks, energy=energy, auto=auto, budget=allocation.parse_budget(budget) if budget else None,
         denoised=denoised, max_rank=max_rank, rank_multiple=rank_multiple,
@@ -78,7 +83,8 @@ def extract(
             raise stopped_line(f"finished matrices are kept in {out}", "the same command resumes") from None
     checks = _verified(base, tuned, found, texts, device) if verify else {}
     _show(found, checks, as_json, quiet)
-    if any(check.problems for check in checks.values()):
+    broken = [label for label, check in checks.items() if tell_problems(check, label, quiet)]
+    if broken:
         raise typer.Exit(3)
 
 
@@ -122,11 +128,6 @@ def _show(found: Any, checks: dict[str, Any], as_json: bool, quiet: bool) -> Non
         print_extraction(found)
         for label, check in checks.items():
             print_verification(label, check)
-    for label, check in checks.items():
-        for text in check.problems:
-            tell(f"--verify {label or 'adapter'}: {text}", False)
-        for text in check.notes:
-            tell(f"note: --verify: {text}", quiet)
     left = next(iter(found.facts["adapters"].values()))["not_carried"]
     if left >= 0.01:
         what = ", ".join(found.facts["targets"])

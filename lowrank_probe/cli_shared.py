@@ -5,12 +5,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowrank_probe import interrupts
 from lowrank_probe.errors import printable
+
+if TYPE_CHECKING:
+    from lowrank_probe.verification import Verification
 
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory. Default: probe-runs/<tuned>-<time>/.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
@@ -68,3 +71,23 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
 def stopped_line(kept: str, again: str) -> interrupts.Stopped:
     """The last line after Ctrl-C: what is kept, and how to go on."""
     return interrupts.Stopped(printable(f"interrupted: {kept}; {again}"))
+
+
+def read_data(data: Path | None, verify: bool) -> list[str] | None:
+    """The texts of `--data`, before the work rather than after it; None: the built-in prompts."""
+    if data is None:
+        return None
+    if not verify:
+        raise typer.BadParameter("goes with --verify", param_hint="--data")
+    from lowrank_probe.texts import read_texts
+
+    return read_texts(data, limit=65)  # 64 are used, and the cut is told
+
+
+def tell_problems(check: "Verification", label: str, quiet: bool) -> bool:
+    """What of a verification did not hold, and its notes; whether there was anything that did not."""
+    for text in check.problems:
+        tell(f"--verify{' ' + label if label else ''}: {text}", False)
+    for text in check.notes:
+        tell(f"note: --verify: {text}", quiet)
+    return bool(check.problems)

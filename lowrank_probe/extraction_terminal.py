@@ -64,11 +64,11 @@ def print_extraction(found: "Extraction") -> None:
     _print_left_out(found, console)
 
 
-def print_verification(label: str, check: "Verification") -> None:
-    """One line a model: how far it is from the tuned one."""
+def print_verification(label: str, check: "Verification", other: str = "the tuned model") -> None:
+    """One line a model: how far it is from the other one."""
     console = Console(width=120, highlight=False, markup=False, soft_wrap=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
-    table.add_column(f"against the tuned model{', ' + label if label else ''}", no_wrap=True)
+    table.add_column(f"against {other}{', ' + label if label else ''}", no_wrap=True)
     for column in check.table.columns:
         table.add_column(str(column).replace("_", " "), justify="right", no_wrap=True)
     for name, row in check.table.iterrows():

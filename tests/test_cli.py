@@ -29,6 +29,15 @@ OPTIONS = {
         "--out", "--include", "--exclude", "--layers", "--top", "--exact-tail", "--base-rounded", "--fail-on",
         "--device", "--seed", "--json", "--open", "--quiet",
     ],
+    "extract": [
+        "--out", "--rank", "--energy", "--budget", "--denoised", "--max-rank", "--rank-multiple", "--targets",
+        "--servable", "--dtype", "--include", "--exclude", "--layers", "--verify", "--data", "--device", "--seed",
+        "--json", "--quiet",
+    ],
+    "resize": [
+        "--out", "--rank", "--energy", "--budget", "--max-rank", "--rank-multiple", "--dtype", "--json", "--quiet",
+    ],
+    "merge": ["--out", "--weight", "--dtype", "--verify", "--data", "--json", "--quiet"],
     "report": ["--open"],
     "demo": ["--out", "--seed", "--json", "--open", "--quiet"],
 }  # fmt: skip
@@ -104,7 +113,7 @@ def test_every_option_has_a_help_text(command):
 
 def test_the_examples_are_valid_usage(tmp_path):
     # They end in an error about the files, not in wrong usage.
-    for command in ("spectrum", "report"):
+    for command in ("spectrum", "extract", "resize", "merge", "report"):
         stdout, _ = probe(command, "--help")
         example = stdout.strip().splitlines()[-1].strip().removeprefix("Example: probe ")
         fails(*example.split(), cwd=tmp_path)
