@@ -15,7 +15,9 @@ from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, Out
 
 if TYPE_CHECKING:
     from lowrank_probe.demos import demo
+    from lowrank_probe.merging import Merged, merge
     from lowrank_probe.reports import report
+    from lowrank_probe.resizing import Resized, resize
     from lowrank_probe.runs import Result, load
     from lowrank_probe.spectra import Interrupted, spectrum
     from lowrank_probe.trajectories import trajectory
@@ -30,6 +32,10 @@ _VERBS = {
     "Result": "runs",
     "trajectory": "trajectories",
     "Trajectory": "trajectory_runs",
+    "resize": "resizing",
+    "merge": "merging",
+    "Merged": "merging",
+    "Resized": "resizing",
     "report": "reports",
     "demo": "demos",
 }
@@ -38,15 +44,19 @@ __all__ = [
     "CheckpointError",
     "Interrupted",
     "MatchError",
+    "Merged",
     "NumericsError",
     "OutputError",
     "ProbeError",
+    "Resized",
     "Result",
     "Trajectory",
     "__version__",
     "demo",
     "load",
+    "merge",
     "report",
+    "resize",
     "spectrum",
     "trajectory",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_probe.checkpoints import Checkpoint
-from lowrank_probe.errors import CheckpointError
+from lowrank_probe.errors import CheckpointError, NumericsError
 from lowrank_probe.layers import place, sort_key
 
 _FACTOR: Final = re.compile(
@@ -25,7 +25,8 @@ _FACTOR: Final = re.compile(
 )
 # Variants whose ΔW is not scaling·B·A alone, by the setting in adapter_config.json that turns them on.
 _REFUSED: Final = {
-    "use_dora": "DoRA (its ΔW also rescales every column)",
+    "use_dora": "DoRA (its ΔW also rescales every column; merge it into its base with peft's merge_and_unload, then "
+    "compare or extract from the merged model)",
     "megatron_config": "Megatron LoRA",
     "use_qalora": "QA-LoRA",
     "alora_invocation_tokens": "activated LoRA",
@@ -35,6 +36,8 @@ _REFUSED: Final = {
     "monteclora_config": "Monte Carlo LoRA",
     "layer_replication": "LoRA on repeated layers",
 }
+# Initialisations that peft takes out of the base's weights, again on every load.
+_OUT_OF_THE_BASE: Final = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,14 @@ class LoraModule:
         return stored == ((n, m) if conv1d else (m, n))
 
     def read(self, adapter: Checkpoint, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """(B (m, r), A (r, n)) in their stored dtype, brought into that form."""
-        A, B = adapter.read(self.name_A, device), adapter.read(self.name_B, device)
+        """(B (m, r), A (r, n)) in their stored dtype, brought into that form.
+
+        Raises `NumericsError` naming factor and file for NaN or Inf.
+        """
+        return self.of(*read_factors(self, adapter, device))
+
+    def of(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(B (m, r), A (r, n)) from lora_A and lora_B as they are stored."""
         if self.is_embedding:
             return A.T, B.T
         A, B = A.flatten(1), B.flatten(1)
@@ -76,6 +85,16 @@ class LoraModule:
             A = A[self.expert * self.rank : (self.expert + 1) * self.rank]
             B = B[:, self.expert :: self.copies]
         return (B if self.rows is None else B[slice(*self.rows)]), A
+
+
+def read_factors(module: LoraModule, adapter: Checkpoint, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """(lora_A, lora_B) as they are stored. Raises `NumericsError` naming factor and file for NaN or Inf."""
+    factors = adapter.read(module.name_A, device), adapter.read(module.name_B, device)
+    for name, factor in zip((module.name_A, module.name_B), factors, strict=True):
+        # NaN and Inf survive a sum, which float64 holds for any narrower type; isfinite takes five times as long.
+        if not math.isfinite(float(factor.sum(dtype=torch.float64))):
+            raise NumericsError(f"{name} in {adapter.tensors[name].file}: contains NaN or Inf")
+    return factors
 
 
 def read_modules(adapter: Checkpoint) -> tuple[list[LoraModule], list[str]]:
@@ -91,6 +110,12 @@ def read_modules(adapter: Checkpoint) -> tuple[list[LoraModule], list[str]]:
     for setting, what in _REFUSED.items():
         if config.get(setting):
             raise CheckpointError(f"{where}: {setting} is set: {what} is not supported")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_OUT_OF_THE_BASE):
+        raise CheckpointError(
+            f"{where}: init_lora_weights is {init!r}: peft takes that out of the base on every load, so that ΔW is "
+            "not scaling·B·A; save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     factors: dict[tuple[str, bool], dict[str, str]] = {}
     others = []
     for name in adapter.tensors:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank_probe import formats
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.safetensors_files import read_entries, read_header
-from lowrank_probe.tensor_info import TensorInfo
+from lowrank_probe.tensor_info import TORCH_DTYPES, TensorInfo
 
 # What a user may give as one side of a comparison: a path or hub id, a state dict, or a model.
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Any
@@ -42,6 +42,18 @@ class Checkpoint:
         """The files the tensors lie in; none for a model in memory."""
         return sorted({info.file for info in self.tensors.values() if info.file.exists()})
 
+    @property
+    def other_files(self) -> list[Path]:
+        """What lies beside the weights and the config in its directory: tokenizer, chat template, licence, …"""
+        if not self.path.is_dir():
+            return []
+        known = ("config.json", "adapter_config.json")
+        return [
+            file for file in sorted(self.path.iterdir())
+            if file.is_file() and not file.name.startswith(".") and file.name not in known
+            and not file.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
+        ]  # fmt: skip
+
     def read(self, name: str, device: str | torch.device = "cpu", span: tuple[int, int] | None = None) -> Tensor:
         """One tensor in its stored dtype, float32 where that is quantized; not to be written to (it may be a user's).
 
@@ -58,6 +70,15 @@ class Checkpoint:
         if torch.device(device).type == "cuda":  # straight there
             return read_entries(info, first, count, device).reshape(shape)
         return read_entries(info, first, count).reshape(shape).to(device)
+
+    def read_stored(self, name: str) -> Tensor:
+        """One tensor as it is stored, whatever its dtype. Raises `CheckpointError` where torch has no such dtype."""
+        info = self.tensors[name]
+        if name in self.loaders:
+            return self.loaders[name]()
+        if info.dtype not in TORCH_DTYPES:
+            raise CheckpointError(f"{name} in {info.file}: dtype {info.dtype} cannot be read")
+        return read_entries(info, 0, math.prod(info.shape)).reshape(info.shape)
 
     def _dequantized(self, name: str) -> Tensor:
         info, scale_info = self.tensors[name], self.tensors[self.scales[name]]

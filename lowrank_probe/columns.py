@@ -183,6 +183,60 @@ AMPLIFICATION: Final[dict[str, Column]] = {
     "trusted": Column("the first r directions are above the noise edge and settled"),
 }
 
+# Of an adapter at other ranks.
+RESIZED: Final[dict[str, Column]] = {
+    "name": Column("name of the base tensor that is adapted"),
+    "layer_type": Column("layer type from the name"),
+    "layer": Column("layer number; missing outside the blocks"),
+    "rows": Column("m, output features"),
+    "cols": Column("n, input features; of a convolution in·kernel"),
+    "copies": Column("E, the matrices that share the rank: 1, or the experts of a parameter"),
+    "rank_before": Column("R, the rank it had"),
+    "rank": Column("r, the rank it has now; 0: ΔW = 0, so it was left out"),
+    "rule": Column('what bound the rank: "fixed", "energy", "budget", "max_rank", "its own rank", …'),
+    "parameters": Column("E·r·(m + n)"),
+    "fro_norm": Column("‖ΔW‖_F of the adapter as it was, ΔW = scaling·B·A"),
+    "energy": Column("Σ_{i≤r} σ² / ‖ΔW‖_F²: what any rank r can keep", source=_EY),
+    "optimum": Column("√(1 − energy): the least ‖ΔW − BA‖_F / ‖ΔW‖_F of that rank", source=_EY),
+    "error": Column("‖ΔW − BA‖_F / ‖ΔW‖_F of the new factors as stored (rounded)"),
+}
+
+# Of a merged model.
+MERGED: Final[dict[str, Column]] = {
+    "name": Column("tensor name, as in the base"),
+    "layer_type": Column("layer type from the name"),
+    "layer": Column("layer number; missing outside the blocks"),
+    "shape": Column("shape as stored"),
+    "dtype": Column("dtype as stored"),
+    "change": Column('"lora", "whole" (replaced), "rows" (of tokens), "bias", joined by +; "" copied as it is'),
+    "adapters": Column("numbers of the adapters that change it, from 1"),
+    "fro_norm": Column("‖Σ w·ΔW‖_F"),
+    "relative_update": Column("‖Σ w·ΔW‖_F / ‖W_base‖_F"),
+    "rounding": Column("‖merged − (base + Σ w·ΔW)‖_F / ‖Σ w·ΔW‖_F: what storing costs of the update"),
+    "check": Column(
+        "largest |(merged − base)·x − Σ w·scaling·B(A·x)| for random x, over what rounding may make of it; ≤ 1"
+    ),
+    "file": Column("the file it is in"),
+}
+
+OVERLAP: Final[dict[str, Column]] = {
+    "name": Column("tensor name, as in the base; [3]: expert 3"),
+    "layer_type": Column("layer type from the name"),
+    "layer": Column("layer number; missing outside the blocks"),
+    "adapter_a": Column("number of adapter A, from 1"),
+    "adapter_b": Column("number of adapter B"),
+    "rank_a": Column("rank of A's ΔW, numerically"),
+    "rank_b": Column("rank of B's ΔW"),
+    "phi_left": Column("‖U_Aᵀ U_B‖_F² / min(rank), output side", source="Hu et al. 2021, eq. 4"),
+    "phi_right": Column("‖V_Aᵀ V_B‖_F² / min(rank), input side", source="Hu et al. 2021, eq. 4"),
+    "phi_random_left": Column("expectation for independent random subspaces: max(rank)/m"),
+    "phi_random_right": Column("the same on the input side: max(rank)/n"),
+    "control_left": Column("φ of two random subspaces drawn for this matrix and these adapters (seeded)"),
+    "control_right": Column("the same on the input side"),
+    "cosine": Column("⟨w_A·ΔW_A, w_B·ΔW_B⟩ / (‖w_A·ΔW_A‖‖w_B·ΔW_B‖)"),
+    "sign_conflict": Column("share of the entries that both change, in opposite directions; ½ by chance"),
+}
+
 
 def markdown() -> str:
     """The README's table of columns."""

@@ -1,10 +1,13 @@
 """Output directories: made exclusively, filled whole or not at all, and gone again where nothing came of them."""
 
 import errno
+import glob
 import itertools
 import os
+import platform
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -93,3 +96,55 @@ def write_directory(root: Path, files: dict[str, Callable[[Path], Any]]) -> Path
         except OSError as error:
             raise OutputError(f"{root}: cannot write {name}: {why(error)}") from None
     return root
+
+
+@contextmanager
+def whole_directory(root: Path) -> Iterator[Path]:
+    """A directory beside `root` to be filled, which gets that name at the end: `root` is there whole or not at all.
+
+    Where the body raises, nothing stays. What a killed process of this host left there is removed by the next one.
+    Raises `OutputError` where `root` is not free (absent or empty), or something cannot be written.
+    """
+    check_writable(root)
+    if root.is_dir() and any(root.iterdir()):
+        raise OutputError(f"{root}: is not empty; {ANOTHER_OUT}")
+    root = root.absolute()
+    stem = f".{root.name}.part-{platform.node()}-"
+    with made(root.parent):
+        for left in root.parent.glob(f"{glob.escape(stem)}*"):
+            if not _is_alive(left.name.removeprefix(stem).partition("-")[0]):
+                shutil.rmtree(left, ignore_errors=True)
+        try:
+            aside = Path(tempfile.mkdtemp(prefix=f"{stem}{os.getpid()}-", dir=root.parent))
+            try:
+                yield aside
+                aside.chmod(0o777 & ~_umask())
+                os.replace(aside, root)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+        except OSError as error:
+            where = Path(error.filename).name if isinstance(error.filename, str) else "it"
+            raise OutputError(f"{root}: cannot write {where}: {why(error)}") from None
+
+
+def copy_into(directory: Path, files: Iterable[Path]) -> None:
+    """Copy files (the content, where one is a link, as in a hub cache) into a directory; those already there stay."""
+    for file in files:
+        if not (directory / file.name).exists():
+            shutil.copyfile(file, directory / file.name)
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):  # not ours to judge, or of another user
+        return True
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

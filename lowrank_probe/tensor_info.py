@@ -15,7 +15,8 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     "BF16": torch.bfloat16,
 }
 TORCH_DTYPES: Final[dict[str, torch.dtype]] = DTYPES | {
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
 # Width in bytes of every dtype a safetensors header may name; only `DTYPES` can be read as weights.
 WIDTHS: Final[dict[str, float]] = {
