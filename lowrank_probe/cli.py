@@ -11,14 +11,14 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowrank_probe import interrupts
+from lowrank_probe import cli_adapters, interrupts
+from lowrank_probe.console import Json, Quiet, note, progress
 from lowrank_probe.errors import ProbeError, printable
 from lowrank_probe.options import Options
 
@@ -38,8 +38,6 @@ app = typer.Typer(
 VERDICTS = ("undecidable", "low-rank", "not low-rank", "unrelated")
 
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory. Default: probe-runs/<tuned>-<time>/.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
 Figures = Annotated[Path | None, typer.Option("--figures", help="Also write every figure there, as SVG and PNG.")]
@@ -149,7 +147,7 @@ def _single(base: str, tuned: str | None, directory: Path, options: Options, as_
     from lowrank_probe import runs, spectra
 
     earlier = runs.unfinished(directory)
-    with _progress(quiet) as on_progress:
+    with progress(quiet) as on_progress:
         try:
             result = spectra.probe_pair(base, tuned, options, resume=earlier, on_progress=on_progress)
         except spectra.Interrupted as stopped:
@@ -159,7 +157,7 @@ def _single(base: str, tuned: str | None, directory: Path, options: Options, as_
             raise _stopped(kept, directory) from None
     result.save(directory)
     if earlier is not None:
-        _note(f"resumed the interrupted run in {directory}: {len(earlier.table)} matrices were finished", quiet)
+        note(f"resumed the interrupted run in {directory}: {len(earlier.table)} matrices were finished", quiet)
     _show(result, directory, as_json, quiet)
     return result
 
@@ -186,7 +184,7 @@ def _trajectory(
         kept += result.facts["status"] == "complete"
 
     try:
-        with _progress(quiet) as on_progress:
+        with progress(quiet) as on_progress:
             found = trajectories.probe_steps(
                 base, steps, options, labels=labels, resume=earlier, on_step=on_step, on_progress=on_progress
             )
@@ -194,7 +192,7 @@ def _trajectory(
     except (spectra.Interrupted, KeyboardInterrupt):
         raise _stopped(f"{kept} of {len(steps)} steps are finished in {directory}", directory) from None
     if earlier:
-        _note(f"resumed the interrupted run in {directory}: {len(earlier)} steps were finished or begun", quiet)
+        note(f"resumed the interrupted run in {directory}: {len(earlier)} steps were finished or begun", quiet)
     if as_json:
         print(found.to_json())  # noqa: T201
     else:
@@ -203,10 +201,10 @@ def _trajectory(
         print_trajectory(found)
     for label, result in found.results.items():
         for warning in result.facts.get("warnings", []):
-            _note(f"warning: {label}: {warning}", False)
-        for note in result.facts.get("notes", []):
-            _note(f"note: {label}: {note}", quiet)
-    _note(f"report: {directory / 'report.html'}", quiet)
+            note(f"warning: {label}: {warning}", False)
+        for told in result.facts.get("notes", []):
+            note(f"note: {label}: {told}", quiet)
+    note(f"report: {directory / 'report.html'}", quiet)
     return found
 
 
@@ -220,12 +218,12 @@ def _finish(
         from lowrank_probe.figures import write
 
         write(found, figures)
-        _note(f"figures: {figures}", quiet)
+        note(f"figures: {figures}", quiet)
     if open_report:
         typer.launch(str((directory / "report.html").resolve()))
     summary = found.summary if isinstance(found, runs.Result) else found.table
     if fail_on and any(str(verdict).startswith(fail_on) for verdict in summary["verdict"]):
-        _note(f"--fail-on {fail_on}: at least one verdict is {fail_on}", False)
+        note(f"--fail-on {fail_on}: at least one verdict is {fail_on}", False)
         raise typer.Exit(3)
 
 
@@ -241,7 +239,7 @@ def report(
 
     print(rebuild(run, open_browser=open_report, figures_dir=figures))  # noqa: T201
     if figures is not None:
-        _note(f"figures: {figures}", False)
+        note(f"figures: {figures}", False)
 
 
 @app.command(epilog="Example: probe demo --open")
@@ -259,7 +257,7 @@ def demo(
         from lowrank_probe import demos, spectra
 
     try:
-        with _progress(quiet) as on_progress:
+        with progress(quiet) as on_progress:
             result = demos.demo(out, seed=seed, on_progress=on_progress)
     except spectra.Interrupted:  # the pair is kept, its spectra take a few seconds
         raise interrupts.Stopped(interrupts.LINE) from None
@@ -267,6 +265,10 @@ def demo(
     _show(result, directory, as_json, quiet)
     if open_report:
         typer.launch(str((directory / "report.html").resolve()))
+
+
+app.command(epilog="Example: probe resize adapter/ --rank 8 --out smaller/")(cli_adapters.resize)
+app.command(epilog="Example: probe merge base/ adapter/ --out merged/")(cli_adapters.merge)
 
 
 def main() -> None:
@@ -317,30 +319,6 @@ def _slug(path: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(path).resolve().name).strip("-") or "run"
 
 
-def _note(text: str, quiet: bool) -> None:
-    if not quiet:
-        print(printable(text), file=sys.stderr)  # noqa: T201
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading headers", total=None)
-
-        def advance(name: str, done: int, total: int) -> None:
-            bar.update(task, description=name, completed=done, total=total)
-
-        yield advance
-
-
 def _show(result: "Result", directory: Path, as_json: bool, quiet: bool) -> None:
     if as_json:
         print(result.to_json())  # noqa: T201
@@ -349,7 +327,7 @@ def _show(result: "Result", directory: Path, as_json: bool, quiet: bool) -> None
 
         print_summary(result)
     for warning in result.facts.get("warnings", []):
-        _note(f"warning: {warning}", False)
-    for note in result.facts.get("notes", []):
-        _note(f"note: {note}", quiet)
-    _note(f"report: {directory / 'report.html'}", quiet)
+        note(f"warning: {warning}", False)
+    for told in result.facts.get("notes", []):
+        note(f"note: {told}", quiet)
+    note(f"report: {directory / 'report.html'}", quiet)

@@ -1,0 +1,97 @@
+"""The commands `probe resize` and `probe merge`: parse, one library call, print. Registered by `cli`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowrank_probe import interrupts
+from lowrank_probe.console import Json, Quiet, note, progress
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def _dtype(text: str | None) -> str | None:
+    if text not in (None, "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"{text!r}: expected float32, bfloat16 or float16")
+    return text
+
+
+def resize(
+    adapter: Annotated[str, typer.Argument(help="PEFT LoRA adapter: a directory or a hub id.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory of the new adapter; it must not exist, or be empty.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="This rank for every module.")] = None,
+    energy: Annotated[float | None, typer.Option(help="The least ranks that keep this share of each ‖ΔW‖².")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="The ranks that keep most: 40M parameters of factors, or 80MB of file.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="No rank above this.")] = None,
+    rank_multiple: Annotated[int, typer.Option(min=1, help="Ranks are multiples of this, rounded up.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(callback=_dtype, help="Of the factors written: float32, bfloat16, float16.")
+    ] = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The best adapter of other ranks: the truncated SVD of each module's ΔW, by QR of its factors, never dense."""
+    if sum(value is not None for value in (rank, energy, budget)) != 1:
+        raise typer.BadParameter("expected one of --rank, --energy and --budget", param_hint="--rank")
+    if energy is not None and not 0 < energy <= 1:
+        raise typer.BadParameter(f"{energy:g}: expected above 0 and at most 1, such as 0.9", param_hint="--energy")
+    with interrupts.ending_at_once():
+        from lowrank_probe import resizing
+        from lowrank_probe.adapter_terminal import print_resized
+    with progress(quiet) as on_progress:
+        found = resizing.resize(
+            adapter, out, rank=rank, energy=energy, budget=budget, max_rank=max_rank, rank_multiple=rank_multiple,
+            dtype=dtype, on_progress=on_progress,
+        )  # fmt: skip
+    if as_json:
+        print(found.to_json())  # noqa: T201
+    else:
+        print_resized(found)
+    skipped = found.facts["skipped"]
+    if skipped:
+        note(f"note: left out because its B·A is zero: {skipped[0]} and {len(skipped) - 1} more", quiet)
+    note(f"adapter: {found.path}", quiet)
+
+
+def merge(
+    base: Annotated[str, typer.Argument(help="Base model: directory, file or hub id.")],
+    adapters: Annotated[list[str], typer.Argument(help="PEFT LoRA adapters trained on it.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory of the merged model; it must not exist, or be empty.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of an adapter, one each in their order. Default: 1.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(callback=_dtype, help="float32, bfloat16 or float16. Default: as the base is stored.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write base + Σ w·scaling·B·A as a model: the base's shards and dtypes, its tokenizer and config.
+
+    Several adapters: first how their updates overlap, in directions and in signs.
+    """
+    if weight and len(weight) != len(adapters):
+        raise typer.BadParameter(f"{len(weight)} for {len(adapters)} adapters; one each", param_hint="--weight")
+    with interrupts.ending_at_once():
+        from lowrank_probe import merging
+        from lowrank_probe.adapter_terminal import print_merged, print_overlap
+
+    def on_overlap(overlap: "pd.DataFrame") -> None:
+        if not as_json:
+            print_overlap(overlap)
+
+    with progress(quiet) as on_progress:
+        found = merging.merge(
+            base, adapters, out, weights=weight or None, dtype=dtype, on_overlap=on_overlap, on_progress=on_progress
+        )
+    if as_json:
+        print(found.to_json())  # noqa: T201
+    else:
+        print_merged(found)
+    for told in found.facts["notes"]:
+        note(f"note: {told}", quiet)
+    note(f"model: {found.path}", quiet)
