@@ -72,13 +72,13 @@ def plan(base: Checkpoint, adapters: Sequence[Checkpoint], weights: Sequence[flo
         if not adapter.is_adapter:
             raise CheckpointError(f"{adapter.path}: is not an adapter (expected a directory with adapter_config.json)")
         _Planner(base, adapter, number, weight, made).run()
+    _tie(base, made)
     for name in made.grown:
         if len(made.changes[name]) > 1 or made.changes[name][0].weight != 1:
             raise MatchError(
                 f"{name}: an adapter replaces it by a table of {made.grown[name][0]} rows, the base has "
-                f"{base.tensors[name].shape[0]}: that can be merged alone and with weight 1 only"
+                f"{base.tensors[made.added.get(name, name)].shape[0]}: that can be merged alone and with weight 1 only"
             )
-    _tie(base, made)
     return made
 
 

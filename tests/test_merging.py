@@ -1,0 +1,531 @@
+"""merge: models that the real peft adapts, merged from their files, against what peft computes with the adapter on."""
+
+import hashlib
+import json
+import math
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_adapters import LORA, adapt, gpt2, llama
+from test_resizing import EXPERTS, mixtral
+
+import lowrank_probe as lp
+from lowrank_probe import columns, sums
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
+TOKENS = torch.arange(1, 13)[None]
+
+
+def bert():
+    torch.manual_seed(0)
+    return hf.BertForMaskedLM(
+        hf.BertConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    )  # fmt: skip
+
+
+def logits(model, tokens=TOKENS):
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens).logits
+
+
+def unmerged(kind, base, adapter):
+    return logits(PeftModel.from_pretrained(kind.from_pretrained(base), adapter))
+
+
+def tree(directory):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+GPT2 = {"r": 4, "lora_alpha": 8, "fan_in_fan_out": True}
+BERT = {"r": 4, "lora_alpha": 6, "modules_to_save": ["transform"], "bias": "lora_only"}
+MODELS = {
+    **{f"llama-{name}": (llama, config) for name, config in LORA.items()},
+    "llama-embedding": (llama, {"r": 4, "lora_alpha": 6, "target_modules": ["embed_tokens", "lm_head", "k_proj"]}),
+    "gpt2-conv1d": (gpt2, {**GPT2, "target_modules": ["c_attn", "c_proj"]}),
+    "gpt2-square": (gpt2, {**GPT2, "target_modules": ["attn.c_proj"]}),
+    "gpt2-bias": (gpt2, {**GPT2, "target_modules": ["c_attn"], "bias": "lora_only", "modules_to_save": ["wpe"]}),
+    "gpt2-lora-bias": (gpt2, {**GPT2, "target_modules": ["c_attn"], "lora_bias": True}),
+    "bert": (bert, {**BERT, "target_modules": ["query", "value", "output.dense"]}),
+    "mixtral-experts": (mixtral, {"r": 4, "lora_alpha": 6, **EXPERTS}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "config"), MODELS.values(), ids=MODELS)
+def test_logits_are_those_of_base_and_adapter(tmp_path, make, config):
+    base, adapter, deltas = adapt(tmp_path, make(), **config)
+    result = lp.merge(base, adapter, tmp_path / "merged")
+    kind = type(make())
+    ours, theirs = logits(kind.from_pretrained(tmp_path / "merged")), unmerged(kind, base, adapter)
+    distance = (logits(kind.from_pretrained(base)) - theirs).abs().max()
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert distance > 1e-3 * theirs.abs().max()  # the adapter does something
+    # tensor by tensor: base + ΔW as peft merges it in float64, within half a step of float32
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = set(result.table["name"][result.table["change"] != ""])
+    for name, W in before.items():
+        assert W.dtype == after[name].dtype
+        if name not in changed:
+            assert torch.equal(W, after[name])
+    known = [name for name in deltas if name in before]
+    assert known
+    for name in known:
+        moved = deltas[name].T if deltas[name].shape != before[name].shape else deltas[name]
+        moved = moved.T if make is gpt2 and name.endswith("attn.c_proj.weight") else moved
+        error = (after[name].double() - before[name].double() - torch.from_numpy(np.ascontiguousarray(moved))).abs()
+        assert (error <= 2.0**-24 * after[name].double().abs() + 1e-14).all()
+    checks = result.table["check"][result.table["change"].str.contains("lora")]
+    assert 0 < checks.min() <= checks.max() <= 1
+    assert result.facts["max_check"] == checks.max()
+
+
+def test_a_convolution(tmp_path):
+    torch.manual_seed(0)
+    config = hf.ViTConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
+    )
+    model = hf.ViTModel(config, add_pooling_layer=False)
+    base, adapter, _ = adapt(tmp_path, model, r=5, lora_alpha=10, target_modules=["projection", "query"])
+    lp.merge(base, adapter, tmp_path / "merged")
+    wrapped = PeftModel.from_pretrained(hf.ViTModel.from_pretrained(base, add_pooling_layer=False), adapter).eval()
+    merged = hf.ViTModel.from_pretrained(tmp_path / "merged", add_pooling_layer=False).eval()
+    image = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        expected, found = (one(pixel_values=image).last_hidden_state for one in (wrapped, merged))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- tied tables
+
+
+def tied_llama():
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    return hf.LlamaForCausalLM(config)
+
+
+TIED = {
+    "table": ({"target_modules": ["embed_tokens", "q_proj"]}, True),
+    "both": ({"target_modules": ["embed_tokens", "lm_head"]}, True),
+    "both-tied": ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, False),
+    "table-whole": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
+    "head-whole": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+    "whole-tied": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False,
+    ),
+    "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 1, 7]}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "apart"), TIED.values(), ids=TIED)
+def test_a_tied_head_is_written_apart_only_where_both_ends_do_not_change_alike(tmp_path, config, apart):
+    base, adapter, _ = adapt(tmp_path, tied_llama(), r=4, **config)
+    result = lp.merge(base, adapter, tmp_path / "merged")
+    ours = logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    theirs = unmerged(hf.AutoModelForCausalLM, base, adapter)
+    assert (ours - theirs).abs().max() <= 1e-6 * max(1.0, float(theirs.abs().max()))
+    assert result.facts["untied"] == apart
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert ("lm_head.weight" in written) == apart
+    settings = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert settings["tie_word_embeddings"] == (not apart)
+    assert any("lm_head.weight is tied to" in note for note in result.facts["notes"]) == apart
+
+
+def test_a_vocabulary_that_grew_brings_its_tokenizer_and_its_size(tmp_path):
+    model = tied_llama()
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text('"of the base"')
+    (tmp_path / "base" / "LICENSE").write_text("MIT")
+    model.resize_token_embeddings(44, mean_resizing=False)
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=True,
+        init_lora_weights=False,
+    )
+    wrapped = get_peft_model(model, config)
+    with torch.no_grad():
+        wrapped.get_input_embeddings().weight.add_(0.1)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer.json").write_text('"of the adapter"')
+    lp.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == 44
+    torch.testing.assert_close(logits(merged), logits(wrapped), atol=1e-6, rtol=1e-5)
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == '"of the adapter"'
+    assert (tmp_path / "merged" / "LICENSE").read_text() == "MIT"
+    with pytest.raises(lp.MatchError, match=r"a table of 44 rows, the base has 40: .* weight 1 only"):
+        lp.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "half", weights=[0.5])
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def sharded(tmp_path, dtype=torch.bfloat16, **config):
+    """(base in several bf16 shards, with files beside them; adapter of it)."""
+    base, adapter, deltas = adapt(tmp_path, llama(), **(config or {"r": 4, "target_modules": ["q_proj", "down_proj"]}))
+    model = hf.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    for path in base.iterdir():
+        path.unlink()
+    model.save_pretrained(base, max_shard_size="4KB")
+    (base / "tokenizer.json").write_text("{}")
+    (base / ".cache").mkdir()
+    return base, adapter, deltas
+
+
+def test_shards_dtypes_and_what_lies_beside_them_are_the_bases_own(tmp_path):
+    base, adapter, _ = sharded(tmp_path)
+    of_base, of_adapter = tree_of_files(base), tree(adapter)
+    result = lp.merge(base, adapter, tmp_path / "merged")
+    assert tree_of_files(base) == of_base
+    assert tree(adapter) == of_adapter
+    merged = tmp_path / "merged"
+    assert {path.name for path in merged.iterdir()} == set(of_base)
+    assert len(list(merged.glob("*.safetensors"))) > 2
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (merged / name).read_bytes() == (base / name).read_bytes()
+    indices = [json.loads((side / "model.safetensors.index.json").read_text()) for side in (base, merged)]
+    assert indices[0] == indices[1]
+    for file in base.glob("*.safetensors"):
+        before, after = load_file(file), load_file(merged / file.name)
+        assert before.keys() == after.keys()
+        assert all(tensor.dtype == torch.bfloat16 for tensor in after.values())
+        for name, tensor in before.items():
+            assert torch.equal(tensor, after[name]) == (not name.endswith(("q_proj.weight", "down_proj.weight")))
+    ours = logits(hf.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32))
+    theirs = unmerged(hf.AutoModelForCausalLM, base, adapter)
+    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+    lossy = result.table[result.table["change"] != ""]
+    assert ((lossy["rounding"] > 1e-4) & (lossy["rounding"] < 0.1)).all()
+
+
+def tree_of_files(directory):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir() if path.is_file()}
+
+
+def test_bf16_is_rounded_once_from_the_exact_sum(tmp_path):
+    base, adapter, _ = sharded(tmp_path)
+    lp.merge(base, adapter, tmp_path / "merged")
+    lp.merge(base, adapter, tmp_path / "wide", dtype="float32")
+    for file in (tmp_path / "merged").glob("*.safetensors"):
+        wide = load_file(tmp_path / "wide" / file.name)
+        for name, tensor in load_file(file).items():
+            assert wide[name].dtype == torch.float32
+            torch.testing.assert_close(wide[name].bfloat16(), tensor, atol=0, rtol=0)
+    config = json.loads((tmp_path / "wide" / "config.json").read_text())
+    assert config["dtype"] == "float32"
+
+
+def test_buffers_that_are_no_floats_are_copied(tmp_path):
+    base, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj"])
+    tensors = load_file(base / "model.safetensors") | {
+        "model.position_ids": torch.arange(7),
+        "flag": torch.tensor(True),
+    }
+    save_file(tensors, base / "model.safetensors")
+    lp.merge(base, adapter, tmp_path / "merged", dtype="bfloat16")
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(after["model.position_ids"], torch.arange(7))
+    assert after["flag"].item() is True
+    assert after["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_pickles_and_models_in_memory_become_safetensors(tmp_path):
+    base, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj"])
+    lp.merge(base, adapter, tmp_path / "merged")
+    expected = load_file(tmp_path / "merged" / "model.safetensors")
+    model = hf.AutoModelForCausalLM.from_pretrained(base)
+    lp.merge(model, adapter, tmp_path / "memory")
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    lp.merge(base, adapter, tmp_path / "pickle")
+    for out in ("memory", "pickle"):
+        found = load_file(tmp_path / out / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
+    assert torch.equal(logits(loaded), logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")))
+
+
+# ---------------------------------------------------------------------------------------------- several adapters
+
+
+def second(tmp_path, base, **config):
+    """Another adapter of the same base."""
+    model = hf.AutoModelForCausalLM.from_pretrained(base)
+    wrapped = get_peft_model(model, LoraConfig(**config))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter) * (1 if "lora_" in name else 0.01)
+    wrapped.save_pretrained(tmp_path / "second")
+    return tmp_path / "second"
+
+
+def test_weights_and_several_adapters_add_up(tmp_path):
+    base, first, deltas = adapt(tmp_path, llama(), r=4, target_modules=["q_proj"], modules_to_save=["norm"])
+    other = second(tmp_path, base, r=3, lora_alpha=9, use_rslora=True, target_modules=["q_proj", "up_proj"])
+    seen = []
+    result = lp.merge(base, [first, other], tmp_path / "merged", weights=[0.5, -2], on_overlap=seen.append)
+    lp.merge(base, other, tmp_path / "other", dtype="float32")
+    before, alone, after = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "other", "merged"))
+    for name, W in before.items():
+        of_first = torch.from_numpy(deltas[name]) if name in deltas else torch.zeros_like(W).double()
+        expected = W.double() + 0.5 * of_first - 2 * (alone[name].double() - W.double())
+        torch.testing.assert_close(after[name].double(), expected, atol=1e-7, rtol=1e-6)
+    row = result.table.set_index("name").loc["model.layers.0.self_attn.q_proj.weight"]
+    assert (row["change"], row["adapters"]) == ("lora", "1, 2")
+    assert result.table.set_index("name").loc["model.norm.weight", "change"] == "whole"
+    assert seen[0] is result.overlap
+    assert list(result.overlap.columns) == list(columns.OVERLAP)
+    assert set(result.overlap["name"]) == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+    assert set(result.overlap["rank_a"]) == {4}
+    assert set(result.overlap["rank_b"]) == {3}
+    told = json.loads(result.to_json())
+    assert len(told["overlap"]) == 2
+    assert told["facts"]["weights"] == [0.5, -2.0]
+
+
+def factors_of(adapter, B, A):
+    """An adapter of one module from its factors, scaling 1."""
+    adapter.mkdir()
+    tensors = {"q.lora_A.weight": A.contiguous(), "q.lora_B.weight": B.contiguous()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": len(A), "lora_alpha": len(A)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return adapter
+
+
+def test_overlap_of_planted_updates(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    save_file({"q.weight": random(60, 50)}, tmp_path / "base.safetensors")
+    B, A = random(60, 4), random(4, 50)
+    one = factors_of(tmp_path / "one", B, A)
+    same = factors_of(tmp_path / "same", B @ torch.diag(torch.tensor([1.0, 2, 3, 4])), A)
+    left = factors_of(tmp_path / "left", B @ random(4, 4), random(4, 50))
+    chance = factors_of(tmp_path / "chance", random(60, 4), random(4, 50))
+    paths = [one, same, left, chance]
+    overlap = lp.merge(tmp_path / "base.safetensors", paths, tmp_path / "out", weights=[1, -1, 1, 1]).overlap
+    rows = {(row["adapter_a"], row["adapter_b"]): row for row in overlap.to_dict("records")}
+    assert set(rows) == {(1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4)}
+    assert rows[1, 2]["phi_left"] == pytest.approx(1)
+    assert rows[1, 2]["phi_right"] == pytest.approx(1)
+    assert rows[1, 2]["sign_conflict"] > 0.8  # weight −1
+    assert rows[1, 2]["cosine"] < -0.8
+    assert rows[1, 3]["phi_left"] == pytest.approx(1)
+    for a, b in ((1, 4), (2, 4), (3, 4)):
+        assert abs(rows[a, b]["phi_left"] - 4 / 60) < 0.1
+        assert abs(rows[a, b]["phi_right"] - 4 / 50) < 0.1
+        assert 0.4 < rows[a, b]["sign_conflict"] < 0.6
+        assert abs(rows[a, b]["cosine"]) < 0.2
+    assert all(row["phi_random_left"] == 4 / 60 and row["phi_random_right"] == 4 / 50 for row in rows.values())
+    assert all(abs(row["control_left"] - 4 / 60) < 0.1 for row in rows.values())
+    U, V = B.double() @ A.double(), (B @ torch.diag(torch.tensor([1.0, 2, 3, 4]))).double() @ A.double()
+    assert rows[1, 2]["cosine"] == pytest.approx(-float((U * V).sum() / (U.norm() * V.norm())))
+    assert rows[1, 2]["sign_conflict"] == pytest.approx(float((U * V > 0).double().mean()), abs=2e-3)
+
+
+# ---------------------------------------------------------------------------------------------- the check
+
+
+def test_the_check_sees_what_is_not_the_sum(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    W, B, A = (torch.randn(*shape, generator=generator).double() for shape in ((40, 30), (40, 4), (4, 30)))
+    X = torch.randint(0, 2, (30, 2), generator=generator).double() * 2 - 1
+    seen, size = W @ X + B @ (A @ X), W.abs().sum(1, keepdim=True) + B.abs() @ A.abs().sum(1, keepdim=True)
+
+    def check(M, dtype=torch.bfloat16):
+        return sums._check(M.to(dtype).double(), seen, size, X, dtype)
+
+    assert 0 < check(W + B @ A) <= 1
+    assert 0 < check(W + B @ A, torch.float32) <= 1
+    for wrong in (W, W - B @ A, W + 2 * (B @ A), W + B @ A.flip(1), W + B.flip(0) @ A, W + 1.05 * (B @ A)):
+        assert check(wrong) > 1
+    one_entry = W + B @ A
+    one_entry[7, 3] += 0.01
+    assert check(one_entry, torch.float32) > 1
+    assert check((W + B @ A).bfloat16().double(), torch.float32) > 1  # rounded more than it says
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def test_an_adapter_of_another_base_is_refused_by_tensor(tmp_path):
+    base, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj"])
+    config = hf.LlamaConfig.from_pretrained(base)
+    config.hidden_size = 32
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    with pytest.raises(lp.MatchError, match=r"q_proj.weight: .*wide has \(16, 32\), .*adapter is for \(16, 16\)"):
+        lp.merge(tmp_path / "wide", adapter, tmp_path / "out")
+    config = hf.LlamaConfig.from_pretrained(base)
+    config.num_hidden_layers = 1
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "shallow")
+    with pytest.raises(
+        lp.MatchError, match=r"layers.1.self_attn.q_proj.lora_A.weight, for which .*shallow has no place"
+    ):
+        lp.merge(tmp_path / "shallow", adapter, tmp_path / "out")
+    gpt2().save_pretrained(tmp_path / "other")
+    with pytest.raises(lp.MatchError, match="adapts no tensor of"):
+        lp.merge(tmp_path / "other", adapter, tmp_path / "out")
+    with pytest.raises(lp.CheckpointError, match="give the base model first"):
+        lp.merge(adapter, base, tmp_path / "out")
+    with pytest.raises(lp.CheckpointError, match="base: is not an adapter"):
+        lp.merge(base, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_overflow_and_quantized_bases_leave_nothing(tmp_path):
+    base, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj"])
+    good = load_file(base / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    cases = [
+        (name, good[name].clone().fill_(math.nan), {}, lp.NumericsError, f"{name}: contains NaN or Inf in the base"),
+        (name, good[name] + 7e4, {"dtype": "float16"}, lp.NumericsError, f"{name}: .*7e.04, beyond float16"),
+        (
+            "lm_head.weight",
+            good["lm_head.weight"] + 7e4,
+            {"dtype": "float16"},
+            lp.ProbeError,
+            "lm_head.weight: reaches",
+        ),
+        (name, good[name].to(torch.float8_e4m3fn), {}, lp.CheckpointError, "F8_E4M3|fp8"),
+    ]
+    for changed, tensor, options, error, words in cases:
+        save_file(good | {changed: tensor}, base / "model.safetensors")
+        with pytest.raises(error, match=words):
+            lp.merge(base, adapter, tmp_path / "out", **options)
+    save_file(good, base / "model.safetensors")
+    content = load_file(adapter / "adapter_model.safetensors")
+    next(iter(content.values()))[0, 0] = math.inf
+    save_file(content, adapter / "adapter_model.safetensors")
+    with pytest.raises(lp.NumericsError, match=r"lora_A.weight in .*: contains NaN or Inf"):
+        lp.merge(base, adapter, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_dora_a_taken_directory_and_weights_that_do_not_fit(tmp_path):
+    base, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(lp.CheckpointError, match=r"DoRA .*merge_and_unload"):
+        lp.merge(base, adapter, tmp_path / "out")
+    (tmp_path / "plain").mkdir()
+    base, adapter, _ = adapt(tmp_path / "plain", llama(), r=4, target_modules=["q_proj"])
+    before = tree(base)
+    for taken in (base, adapter, tmp_path):
+        with pytest.raises(lp.OutputError, match="is not empty; choose another --out"):
+            lp.merge(base, adapter, taken)
+    with pytest.raises(lp.ProbeError, match="one weight an adapter, found 2 for 1"):
+        lp.merge(base, adapter, tmp_path / "out", weights=[1, 2])
+    with pytest.raises(lp.ProbeError, match="finite"):
+        lp.merge(base, adapter, tmp_path / "out", weights=[math.nan])
+    with pytest.raises(lp.ProbeError, match="dtype 'int8'"):
+        lp.merge(base, adapter, tmp_path / "out", dtype="int8")
+    assert tree(base) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bias_that_the_base_has_no_place_for(tmp_path):
+    base, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj"])
+    content = load_file(adapter / "adapter_model.safetensors")
+    content["base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"] = torch.ones(16)
+    save_file(content, adapter / "adapter_model.safetensors")
+    with pytest.raises(lp.MatchError, match=r"lora_bias.*no model.layers.0.self_attn.q_proj.bias"):
+        lp.merge(base, adapter, tmp_path / "out")
+
+
+SLOW = """
+import sys, time
+import lowrank_probe as lp
+def step(name, done, total):
+    if done == 6:
+        print("half", flush=True)
+        time.sleep(60)
+lp.merge(sys.argv[1], sys.argv[2], sys.argv[3], on_progress=step)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_half_way_nothing_looks_finished_and_the_next_run_clears_up(tmp_path, number):
+    base, adapter, _ = sharded(tmp_path)
+    command = [sys.executable, "-c", SLOW, str(base), str(adapter), str(tmp_path / "merged")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+        assert running.stdout.readline() == "half\n"
+        running.send_signal(number)
+        running.wait(30)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert "merged" not in names
+    left = [name for name in names if name.startswith(".merged.part-")]
+    assert len(left) == (1 if number == signal.SIGKILL else 0)
+    lp.merge(base, adapter, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
+
+
+def test_a_run_beside_it_is_left_alone(tmp_path):
+    base, adapter, _ = sharded(tmp_path)
+    command = [sys.executable, "-c", SLOW, str(base), str(adapter), str(tmp_path / "merged")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+        assert running.stdout.readline() == "half\n"
+        lp.merge(base, adapter, tmp_path / "merged")
+        (left,) = tmp_path.glob(".merged.part-*")
+        assert any(left.iterdir())
+        running.send_signal(signal.SIGTERM)
+        running.wait(30)
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def probe(*arguments):
+    command = [sys.executable, "-m", "lowrank_probe", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_commands(tmp_path):
+    base, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj", "up_proj"])
+    done = probe("resize", adapter, "--rank", 2, "--out", tmp_path / "small")
+    assert (done.returncode, done.stderr) == (0, f"adapter: {tmp_path / 'small'}\n")
+    assert "keeps" in done.stdout
+    done = probe(
+        "merge", base, adapter, tmp_path / "small", "--weight", 1, "--weight", -0.5, "--out", tmp_path / "merged"
+    )
+    assert done.returncode == 0
+    assert "1, 2" in done.stdout
+    assert done.stdout.index("cosine") < done.stdout.index("tensors changed")
+    assert done.stderr == f"model: {tmp_path / 'merged'}\n"
+    done = probe("merge", base, adapter, "--out", tmp_path / "again", "--json", "--quiet")
+    assert json.loads(done.stdout)["facts"]["n_changed"] == 4
+    assert done.stderr == ""
+    done = probe("merge", base, adapter, "--out", tmp_path / "again")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {tmp_path / 'again'}: is not empty; choose another --out\n"
+    for wrong in (
+        ("resize", adapter, "--out", tmp_path / "x"),
+        ("resize", adapter, "--out", tmp_path / "x", "--rank", 2, "--energy", 0.5),
+        ("resize", adapter, "--out", tmp_path / "x", "--energy", 2),
+        ("resize", adapter, "--rank", 2),
+        ("resize", adapter, "--rank", 2, "--out", tmp_path / "x", "--dtype", "int8"),
+        ("merge", base, adapter, "--out", tmp_path / "x", "--weight", 1, "--weight", 2),
+        ("merge", base, "--out", tmp_path / "x"),
+    ):
+        done = probe(*wrong)
+        assert (done.returncode, done.stdout) == (2, "")
+    assert not (tmp_path / "x").exists()
