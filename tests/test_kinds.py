@@ -14,6 +14,7 @@ from pairs import add_update, llama_tensors, planted, write
 
 import lowrank_probe as lp
 from lowrank_probe import kinds, marks, reports
+from lowrank_probe.layers import sort_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -434,7 +435,7 @@ def test_only_one_part_moved(tmp_path, kind, where, scope, dtype):
     }
     found = findings(tmp_path, base, tuned)
     assert kind in found
-    assert found[kind].scope == tuple(sorted(scope, key=kinds.sort_key))
+    assert found[kind].scope == tuple(sorted(scope, key=sort_key))
     assert found[kind].evidence["n_unchanged"] == len(base) - found[kind].evidence["n_moved"]
     assert "full fine-tune" not in found
     assert "partially frozen" not in found
