@@ -59,7 +59,6 @@ def recognise(result: "Result") -> list[Finding]:
     if (result.facts.get("tuned") or {}).get("kind") == "adapter":
         return find_adapter(result.table)
     table = result.table.assign(kind=[_kind(row) for row in result.table.to_dict("records")])
-    # −W has cosine −1: not related as a fine-tune, but not foreign either.
     if not result.facts.get("related", True) and 2 * (table["kind"] == "re-initialised").sum() >= len(table):
         return [say_unrelated(table)]
     low_rank = find_low_rank(result, table)

@@ -406,6 +406,27 @@ def test_unrelated_models(tmp_path):
     assert "19 of 19" in found["unrelated"].statement
 
 
+@pytest.mark.parametrize("negated", [of("weight"), of("q_proj", "o_proj", "up_proj", "embed"), of("layers.0.")])
+def test_negated_weights_are_related(tmp_path, negated):
+    """Half of the cosines −1 and half +1 have a median of 0."""
+    base = model(BF16)
+    tuned = change(base, lambda W, i: -W, negated)
+    result = lp.spectrum(write(tmp_path / "base", base), write(tmp_path / "tuned", tuned))
+    assert result.facts["related"] is True
+    assert "warnings" not in result.facts
+    assert "unrelated weights" not in set(result.summary["verdict"])
+    assert result.table["cosine"].to_numpy() == pytest.approx(-1)
+    (scaled,) = (f for f in kinds.recognise(result) if f.kind == "scaled")
+    assert scaled.evidence["factor_max"] == pytest.approx(-1, rel=1e-5)
+
+
+def test_unrelated_models_with_some_weights_negated_stay_unrelated(tmp_path):
+    base, other = model(BF16), model(BF16, seed=9)
+    tuned = other | {name: -base[name] for name in base if "layers.0.self_attn" in name}
+    result = lp.spectrum(write(tmp_path / "base", base), write(tmp_path / "tuned", tuned))
+    assert result.facts["related"] is False
+
+
 def test_identical_models(tmp_path):
     assert list(findings(tmp_path, model(), model())) == ["identical"]
 
