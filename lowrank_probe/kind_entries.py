@@ -5,7 +5,7 @@ Each function says what holds for `part`, the matrices of one kind, of all chang
 
 import math
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -62,13 +62,7 @@ def _say_pruned(part: pd.DataFrame, table: pd.DataFrame) -> Finding:
 def _say_quantized(part: pd.DataFrame, table: pd.DataFrame) -> Finding:
     bits = float(part["grid_bits"].mode().iloc[0])
     same = part[part["grid_bits"] == bits]
-    per_row, whole = same["grid_group"] == same["cols"], same["grid_group"] == same["rows"] * same["cols"]
-    if per_row.mean() >= 0.5:
-        group = "one scale a row"
-    elif whole.mean() >= 0.5:
-        group = "one scale a matrix"
-    else:
-        group = f"groups of {float(same['grid_group'].mode().iloc[0]):.0f}"
+    group = str(pd.Series([_group(row) for row in same.to_dict("records")]).mode().iloc[0])
     like_null = float((same["r90"] / same["null_r90"]).median())
     levels, before = float(same["grid_levels"].median()), float(same["base_levels"].median())
     size = float(same["relative_update"].median())
@@ -81,6 +75,16 @@ def _say_quantized(part: pd.DataFrame, table: pd.DataFrame) -> Finding:
         "relative_update": size, "n_matrices": len(part),
     }  # fmt: skip
     return Finding("quantized", say, evidence, scope_of(part, table))
+
+
+def _group(row: dict[str, Any]) -> str:
+    """Which entries share a scale, in words."""
+    if row["grid_axis"] == "":
+        return "one scale a matrix"
+    columns = row["grid_axis"] == "column"
+    if row["grid_group"] == (row["rows"] if columns else row["cols"]):
+        return f"one scale a {row['grid_axis']}"
+    return f"groups of {row['grid_group']:.0f}" + (" along columns" if columns else "")
 
 
 def _say_restored(part: pd.DataFrame, table: pd.DataFrame) -> Finding:
