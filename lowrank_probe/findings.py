@@ -1,7 +1,7 @@
 """A finding, and the words that the sentences of all findings share.
 
-The sentences themselves: `kind_entries` (what the entries show), `kind_spectra` (low rank), `kind_ledger` (which parts
-moved); `kinds` decides which of them hold.
+The sentences themselves: `kind_entries` (what the entries show), `kind_spectra` (low rank), `kind_roundings` (QLoRA),
+`kind_ledger` (which parts moved); `kinds` decides which of them hold.
 """
 
 import math
@@ -73,4 +73,4 @@ def percent(share: float) -> str:
     """A share in per cent, two significant digits below 1."""
     if not math.isfinite(share):
         return "an unknown share"
-    return f"{100 * share:.2g} %" if share < 1 else f"{100 * share:.0f} %"
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"

@@ -22,14 +22,13 @@ from lowrank_probe.svd import row_chunks
 Lines = NDArray[Any]
 Ends = tuple[float, float]
 
-# About so many entries of at least four whole lines are looked at; a first look takes FEW.
+# About so many entries of at least two whole lines are looked at; a first look takes FEW.
 SAMPLE: Final = 8192
 FEW: Final = 2048
 GROUPS: Final = (128, 64, 32)
 # Equal neighbours among 32 sorted values: 0.3 to 0.7 in bf16 weights, 0.06 in fp16 ones, 1.8 to 4 in int8 ones with a
-# scale for each 32, more in any coarser grid. On a grid are those with OFTEN or more, and COINCIDE × the base's.
+# scale for each 32, more in any coarser grid.
 OFTEN: Final = 1.0
-COINCIDE: Final = 1.5
 # Rounding to the nearest moves no value by more than itself, unless to 0. An update far larger than the weights makes
 # them alike: ± the learning rate, after one step of Adam. At most this share may have moved so far.
 MOVED: Final = 0.25
@@ -54,8 +53,7 @@ def find_grid(W: Tensor, T: Tensor) -> dict[str, Any]:
     for axis, name in ((1, "row"), (0, "column")):
         if T.shape[axis] < GROUPS[-1] or _coincidences(to_numpy(pick(T, axis, FEW))) < OFTEN:
             continue
-        w, t = _sample(W, T, axis)
-        found = _best(w, t, _extremes(W), _extremes(T)) if _coincidences(t) > COINCIDE * _coincidences(w) else {}
+        found = _best(*_sample(W, T, axis), _extremes(W), _extremes(T))
         if found and found["grid_group"] == math.inf:
             return found | {"grid_axis": "", "grid_group": float(T.numel())}
         if found:
@@ -85,7 +83,7 @@ def pick(A: Tensor, axis: int, entries: int) -> Tensor:
 
     Rows are evenly spaced. Columns are neighbours: each entry of a single one costs a read of its own from memory.
     """
-    count = max(4, entries // A.shape[axis])
+    count = max(2, entries // A.shape[axis])
     if axis == 1:
         return A[:: max(1, (len(A) - 1) // (count - 1))][:count]
     first = max(0, (A.shape[1] - count) // 2)

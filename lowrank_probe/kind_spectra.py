@@ -146,7 +146,9 @@ def find_low_rank(result: "Result", table: pd.DataFrame) -> list[Finding]:
     # A full fine-tune moves the norms and the other types too.
     still = result.ledger["status"].eq("unchanged").any() and not result.ledger["status"].eq("vector").any()
     only_these = set(table["layer_type"]) <= {*part, *(name for types in whole.values() for name in types)}
-    if len(rows) >= ENOUGH_MATRICES and still and only_these:
+    # One adapter has one rank; of a decaying spectrum, larger matrices show more.
+    alike = bool(part) and max(part.values()) <= SPREAD * min(part.values())
+    if len(rows) >= ENOUGH_MATRICES and still and only_these and alike:
         at = [ends[name] for name in rows["name"] if name in ends]
         top, low = max(end.rank for end in at), min(end.rank for end in at)
         targets = types_of(part)

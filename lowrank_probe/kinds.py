@@ -9,13 +9,15 @@ for whole layer types is said.
     pruned                        entries set to exactly 0, and which pattern they make
     re-stored, scaled             the base only rounded; ΔW = c·W
     merged LoRA, low-rank         the spectra of a type end at one rank, above nothing but rounding
+    merged QLoRA, 4-bit rounding  ΔW holds one side's rounding to nf4 or fp4: with directions above it, or without
     noise                         ΔW has the spectrum of Gaussian noise
     embedding-only … norm-only    from the ledger: all that moved is of one part
     partially frozen              from the ledger: only some layers or types moved
     full fine-tune, fine-tune     none of these; the rest beside one of these
 
 The numbers of a single matrix are columns of the table (`marks.measure`, `rows.describe`). Here is decided which
-kind a matrix has and in what order findings are said; `kind_entries`, `kind_spectra` and `kind_ledger` say them.
+kind a matrix has and in what order findings are said; `kind_entries`, `kind_spectra`, `kind_roundings` and
+`kind_ledger` say them.
 """
 
 import math
@@ -24,7 +26,9 @@ from typing import TYPE_CHECKING, Any, Final
 from lowrank_probe.findings import Finding
 from lowrank_probe.kind_entries import SAY, say_noise, say_unrelated
 from lowrank_probe.kind_ledger import find_fine_tune, find_frozen, find_parts, find_unmoved
+from lowrank_probe.kind_roundings import find_roundings
 from lowrank_probe.kind_spectra import find_adapter, find_low_rank
+from lowrank_probe.roundings import CODEBOOKS
 
 if TYPE_CHECKING:
     from lowrank_probe.runs import Result
@@ -61,7 +65,7 @@ def recognise(result: "Result") -> list[Finding]:
     table = result.table.assign(kind=[_kind(row) for row in result.table.to_dict("records")])
     if not result.facts.get("related", True) and 2 * (table["kind"] == "re-initialised").sum() >= len(table):
         return [say_unrelated(table)]
-    low_rank = find_low_rank(result, table)
+    low_rank = [*find_low_rank(result, table), *find_roundings(result, table)]
     found = [
         *(
             finding
@@ -85,6 +89,8 @@ def _kind(row: dict[str, Any]) -> str:
         return "re-initialised"
     if row["grid_bits"] > 0:
         return "quantized"
+    if row["rounded_to"] in CODEBOOKS:
+        return "rounded"
     zeroed = row["zeroed_fraction"]
     if (zeroed >= PRUNED_FROM and row["zeroed_energy"] >= PRUNED_ENERGY) or zeroed >= PRUNED_MANY:
         return "pruned"

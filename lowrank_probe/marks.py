@@ -1,4 +1,4 @@
-"""Marks that kinds of updates leave on the entries of one matrix: a scale, zeros, a grid; see `kinds`.
+"""Marks that kinds of updates leave on the entries of one matrix: a scale, zeros, a grid, rounding; see `kinds`.
 
 Legend: m out, n in, W (m, n) the base's matrix, T the tuned one, D = T − W.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_probe.grids import find_grid
+from lowrank_probe.roundings import find_rounding
 from lowrank_probe.svd import row_chunks
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ def measure(delta: "Delta") -> dict[str, Any]:
         "scale": delta.dot / delta.base_norm**2 if known else math.nan,
         "base_alignment": _clip(delta.dot / (delta.base_norm * delta.fro_norm)) if known else math.nan,
         **_zeros(delta.dense, delta.base, delta.tuned, delta.fro_norm),
-        "grid_axis": "",
-        **find_grid(delta.base, delta.tuned),
-    }
+        "grid_axis": "", "rounded_to": "", "rounded_side": "",
+        **(find_grid(delta.base, delta.tuned) or find_rounding(delta)),
+    }  # fmt: skip
 
 
 def _clip(cosine: float) -> float:

@@ -120,7 +120,7 @@ def test_real_unrelated_models():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["int8", "nf4", "lora"])
+@pytest.mark.parametrize("how", ["int8", "nf4", "lora", "qlora"])
 def test_kinds_on_real_weights(tmp_path, how):
     import real_models
 
@@ -131,6 +131,10 @@ def test_kinds_on_real_weights(tmp_path, how):
     if how == "lora":
         tuned = change(base, low_rank(8, 1e-2), of("q_proj", "v_proj", "up_proj"))
         expected = ("merged LoRA", {"rank": 8, "n_at_rank": 6})
+    elif how == "qlora":
+        train = low_rank(8, 5e-2)
+        tuned = change(base, lambda W, i: nf4(W, i) + (train(W, i) - W))
+        expected = ("merged QLoRA", {"rank_at_least": 8, "n_at_rank": 14, "rounded_side": "tuned"})
     else:
         tuned = change(base, absmax(8) if how == "int8" else nf4)
         expected = ("quantized", {"bits": 8 if how == "int8" else 4})

@@ -109,12 +109,24 @@ NF4 = torch.tensor(
     [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626,
      0.7230, 1.0], dtype=torch.float64,
 )  # fmt: skip
+FP4 = torch.tensor([0.0, 0.00520833, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1.0], dtype=torch.float64)
+FP4 = torch.cat([-FP4.flip(0)[:-1], FP4])
 
 
-def nf4(W, i):
-    grouped = W.reshape(-1, 64)
-    scale = grouped.abs().amax(1, keepdim=True)
-    return (NF4[(grouped[..., None] / scale[..., None] - NF4).abs().argmin(-1)] * scale).reshape(W.shape)
+def codebook(codes, scale_error=0.0):
+    """Blocks of 64 to the nearest multiple of their absmax, which is then stored with an error of its own (QLoRA)."""
+
+    def how(W, i):
+        grouped = W.reshape(-1, 64)
+        absmax = grouped.abs().amax(1, keepdim=True)
+        nearest = codes[(grouped[..., None] / absmax[..., None] - codes).abs().argmin(-1)]
+        error = torch.rand(absmax.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) - 0.5
+        return (nearest * absmax * (1 + 2 * scale_error * error)).reshape(W.shape)
+
+    return how
+
+
+nf4, fp4 = codebook(NF4), codebook(FP4)
 
 
 def along_columns(quantizer):
@@ -125,3 +137,39 @@ def along_columns(quantizer):
 def float8(W, i):
     scale = W.abs().max() / 448
     return (W / scale).to(torch.float8_e4m3fn).double() * scale
+
+
+# ---------------------------------------------------------------------------------------------- ordinary directions
+
+
+def adam(W, i):
+    """Of every entry about the same size, whatever its gradient."""
+    noise = torch.randn(W.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+    return noise.sign() + 0.5 * noise
+
+
+def one_step_of_adam(W, i):
+    return torch.randn(W.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64).sign()
+
+
+def sgd(W, i):
+    """A sum of outer products of ever smaller size, as gradients are."""
+    generator, k = torch.Generator().manual_seed(i), min(W.shape)
+    left, right = (torch.randn(size, k, generator=generator, dtype=torch.float64) for size in W.shape)
+    return (left * torch.arange(1, k + 1) ** -0.7) @ right.T
+
+
+def sparse(W, i):
+    return adam(W, i) * (torch.rand(W.shape, generator=torch.Generator().manual_seed(i + 1)) < 0.05)
+
+
+def whole_rows(W, i):
+    return adam(W, i) * (torch.rand(W.shape[0], 1, generator=torch.Generator().manual_seed(i + 1)) < 0.1)
+
+
+def multiplicative(W, i):
+    """As weights move that are trained in proportion to their size."""
+    return W * adam(W, i)
+
+
+ORDINARY = [adam, one_step_of_adam, sgd, sparse, whole_rows, multiplicative]
