@@ -98,9 +98,16 @@ TABLE: Final[dict[str, Column]] = {
     "zeroed_energy": Column("share of ‖ΔW‖² in those entries: 1 where pruning is all that happened"),
     "zero_pattern": Column('what the zeros of W_tuned make: "rows", "columns", "2:4" or ""'),
     "grid_bits": Column("bits of the grid that the values of W_tuned lie on and those of W_base do not; missing: none"),
-    "grid_group": Column("consecutive entries of a row that share one scale; cols: a row, rows·cols: the whole matrix"),
-    "grid_levels": Column("most distinct values of W_tuned in such a group (a few rows are looked at)"),
+    "grid_axis": Column('along what entries share a scale: "row", "column", or "" (the whole matrix, or no grid)'),
+    "grid_group": Column("consecutive entries along it that share one scale; rows·cols: the whole matrix"),
+    "grid_levels": Column("most distinct values of W_tuned in such a group (a few lines are looked at)"),
     "base_levels": Column("median number of distinct values of W_base in such a group"),
+    "rounded_to": Column(
+        '4-bit codebook, "nf4" or "fp4", whose rounding errors ΔW holds beside an update; "" for none'
+    ),
+    "rounded_side": Column('which side was rounded: "tuned" (an adapter merged into the dequantized base) or "base"'),
+    "rounding_energy": Column("share of ‖ΔW‖² that these errors make; missing: none"),
+    "rounding_edge": Column("largest σ that they produce, of the errors themselves"),
     "seconds": Column("reading and computing this matrix", unit="s"),
 }
 

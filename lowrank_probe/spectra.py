@@ -259,7 +259,8 @@ class _Run:
         cosines += [1.0 for item in done if item.line["status"] == "unchanged" and self._is_matrix(item.pair)]
         cosine = float(np.median(cosines)) if cosines else math.nan
         facts["median_cosine"] = cosine
-        facts["related"] = not cosine < UNRELATED_COSINE
+        # −W has cosine −1 and is related.
+        facts["related"] = not cosines or float(np.median(np.abs(cosines))) >= UNRELATED_COSINE
         if not facts["related"]:
             facts["warnings"] = [
                 f"unrelated checkpoints: the median cosine of their weights is {cosine:+.3f}, so that their difference "
