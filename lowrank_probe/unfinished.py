@@ -1,7 +1,7 @@
 """What an extraction has finished so far: one small file a matrix, durable at once, so that a killed run goes on.
 
 `<out>/.unfinished/` holds run.json (what is being extracted, how) and per matrix a safetensors file of its spectrum or
-its factors. A file is written aside, synced and renamed: what is there is whole.
+its factors. A file is written aside and renamed: what is there is whole.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank_probe import outputs
 from lowrank_probe.checkpoints import Checkpoint
-from lowrank_probe.errors import OutputError
+from lowrank_probe.errors import CheckpointError, OutputError
 from lowrank_probe.runs import plain
 from lowrank_probe.safetensors_files import read_header, write_file
 
@@ -50,7 +50,12 @@ class Unfinished:
             self._write("run.json", lambda path: path.write_text(told, encoding="utf-8"))
 
     def has(self, key: str) -> bool:
-        return (self.folder / f"{key}.safetensors").exists()
+        """Whether it is there, and whole: a machine that lost power may leave an empty file of that name."""
+        file = self.folder / f"{key}.safetensors"
+        try:
+            return file.exists() and read_header(file) is not None
+        except CheckpointError:
+            return False
 
     def put(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Keep the tensors and facts of one matrix under a key, such as "factors-00012-003"."""
@@ -89,8 +94,6 @@ class Unfinished:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(aside)
-            with open(aside, "rb") as handle:
-                os.fsync(handle.fileno())
             os.replace(aside, self.folder / name)
         except OSError as error:
             aside.unlink(missing_ok=True)
