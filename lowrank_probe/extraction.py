@@ -7,7 +7,7 @@ Every finished matrix is kept at once (`unfinished`), so that a run that was kil
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lowrank_probe.factorisation import DTYPES
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.options import Options
 from lowrank_probe.outputs import write_directory
-from lowrank_probe.peft_files import write_adapter
+from lowrank_probe.peft_files import CONFIG, write_adapter
 from lowrank_probe.rank_choice import RankChoice
 from lowrank_probe.runs import SCHEMA_VERSION, facts_text, plain
 from lowrank_probe.selection import select
@@ -119,8 +119,14 @@ def extract(
     if where.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where.device)
     allotted = _ranks(work, choice, DTYPES[dtype], on_progress)
-    selection = replace(selection, whole=[one for one in selection.whole if one.why == "bias" or work.norm_of(one) > 0])
-    lines = ledger_lines(work, selection, allotted)
+    norms = selection.weigh(base_side, tuned_side)
+    moved = {target.name for target in work.targets if work.moved(target)}
+    kept = {
+        label: {name: one.rank for name, one in allotments.items() if name in moved}
+        for label, allotments in allotted.items()
+    }
+    carried = {label: selection.at(ranks) for label, ranks in kept.items()}
+    lines = ledger_lines(work, carried, allotted, norms)
     if not any(line["fro_norm"] > 0 for line in lines):
         store.remove()
         raise UnchangedError(
@@ -128,11 +134,10 @@ def extract(
         )
     ledger = pd.DataFrame(lines, columns=list(EXTRACTION))
     adapters = {}
-    moved = {target.name: work.moved(target) for target in work.targets}
-    for label, allotments in allotted.items():
-        kept = {name: one.rank for name, one in allotments.items() if moved[name]}
+    for label, at in kept.items():
+        (Path(out) / label / CONFIG).unlink(missing_ok=True)  # of this run, killed while it wrote
         adapters[label] = write_adapter(
-            Path(out) / label, selection, kept, partial(work.cut, kept), base_side, tuned_side, dtype=DTYPES[dtype]
+            Path(out) / label, carried[label], at, partial(work.cut, at), base_side, tuned_side, dtype=DTYPES[dtype]
         )
     facts["seconds"] = time.perf_counter() - started
     if where.device.type == "cuda":

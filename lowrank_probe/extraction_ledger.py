@@ -17,16 +17,24 @@ from lowrank_probe.targets import Selection, Target
 
 
 def ledger_lines(
-    work: Work, selection: Selection, allotted: Mapping[str, Mapping[str, Allotment]]
-) -> list[dict[str, Any]]:
-    """One line an adapter and unit (`columns.EXTRACTION`), with what every adapter carries whole or leaves out."""
-    pairs = [pair for pair, _ in selection.left_out if pair is not None]
-    norms = work.norms(pairs)
-    others = list(_others(work, selection, norms))
+    work: Work, selections: Mapping[str, Selection], allotted: Mapping[str, Mapping[str, Allotment]],
+    norms: Mapping[str, float],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One line an adapter and unit (`columns.EXTRACTION`), with what each adapter carries whole or leaves out.
+
+    selections: adapter → what it carries. norms: ‖ΔW‖_F of what is carried whole.
+    """
+    pairs = {
+        pair.key: pair
+        for one in selections.values()
+        for pair, line in one.left_out
+        if pair is not None and math.isnan(line["fro_norm"])
+    }
+    left = work.norms(list(pairs.values()))
     lines = []
     for label, allotments in allotted.items():
         lines += [{"adapter": label} | _target_line(work, one, allotments[one.name]) for one in work.targets]
-        lines += [{"adapter": label} | line for line in others]
+        lines += [{"adapter": label} | line for line in _others(work, selections[label], norms, left)]
     total = sum(line["fro_norm"] ** 2 for line in lines if line["fro_norm"] > 0) / max(1, len(allotted))
     for line in lines:
         line["share"] = line["fro_norm"] ** 2 / total if total > 0 else math.nan
@@ -100,19 +108,23 @@ def _place(target: Target) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _others(work: Work, selection: Selection, norms: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+def _others(
+    work: Work, selection: Selection, norms: Mapping[str, float], left: Mapping[str, float]
+) -> Iterator[dict[str, Any]]:
     """What is carried whole, and what is not carried: no rank, energy 1 or 0."""
     nothing = {"copies": 1, "rank": 0, "rule": "", "method": "", "stack": "", "kind": ""}
     for whole in selection.whole:
-        norm = whole.fro_norm(work.base, work.tuned)
         parameters = sum(math.prod(work.tuned.tensors[name].shape) for name in whole.tensors.values())
         yield nothing | {
-            "name": whole.module, "status": "carried whole", "parameters": parameters, "fro_norm": norm,
+            "name": whole.name, "status": "carried whole", "parameters": parameters, "fro_norm": norms[whole.name],
             "energy": 1.0, "relative_error": 0.0, "note": whole.why,
         }  # fmt: skip
+    chosen = {pair.key for target in work.targets for pairs in target.pieces for pair in pairs}
     for pair, line in selection.left_out:
-        norm = line["fro_norm"] if pair is None else norms[pair.key]
-        status = "unchanged" if norm == 0 else "not carried"
+        if pair is not None and pair.key in chosen:
+            continue  # a target without a rank, which has a line of its own
+        norm = left[pair.key] if pair is not None and pair.key in left else line["fro_norm"]
+        status = "unchanged" if norm == 0 or line["status"] == "unchanged" else "not carried"
         yield nothing | {
             "name": line["name"] or line["tuned_name"], "status": status, "layer_type": line["layer_type"],
             "layer": line["layer"], "parameters": 0, "fro_norm": norm, "energy": 0.0 if norm > 0 else math.nan,

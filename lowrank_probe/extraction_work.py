@@ -25,7 +25,7 @@ from lowrank_probe.options import Options
 from lowrank_probe.rows import Settings, analyse
 from lowrank_probe.scheduling import interruptible, run_jobs
 from lowrank_probe.svd import full_spectrum
-from lowrank_probe.targets import Target, Whole
+from lowrank_probe.targets import Target
 from lowrank_probe.unfinished import Unfinished
 
 Progress = Callable[[str, int, int], None]
@@ -133,10 +133,6 @@ class Work:
             run_jobs(list(pairs), size, load, lambda pair, norm: (pair.key, norm), torch.device("cpu"))
         ) as jobs:
             return dict(jobs)
-
-    def norm_of(self, whole: Whole) -> float:
-        """‖ΔW‖_F of what is carried as it is."""
-        return whole.fro_norm(self.base, self.tuned)
 
     def moved(self, target: Target) -> bool:
         """Whether a target has factors, in one of its copies."""

@@ -37,8 +37,7 @@ class Unfinished:
         told = json.dumps(plain(dict(identity)), indent=1, sort_keys=True)
         outputs.check_writable(out)
         found = sorted(path.name for path in out.iterdir()) if out.exists() else []
-        self.resumed = found == [FOLDER] and (self.folder / "run.json").exists()
-        if self.resumed:
+        if (self.folder / "run.json").exists():  # what else is there, this run was about to put in place
             if (self.folder / "run.json").read_text(encoding="utf-8") != told:
                 raise OutputError(
                     f"{out}: holds the unfinished work of other files, options or another version; choose another "

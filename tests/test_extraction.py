@@ -273,6 +273,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_files(decaying, tmp_path):
     assert not (tmp_path / "killed" / "adapter_config.json").exists()
     kept = {path.name: os.stat(path).st_mtime_ns for path in unfinished.glob("factors-*.safetensors")}
     assert kept
+    # Killed once more, while the finished adapter was put in place.
+    (tmp_path / "killed" / "adapter_model.safetensors").write_bytes(b"half")
+    (tmp_path / "killed" / "adapter_config.json").write_text("{}")
     fails("extract", *decaying, "--dtype", "bfloat16", "--out", tmp_path / "killed", words=["unfinished work of other"])
     probe("extract", *decaying, "--rank", "3", "--out", tmp_path / "killed")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
