@@ -15,7 +15,8 @@ from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, Out
 
 if TYPE_CHECKING:
     from lowrank_probe.demos import demo
-    from lowrank_probe.extraction import Extraction, extract
+    from lowrank_probe.extraction import extract
+    from lowrank_probe.extraction_runs import Extraction
     from lowrank_probe.merging import Merged, merge
     from lowrank_probe.options import Options
     from lowrank_probe.rank_choice import RankChoice
@@ -37,7 +38,7 @@ _VERBS = {
     "trajectory": "trajectories",
     "Trajectory": "trajectory_runs",
     "extract": "extraction",
-    "Extraction": "extraction",
+    "Extraction": "extraction_runs",
     "RankChoice": "rank_choice",
     "Options": "options",
     "verify": "verification",

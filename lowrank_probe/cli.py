@@ -234,7 +234,7 @@ app.command(epilog="Example: probe extract base/ finetuned/ --rank 16 --out adap
 
 @app.command(epilog="Example: probe report probe-runs/finetuned-20260102-030405/ --open")
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory, of a pair or of a trajectory.")],
+    run: Annotated[Path, typer.Argument(help="A run directory, or what probe extract wrote.")],
     open_report: Open = False,
     figures: Figures = None,
 ) -> None:

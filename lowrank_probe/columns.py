@@ -178,6 +178,26 @@ EXTRACTION: Final[dict[str, Column]] = {
     "note": Column("why, in words"),
 }
 
+# Of an extraction, by layer type; sums and means over its matrices are of squares.
+EXTRACTION_SUMMARY: Final[dict[str, Column]] = {
+    "adapter": Column('which adapter: "" where there is one, else "r4", "r8", …'),
+    "layer_type": Column("layer type, with its stack where it is in several"),
+    "n_adapted": Column("modules and parameters that LoRA adapts"),
+    "rank_low": Column("the least of their ranks"),
+    "rank_high": Column("the largest of their ranks"),
+    "parameters": Column("Σ copies·r·(m + n), without what is carried whole"),
+    "energy": Column("1 − Σ‖ΔW − BA‖_F² / Σ‖ΔW‖_F² of the stored factors, over what is adapted", source=_EY),
+    "relative_error": Column("√(Σ‖ΔW − BA‖_F² / Σ‖ΔW‖_F²) of the stored factors"),
+    "optimal_error_low": Column("no matrices of these ranks have a smaller one", source=_EY),
+    "optimal_error_high": Column("that of the truncated SVD before its factors are rounded to be stored"),
+    "share": Column("‖ΔW‖_F² of all that changed"),
+    "carried": Column("the part of it that the factors carry"),
+    "truncated": Column("the part that their ranks cut away"),
+    "carried_whole": Column("the part in tensors that go whole"),
+    "not_carried": Column("the part that the adapter leaves out"),
+    "n_unknown": Column("tensors left out whose ‖ΔW‖_F is unknown, and in none of the shares"),
+}
+
 # Energy against rank of an extraction's targets.
 CURVES: Final[dict[str, Column]] = {
     "name": Column("module or parameter as PEFT names it"),

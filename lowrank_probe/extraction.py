@@ -4,10 +4,8 @@ Legend: m out, n in, r rank. A target is what PEFT adapts (`targets.Target`), it
 Every finished matrix is kept at once (`unfinished`), so that a run that was killed goes on where it was.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from lowrank_probe.columns import CURVES, EXTRACTION
 from lowrank_probe.devices import choose_device
 from lowrank_probe.errors import ProbeError, UnchangedError
 from lowrank_probe.extraction_ledger import curves, ledger_lines, totals
+from lowrank_probe.extraction_runs import FOLDER, Extraction
 from lowrank_probe.extraction_work import Work
 from lowrank_probe.factorisation import DTYPES
 from lowrank_probe.facts import machine_facts, side_facts
@@ -28,49 +27,11 @@ from lowrank_probe.options import Options
 from lowrank_probe.outputs import write_directory
 from lowrank_probe.peft_files import CONFIG, write_adapter
 from lowrank_probe.rank_choice import RankChoice
-from lowrank_probe.runs import SCHEMA_VERSION, facts_text, plain
+from lowrank_probe.runs import SCHEMA_VERSION
 from lowrank_probe.selection import select
 from lowrank_probe.unfinished import Unfinished
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """ledger: one row an adapter and unit, and one for everything that is not carried (`columns.EXTRACTION`).
-
-    curves: energy against rank of every unit, up to its largest rank (`columns.CURVES`).
-    adapters: label → directory ("" where there is one, else "r4", "r8", …). facts: what was extracted, how, and per
-    adapter its parameters, bytes and the share of ‖ΔW‖² that base + adapter carries.
-    """
-
-    ledger: pd.DataFrame
-    curves: pd.DataFrame
-    adapters: dict[str, Path]
-    facts: dict[str, Any]
-
-    @property
-    def directory(self) -> Path:
-        """What was given as `out`."""
-        label, path = next(iter(self.adapters.items()))
-        return path.parent if label else path
-
-    def to_json(self) -> str:
-        """One JSON object with `schema_version`: facts and ledger; NaN and ∞ become null."""
-        told = {"schema_version": SCHEMA_VERSION, "facts": self.facts, "ledger": self.ledger.to_dict("records")}
-        return json.dumps(plain(told), ensure_ascii=False)
-
-    def save(self, directory: Path) -> Path:
-        """Write ledger.parquet, curves.parquet, ledger.csv and, last, facts.json. Raises `OutputError`."""
-        files: dict[str, Callable[[Path], Any]] = {
-            "ledger.parquet": lambda p: self.ledger.to_parquet(p, index=False),
-            "curves.parquet": lambda p: self.curves.to_parquet(p, index=False),
-            "ledger.csv": lambda p: self.ledger.to_csv(p, index=False),
-            "facts.json": lambda p: p.write_text(
-                facts_text(self.facts, p.parent, ["ledger.parquet", "curves.parquet"]), encoding="utf-8"
-            ),
-        }
-        return write_directory(directory, files)
 
 
 def extract(
@@ -109,6 +70,7 @@ def extract(
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "status": "complete", "base": side_facts(base_side),
         "tuned": side_facts(tuned_side), "targets": list(wanted), "servable": servable, "dtype": dtype,
+        "vocabulary": selection.sizes,
         "ranks": choice.facts(), "options": options.facts(), "notes": [*selection.notes, *filter(None, [where.note])],
         **machine_facts(where),
     }  # fmt: skip
@@ -147,7 +109,9 @@ def extract(
         for label, path in adapters.items()
     }
     found = Extraction(ledger, pd.DataFrame(curves(work), columns=list(CURVES)), adapters, facts)
-    found.save(Path(out) / "probe")
+    for label, path in adapters.items():
+        write_directory(path, {"README.md": partial(Path.write_text, data=found.card(label), encoding="utf-8")})
+    found.save(Path(out) / FOLDER)
     store.remove()
     return found
 

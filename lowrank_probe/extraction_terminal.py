@@ -15,7 +15,7 @@ from lowrank_probe.layers import sort_key
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lowrank_probe.extraction import Extraction
+    from lowrank_probe.extraction_runs import Extraction
     from lowrank_probe.verification import Verification
 
 

@@ -41,6 +41,7 @@ def side_facts(side: Checkpoint | None) -> dict[str, Any] | None:
         "path": os.path.abspath(side.path) if files else str(side.path),
         "kind": "adapter" if side.is_adapter else "model",
         "model_type": side.config.get("model_type"),
+        "architectures": side.config.get("architectures"),
         "n_tensors": len(side.tensors),
         "n_bytes": sum(info.n_bytes for info in side.tensors.values()),
         "files": files,

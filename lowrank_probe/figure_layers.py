@@ -106,7 +106,7 @@ def heatmap_spec(table: pd.DataFrame, metric: str) -> Spec:
     }
     owners = [name for name, traces in drawn.items() for _ in traces]
     buttons = [button(METRICS[name].label, {"visible": [name == owner for owner in owners]}) for name in METRICS]
-    x = _layer_axis(columns) | {"showgrid": False}
+    x = layer_axis(columns) | {"showgrid": False}
     y = {"type": "category", "categoryarray": rows, "categoryorder": "array", "showgrid": False, "ticksuffix": "  "}
     height = 170 + max(34 * min(len(rows), 14), 22 * len(rows))
     traces = [trace for traces in drawn.values() for trace in traces]
@@ -139,7 +139,7 @@ def relative_update_spec(table: pd.DataFrame) -> Spec:
     wide = len(positive) > 0 and bool(positive.max() > 12 * np.median(positive))
     y: Spec = {"title": "‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖", "tickformat": ".2~%" if relative else "~g"}
     y |= {"type": "log", "nticks": 6} if wide else {"rangemode": "tozero"}
-    return spec(traces, "How large is the update, layer by layer?", 440, _layer_axis(columns), y)
+    return spec(traces, "How large is the update, layer by layer?", 440, layer_axis(columns), y)
 
 
 def bracket_spec(table: pd.DataFrame) -> Spec:
@@ -202,7 +202,7 @@ def _layer_ticks(layers: Any) -> Spec:
     return {"tickvals": ticks, "ticktext": words}
 
 
-def _layer_axis(columns: list[str]) -> Spec:
+def layer_axis(columns: list[str]) -> Spec:
     """The category axis of layers: at most 24 ticks, "outside" a line lower, clear of the last layer."""
     step = max(1, -(-(len(columns) - (OUTSIDE in columns)) // 24))
     ticks = [name for i, name in enumerate(columns) if name == OUTSIDE or i % step == 0]

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +22,7 @@ import plotly.graph_objects as go
 
 from lowrank_probe import outputs
 from lowrank_probe.errors import ProbeError
+from lowrank_probe.extraction_runs import Extraction
 from lowrank_probe.figure_layers import (
     METRICS,
     bracket_spec,
@@ -141,7 +143,7 @@ def check_writable(directory: str | os.PathLike[str]) -> None:
         )
 
 
-def write(found: "Result | Trajectory", directory: str | os.PathLike[str]) -> list[Path]:
+def write(found: "Result | Trajectory | Extraction", directory: str | os.PathLike[str]) -> list[Path]:
     """Write every figure of the report as <name>.svg and <name>.png, on white; returns the paths.
 
     Those of a trajectory's steps go to <label>/ below its own.
@@ -154,7 +156,7 @@ def write(found: "Result | Trajectory", directory: str | os.PathLike[str]) -> li
     root, written = Path(directory), list[Path]()
     with tempfile.TemporaryDirectory(prefix="lowrank_probe-") as drawn:
         aside = Path(drawn)
-        jobs = list(_jobs(specs(found), aside)) if isinstance(found, Result) else list(_trajectory_jobs(found, aside))
+        jobs = list(_all_jobs(found, aside))
         for place in {Path(job["path"]).parent for job in jobs}:
             place.mkdir(exist_ok=True)
         try:
@@ -188,12 +190,13 @@ def _jobs(figures: Mapping[str, Spec], root: Path) -> Iterable[dict[str, Any]]:
             yield {"fig": {"data": spec["data"], "layout": layout}, "path": path, "opts": {"format": form, **size}}
 
 
-def _trajectory_jobs(trajectory: "Trajectory", root: Path) -> Iterable[dict[str, Any]]:
-    figures = {name: figure.to_plotly_json() for name, figure in trajectory.figures.items()}
+def _all_jobs(found: "Result | Trajectory | Extraction", root: Path) -> Iterable[dict[str, Any]]:
+    if isinstance(found, Result):
+        return _jobs(specs(found), root)
+    figures = {name: figure.to_plotly_json() for name, figure in found.figures.items()}
     for spec in figures.values():
         layout = spec["layout"]
         for menu in layout.get("updatemenus", ()):  # a written figure has none: say what it would have shown as chosen
             layout["title"]["text"] += f" ({menu['buttons'][menu['active']]['label']})"
-    yield from _jobs(figures, root)
-    for label, result in trajectory.results.items():
-        yield from _jobs(specs(result), root / label)
+    steps = [] if isinstance(found, Extraction) else found.results.items()
+    return chain(_jobs(figures, root), *(_jobs(specs(result), root / label) for label, result in steps))

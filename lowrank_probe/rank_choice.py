@@ -60,7 +60,7 @@ class RankChoice:
 
     def facts(self) -> dict[str, Any]:
         """What was asked for, JSON's own types, without what was left open."""
-        told = {key: value for key, value in vars(self).items() if value not in (None, False, ()) and value != 1}
+        told = {key: value for key, value in vars(self).items() if value != getattr(RankChoice, key)}
         return told | ({"ranks": list(self.ranks)} if self.ranks else {})
 
     def allot(self, units: Sequence[Unit], bytes_per_parameter: int) -> dict[str, tuple[Allotment, ...]]:

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from lowrank_probe import __version__, words
 from lowrank_probe.columns import LEDGER, TABLE, Column
+from lowrank_probe.extraction_runs import Extraction, extraction_directory
 from lowrank_probe.figure_data import packed_spectra
 from lowrank_probe.figure_spectra import opening, points_for
 from lowrank_probe.figure_style import Spec
@@ -84,17 +85,20 @@ def report(
 ) -> Path:
     """Render a run directory's report.html anew from its tables; returns the page's path.
 
-    Of a trajectory also the steps' own, to which its page links.
+    Of a trajectory also the steps' own, to which its page links; of an extraction that in its `probe/`.
     figures_dir: also write every figure there as SVG and PNG (needs kaleido and a Chromium).
     Raises `CheckpointError` where `run_dir` is no run directory, `OutputError` where a page cannot be written,
     `ProbeError` where the figures cannot be drawn.
     """
-    from lowrank_probe import trajectory_reports
+    from lowrank_probe import extraction_reports, trajectory_reports
 
     root = Path(run_dir).absolute()
+    root = extraction_directory(root) or root
     found = load(root)
     if isinstance(found, Result):
         pages = {root: render(found)}
+    elif isinstance(found, Extraction):
+        pages = {root: extraction_reports.render(found)}
     else:
         pages = {root / label: render(result) for label, result in found.results.items()}
         pages[root] = trajectory_reports.render(found)
@@ -112,13 +116,15 @@ def render(result: Result) -> str:
     """The report as one HTML page, plotly.js included: no file beside it, no network."""
     facts = result.facts
     cards = [_card(row) for row in result.summary.to_dict("records")]
-    figures = [_figure(name, spec) for name, spec in specs(result).items()]
+    figures = [page_figure(name, spec, READING[name], name in WIDE) for name, spec in specs(result).items()]
     table = result.table.assign(verdict_alone=verdict_alone(result.table))
     drawn = result.table["name"].isin(result.singular_values.keys())
     return _template().render(
-        sides=[_side(word, facts.get(key)) for word, key in (("base", "base"), ("tuned", "tuned")) if facts.get(key)],
+        sides=[
+            page_side(word, facts.get(key)) for word, key in (("base", "base"), ("tuned", "tuned")) if facts.get(key)
+        ],
         dtypes=_dtypes(result.table),
-        run=_run_line(facts),
+        run=run_line(facts),
         related=facts.get("related", True),
         cosine=facts.get("median_cosine"),
         interrupted=facts.get("status") == "interrupted",
@@ -129,24 +135,24 @@ def render(result: Result) -> str:
         figures=figures,
         n_matrices=len(result.table),
         n_tensors=len(result.ledger),
-        matrices=_payload(table, {**TABLE, "verdict_alone": ALONE}, MAIN),
+        matrices=page_table(table, {**TABLE, "verdict_alone": ALONE}, MAIN),
         spectra=packed_spectra(result, points_for(len(table))) if figures else None,
         first_spectrum=str(result.table[drawn].iloc[opening(result.table[drawn])]["name"]) if drawn.any() else None,
-        ledger=_payload(result.ledger, LEDGER, LEDGER_MAIN),
-        facts=list(_flat({key: value for key, value in facts.items() if key != "findings"})),
-        version=_versions(facts).get("lowrank_probe", __version__),
+        ledger=page_table(result.ledger, LEDGER, LEDGER_MAIN),
+        facts=list(flat_facts({key: value for key, value in facts.items() if key != "findings"})),
+        version=versions_of(facts).get("lowrank_probe", __version__),
         plotly_js=plotly_js() if figures else "",
     )
 
 
-def _figure(name: str, spec: Spec) -> dict[str, Any]:
+def page_figure(name: str, spec: Spec, reading: tuple[str, str], wide: bool) -> dict[str, Any]:
     """One figure for the page, which has its own heading and turns the figure's menu into a <select>."""
     layout = {key: value for key, value in spec["layout"].items() if key not in ("title", "updatemenus")}
     layout["margin"] = layout["margin"] | {"t": 56 if layout["showlegend"] else 40}
     menu = spec["layout"].get("updatemenus", [{"buttons": [], "active": 0}])[0]
     return {
-        "name": name, "heading": READING[name][0], "sentence": READING[name][1], "height": layout["height"],
-        "wide": name in WIDE, "active": menu["active"],
+        "name": name, "heading": reading[0], "sentence": reading[1], "height": layout["height"],
+        "wide": wide, "active": menu["active"],
         "labels": [html.unescape(button["label"]) for button in menu["buttons"]],
         "spec": {"data": spec["data"], "layout": layout, "buttons": [button["args"] for button in menu["buttons"]]},
     }  # fmt: skip
@@ -200,7 +206,7 @@ def _headline(cards: list[dict[str, Any]]) -> str:
     return f"Of {words.count(len(cards), 'layer type')}: {', '.join(parts)}."
 
 
-def _side(word: str, side: Any) -> dict[str, str]:
+def page_side(word: str, side: Any) -> dict[str, str]:
     """One side of the comparison, from its facts (a dict, or only a path)."""
     side = side if isinstance(side, Mapping) else {"path": side}
     path = str(side.get("path", "?"))
@@ -212,7 +218,7 @@ def _side(word: str, side: Any) -> dict[str, str]:
     return {"word": word, "path": path, "name": PurePosixPath(path).name or path, "details": " · ".join(details)}
 
 
-def _run_line(facts: Mapping[str, Any]) -> list[str]:
+def run_line(facts: Mapping[str, Any]) -> list[str]:
     """When, on what and how long, as far as the facts say."""
     device, seconds = facts.get("device"), facts.get("seconds")
     if isinstance(device, Mapping):
@@ -221,11 +227,12 @@ def _run_line(facts: Mapping[str, Any]) -> list[str]:
         seconds = sum(value for value in seconds.values() if words.is_known(value))
     date = str(facts.get("time", "")).replace("T", " ").replace("+00:00", " UTC")
     took = f"{words.number(seconds)} s" if words.is_known(seconds) else ""
-    version = _versions(facts).get("lowrank_probe")
+    version = versions_of(facts).get("lowrank_probe")
     return [part for part in (date, str(device or ""), took, f"lowrank_probe {version}" if version else "") if part]
 
 
-def _versions(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+def versions_of(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Package → version, as far as the facts say."""
     versions = facts.get("versions")
     return versions if isinstance(versions, Mapping) else {}
 
@@ -240,7 +247,7 @@ def _dtypes(table: pd.DataFrame) -> str:
     return text + (" and others" if len(pairs) > 1 else "")
 
 
-def _payload(table: pd.DataFrame, columns: Mapping[str, Column], main: tuple[str, ...]) -> dict[str, Any]:
+def page_table(table: pd.DataFrame, columns: Mapping[str, Column], main: tuple[str, ...]) -> dict[str, Any]:
     """A table as the page's script reads it: described columns, and rows with ∞ as a string and unknown as null."""
     shown = [name for name in (*main, *columns) if name in table.columns]
     shown = list(dict.fromkeys(shown))
@@ -264,14 +271,14 @@ def _cell(value: Any) -> Any:
     return "∞" if isinstance(value, float) and value == math.inf else plain(value)
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def flat_facts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Nested facts as (dotted key, text) lines."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            yield from _flat(item, f"{key}.{name}" if key else str(name))
+            yield from flat_facts(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
         for number, item in enumerate(value, 1):
-            yield from _flat(item, f"{key}.{number}")
+            yield from flat_facts(item, f"{key}.{number}")
     elif isinstance(value, list | tuple):
         yield key, ", ".join(map(str, value)) or "–"
     elif key.endswith("n_bytes") and words.is_known(value):

@@ -24,7 +24,17 @@ def test_every_column_is_documented_in_its_order(result, table):
 
 
 @pytest.mark.parametrize(
-    "table", [columns.TABLE, columns.SUMMARY, columns.LEDGER, columns.SIMILARITY, columns.AMPLIFICATION]
+    "table",
+    [
+        columns.TABLE,
+        columns.SUMMARY,
+        columns.LEDGER,
+        columns.SIMILARITY,
+        columns.AMPLIFICATION,
+        columns.EXTRACTION,
+        columns.EXTRACTION_SUMMARY,
+        columns.CURVES,
+    ],
 )
 def test_every_column_has_a_meaning(table):
     assert all(column.meaning and column.meaning == column.meaning.strip() for column in table.values())

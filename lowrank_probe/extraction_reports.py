@@ -1,0 +1,116 @@
+"""An `Extraction` to one self-contained HTML page; imports no torch.
+
+The page is `extraction.html.j2`, rendered with autoescape: names and paths come from strangers' files.
+"""
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+import jinja2
+
+from lowrank_probe import __version__, words
+from lowrank_probe.columns import EXTRACTION, EXTRACTION_SUMMARY
+from lowrank_probe.extraction_figures import PARTS, extraction_specs
+from lowrank_probe.extraction_summary import extraction_totals
+from lowrank_probe.model_card import command, model_name, percent, size
+from lowrank_probe.reports import (
+    flat_facts,
+    page_environment,
+    page_figure,
+    page_side,
+    page_table,
+    plotly_js,
+    run_line,
+    versions_of,
+)
+
+if TYPE_CHECKING:
+    from lowrank_probe.extraction_runs import Extraction
+
+# Figure name → heading, and the one sentence on how to read it.
+READING: Final[dict[str, tuple[str, str]]] = {
+    "error": (
+        "What does a rank cost?",
+        "A line is ‖ΔW − BA‖/‖ΔW‖ of a layer type at rank r, or at its matrices' own largest rank; the area below it, "
+        "seldom wide enough to be seen, ends where no matrices of that rank can be. Where a line is flat, a higher "
+        "rank buys little.",
+    ),
+    "allotment": (
+        "Who got which rank?",
+        "Each cell is one layer and type; choose whether it shows the rank or the share of ‖ΔW‖² that this rank keeps.",
+    ),
+    "where": (
+        "Where does ‖ΔW‖² go?",
+        "The orange part is what a higher rank would add, the grey part what no rank adds: tensors that the adapter "
+        "leaves as they are in the base.",
+    ),
+}
+WIDE: Final = ("allotment",)  # scrolls sideways on a phone
+TYPES_MAIN: Final = (
+    "layer_type", "adapter", "n_adapted", "rank_low", "rank_high", "parameters", "energy", "relative_error",
+    "optimal_error_low", "share", "carried", "carried_whole", "truncated", "not_carried",
+)  # fmt: skip
+LEDGER_MAIN: Final = (
+    "name", "adapter", "status", "layer_type", "layer", "rank", "rule", "share", "energy", "relative_error",
+    "optimal_error_low", "optimal_error_high", "note",
+)  # fmt: skip
+
+
+def render(found: "Extraction") -> str:
+    """The report as one HTML page, plotly.js included: no file beside it, no network."""
+    facts = found.facts
+    totals = {row["adapter"]: row for row in extraction_totals(found.ledger).to_dict("records")}
+    adapters = [_adapter(found, label, totals[label]) for label in found.adapters]
+    figures = [page_figure(name, spec, READING[name], name in WIDE) for name, spec in extraction_specs(found).items()]
+    several = len(adapters) > 1
+    types, ledger = ([name for name in main if several or name != "adapter"] for main in (TYPES_MAIN, LEDGER_MAIN))
+    return _template().render(
+        sides=[page_side(word, facts[word]) | {"name": model_name(facts[word]["path"])} for word in ("base", "tuned")],
+        headline=_headline(adapters),
+        asked=command(facts, "…"),
+        run=run_line(facts),
+        notes=[str(note) for note in facts.get("notes") or ()],
+        parts=[{"word": word, "colour": colour} for word, colour in PARTS.values()],
+        adapters=adapters,
+        figures=figures,
+        types=page_table(found.summary, EXTRACTION_SUMMARY, tuple(types)),
+        ledger=page_table(found.ledger, EXTRACTION, tuple(ledger)),
+        facts=list(flat_facts(facts)),
+        version=versions_of(facts).get("lowrank_probe", __version__),
+        plotly_js=plotly_js() if figures else "",
+    )
+
+
+@lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    environment = page_environment()
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
+    return environment.get_template("extraction.html.j2")
+
+
+def _adapter(found: "Extraction", label: str, total: dict[Any, Any]) -> dict[str, Any]:
+    """One adapter for the page: its numbers, and where ‖ΔW‖² goes as the parts of a bar."""
+    told = found.facts["adapters"][label]
+    bar, start, said = [], 0.0, []
+    for part, (word, colour) in PARTS.items():
+        share = float(total[part])
+        bar.append({"start": 100 * start, "width": 100 * share, "colour": colour})
+        start += share
+        if share > 0:
+            said.append(f"{percent(share)} {word}")
+    return {
+        "name": found.adapters[label].absolute().name, "size": size(told["n_bytes"]),
+        "carried": percent(told["carried"]),
+        "bar": bar, "said": ", ".join(said), "error": percent(total["relative_error"]),
+        "optimum": percent(total["optimal_error_low"]), "parameters": f"{int(told['n_parameters']):,}",
+        "rank": words.bracket(total["rank_low"], total["rank_high"]) if total["n_adapted"] else "–",
+        "n": words.count(int(total["n_adapted"]), "matrix", "matrices"),
+    }  # fmt: skip
+
+
+def _headline(adapters: list[dict[str, Any]]) -> str:
+    """What is carried, in a sentence."""
+    if len(adapters) == 1:
+        one = adapters[0]
+        return f"Base and adapter carry {one['carried']} of ‖ΔW‖²: {one['n']} at rank {one['rank']}, {one['size']}."
+    return "Carried of ‖ΔW‖²: " + ", ".join(f"{one['carried']} by {one['name']}" for one in adapters) + "."

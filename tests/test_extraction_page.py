@@ -1,0 +1,111 @@
+"""An extraction's page in real headless Chromium, from file://: it draws, sorts, filters, and stays silent."""
+
+import pytest
+from browsers import needs_chromium
+from extractions import TYPES, build_extraction
+from test_browser import HOSTILE, button, choose, column, drawn, driver, find, press, visit  # noqa: F401
+
+from lowrank_probe import extraction_reports
+
+pytestmark = [pytest.mark.browser, needs_chromium]
+
+
+@pytest.fixture(scope="module")
+def found():
+    return build_extraction((2, 8, 16), layers=6, hostile=HOSTILE)
+
+
+@pytest.fixture(scope="module")
+def path(found, tmp_path_factory):
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    file.write_text(extraction_reports.render(found), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def page(driver, path):  # noqa: F811
+    visit(driver, path.as_uri())
+    yield driver
+    driver.execute_script("localStorage.clear()")
+    assert [entry["message"] for entry in driver.get_log("browser")] == []
+
+
+def test_every_plot_is_drawn_and_nothing_is_fetched(page):
+    for name in ("error", "allotment", "where"):
+        assert page.execute_script("return document.querySelectorAll(arguments[0]).length", f"#{name} svg path") > 3
+    assert page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
+    assert page.title.endswith("· lowrank_probe")
+    assert not find(page, "img")
+    assert [card.text.split("\n")[0] for card in find(page, ".card h3")] == ["r2", "r8", "r16"]
+
+
+def test_the_bar_of_a_card_is_full(page):
+    widths = "[...bar.children].reduce((sum, part) => sum + parseFloat(part.style.width), 0)"
+    widths = f"return [...document.querySelectorAll('.card .bar')].map(bar => {widths})"
+    assert page.execute_script(widths) == pytest.approx([100, 100, 100], abs=0.05)
+
+
+def test_the_menus_choose_the_adapter(page, found):
+    choose(page, "#allotment select", "r16: rank")
+    title = "return document.querySelector('#allotment .plot .cbtitle').textContent"
+    assert page.execute_script(title) == "rank"
+    rows = found.ledger[(found.ledger["adapter"] == "r16") & (found.ledger["status"] == "adapted")]
+    z = drawn(page, "allotment", "data.filter(t => t.visible && t.z)[0].z")
+    assert sorted(v for row in z for v in row if v is not None) == sorted(rows["rank"])
+    choose(page, "#where select", "r8: share of the layer type")
+    parts = drawn(page, "where", "data.map(trace => trace.x)")
+    sums = [sum(shares) for shares in zip(*parts, strict=True)]
+    assert sums == pytest.approx([1] * len(sums), rel=1e-4)
+    axis = "return document.querySelector('#where .xtitle').textContent"
+    assert page.execute_script(axis) == "share of ‖ΔW‖² of the layer type"
+
+
+def test_the_ledger_sorts_and_filters(page, found):
+    press(page, button(page, "#ledger", "relative error"))
+    up = [float(x) for x in column(page, "ledger", "relative error") if x != "–"]
+    assert up == sorted(up)
+    choose(page, "#ledger [data-facet=adapter]", f"r8 ({len(found.ledger) // 3})")
+    choose(page, "#ledger [data-facet=status]", "not carried (24)")
+    assert len(column(page, "ledger", "name")) == 8
+    assert set(column(page, "ledger", "status")) == {"not carried"}
+    find(page, "#ledger input")[0].send_keys("onerror")
+    assert column(page, "ledger", "name") == [HOSTILE]
+
+
+def test_the_types_sort_by_what_is_cut_away(page, found):
+    choose(page, "#types [data-facet=adapter]", f"r2 ({len(found.summary) // 3})")
+    press(page, button(page, "#types", "truncated"))
+    press(page, button(page, "#types", "truncated"))
+    own = found.summary[found.summary["adapter"] == "r2"].sort_values("truncated", ascending=False)
+    assert column(page, "types", "layer type")[: len(TYPES)] == list(own["layer_type"])[: len(TYPES)]
+
+
+@pytest.mark.parametrize("section", ["error", "where", "types", "ledger", "facts"])
+def test_a_deep_link_arrives(driver, path, section):  # noqa: F811
+    visit(driver, f"{path.as_uri()}#{section}")
+    top, last = driver.execute_script(
+        f"return [document.querySelector('#{section}').getBoundingClientRect().top,"
+        " innerHeight + scrollY >= document.documentElement.scrollHeight - 1]"
+    )
+    assert 0 <= top < 120 or last
+    assert driver.get_log("browser") == []
+
+
+def test_the_theme_is_toggled(page):
+    background = "return getComputedStyle(document.body).backgroundColor"
+    light = page.execute_script(background)
+    press(page, find(page, "#theme")[0])
+    assert page.execute_script(background) == "rgb(15, 18, 23)" != light
+
+
+def test_a_narrow_dark_page_fits(page):
+    size = {"width": 380, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_every_control_is_named(page):
+    shown = [e for e in find(page, "button, main select, main input") if e.is_displayed()]
+    assert len(shown) > 20
+    assert all(e.accessible_name for e in shown)
