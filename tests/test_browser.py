@@ -338,7 +338,7 @@ def test_a_name_of_500_characters_does_not_stretch_the_page(driver, trajectory, 
     visit(driver, (trajectory.parent / step / "report.html").as_uri())
     wide = driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert wide[0] <= wide[1]
-    for css in ("#table .panel > table", "#matrices .grid > table", "#ledger .grid > table"):
-        for table in find(driver, css):
-            assert table.size["width"] < 1.6 * table.find_element("xpath", "..").size["width"]
+    cells = driver.execute_script("return [...document.querySelectorAll('td')].map(cell => cell.offsetWidth)")
+    assert len(cells) > 20
+    assert max(cells) < 800
     assert driver.get_log("browser") == []

@@ -722,7 +722,7 @@ def test_a_step_that_did_not_move_is_no_question_mark(growing):
 @pytest.mark.parametrize(
     ("values", "ticks"),
     [
-        ([0.021, 0.024, None], [0.021, 0.0219, 0.023, 0.024]),
+        ([0.021, 0.024, None], [0.021, 0.022, 0.023, 0.024]),
         ([0.01, 0.05, 0.3], None),
         ([0.4], [0.4]),
         ([None], [1]),
