@@ -182,7 +182,8 @@ class Work:
         every = [piece for piece in self.pieces() if rank(piece) > 0]
         todo = [piece for piece in every if not self._has(piece, what, rank(piece))]
         total, done = sum(map(size, every)), sum(map(size, every)) - sum(map(size, todo))
-        jobs = run_jobs(todo, size, load, compute, self.device, IN_FLIGHT)
+        largest = max(math.prod(info.shape) for info in self.base.tensors.values())  # read for its norm at least
+        jobs = run_jobs(todo, size, load, compute, self.device, IN_FLIGHT, largest)
         with interruptible() as asked_to_stop, closing(jobs):
             for piece in jobs:
                 done += size(piece)

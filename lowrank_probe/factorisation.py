@@ -51,7 +51,7 @@ def factorise(dense: Tensor, fro_norm: float, r: int, dtype: torch.dtype, name: 
         )
     B64, A64 = B.double(), A.double()
     along = (svd.product(dense.T, B64).T * A64).sum(dim=1).cpu().numpy()
-    square = ((B64.T @ B64) * (A64 @ A64.T)).cpu().numpy()
+    square = (svd.product(B64.T, B64) * svd.product(A64, A64.T)).cpu().numpy()
     inside = np.diagonal(np.cumsum(np.cumsum(square, axis=0), axis=1))
     stored = np.maximum(fro_norm**2 - 2 * np.cumsum(along) + inside, 0.0)
     kept = np.cumsum(found.s.cpu().numpy() ** 2)

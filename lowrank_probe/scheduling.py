@@ -40,16 +40,20 @@ def run_jobs(
     compute: Callable[[Item, Loaded], Done],
     device: torch.device,
     in_flight: float = math.inf,
+    largest: int = 0,
 ) -> Generator[Done, None, None]:
     """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
     entries: the size of an item's matrix. in_flight: on a GPU no more entries are held at once than this many times
-    those of the largest item. Closing the iterator (Ctrl-C) waits for what is running and drops the rest.
+    those of the largest item. largest: entries of the largest matrix that the run reads at all, where that is none of
+    the items: on a CPU it sets how many go beside each other. Closing the iterator (Ctrl-C) waits for what is running and drops the rest.
     """
     _return_memory_at_once()
     queue = sorted(items, key=entries, reverse=True)
     cores = torch.get_num_threads()
-    workers = _workers([entries(item) for item in queue], cores) if device.type == "cpu" else 1
+    sizes = [entries(item) for item in queue]
+    largest = max([largest, *sizes[:1]])
+    workers = _workers(sizes, largest, cores) if device.type == "cpu" else 1
     if device.type != "cpu":
         order = _small_ones_first(queue, entries)
         yield from _read_ahead(order, load, compute, device, entries, in_flight * entries(queue[0]) if queue else 0)
@@ -59,12 +63,16 @@ def run_jobs(
         return compute(item, load(item))
 
     if workers == 1:
-        for item in queue:
-            yield job(item)
-            _trim()
+        torch.set_num_threads(1)  # numpy's BLAS has the cores; torch's threads would spin beside it
+        try:
+            for item in queue:
+                yield job(item)
+                _trim()
+        finally:
+            torch.set_num_threads(cores)
         return
     share = max(1, cores // workers)
-    limit = SHARE_OF_LARGEST * entries(queue[0])
+    limit = SHARE_OF_LARGEST * largest
     running: dict[Future[Done], int] = {}
     with (
         threadpool_limits(share),
@@ -196,9 +204,9 @@ def _return_memory_at_once() -> None:
         _glibc.mallopt(-8, 1)  # M_ARENA_MAX: worker threads share one heap
 
 
-def _workers(sizes: Sequence[int], cores: int) -> int:
+def _workers(sizes: Sequence[int], largest: int, cores: int) -> int:
     """As many as fit beside each other most of the time, within the largest matrix's memory."""
     if not sizes:
         return 1
     typical = sorted(sizes)[len(sizes) // 2]
-    return max(1, min(cores, MAX_WORKERS, int(SHARE_OF_LARGEST * sizes[0] / max(1, typical))))
+    return max(1, min(cores, MAX_WORKERS, int(SHARE_OF_LARGEST * largest / max(1, typical))))

@@ -94,6 +94,30 @@ def _eigvalsh(G: Tensor) -> NDArray[np.float64]:
     return np.asarray(lam[::-1], dtype=np.float64)
 
 
+def _mm(A: Tensor, B: Tensor) -> Tensor:
+    """A·B in float64. On a CPU by numpy, as all heavy steps: its BLAS is the faster one, and the threads of two kinds
+    of BLAS in turn wait for each other spinning."""
+    return torch.from_numpy(np.matmul(A.numpy(), B.numpy())) if A.is_cpu else A @ B
+
+
+def _qr(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduced QR of a float64 matrix."""
+    if not A.is_cpu:
+        Q, R = torch.linalg.qr(A)
+        return Q, R
+    q, r = np.linalg.qr(A.numpy())
+    return torch.from_numpy(q), torch.from_numpy(r)
+
+
+def _eigh(G: Tensor, count: int) -> tuple[NDArray[np.float64], Tensor]:
+    """The `count` largest eigenvalues of a symmetric float64 matrix, descending, and their vectors (k, count)."""
+    if G.is_cpu:
+        lam, vectors = np.linalg.eigh(G.numpy())
+        return lam[::-1][:count].copy(), torch.from_numpy(vectors[:, ::-1][:, :count].copy())
+    values, W = torch.linalg.eigh(G)
+    return values.flip(0)[:count].cpu().numpy(), W.flip(1)[:, :count]
+
+
 def full_spectrum(A: Tensor, norm: float | None = None) -> SingularValues:
     """All singular values, σ = √eigvalsh(G) with G the float64 Gram matrix of the short side.
 
@@ -195,15 +219,15 @@ def _certified(
     q = min(k, r + oversample)
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(k, q, generator=generator, dtype=torch.float64).to(G.device)
-    basis = torch.linalg.qr(block).Q
+    basis = _qr(block)[0]
     for _ in range(rounds):
         # One Krylov step: span{X, GX, G²X}, then keep its q best Ritz vectors (a restarted block Lanczos).
-        GX = G @ basis
-        wide = torch.linalg.qr(torch.cat([basis, GX, G @ GX], dim=1)[:, : min(k, 3 * q)]).Q
-        theta, W = torch.linalg.eigh(wide.T @ (G @ wide))
-        theta = theta.flip(0)
-        basis = wide @ W.flip(1)[:, :q]
-        residual = G @ basis - basis * theta[:q]
+        GX = _mm(G, basis)
+        wide = _qr(torch.cat([basis, GX, _mm(G, GX)], dim=1)[:, : min(k, 3 * q)])[0]
+        ritz, W = _eigh(_mm(wide.T, _mm(G, wide)), wide.shape[1])
+        theta = torch.from_numpy(ritz).to(G.device)
+        basis = _mm(wide, W[:, :q])
+        residual = _mm(G, basis) - basis * theta[:q]
         column = torch.linalg.vector_norm(residual, dim=0)
         p = _cut(theta.cpu().numpy(), r, q)
         off = float(torch.linalg.matrix_norm(residual[:, :p]))
@@ -241,15 +265,21 @@ def _upper_bounds(theta: NDArray[np.float64], mu: float, off: float) -> NDArray[
 def _bounded_by(G: Tensor, V: Tensor, mu: float) -> bool:
     """Proof that no eigenvalue of (I − VVᵀ)G(I − VVᵀ) exceeds mu: a Cholesky factorisation that succeeds."""
     k = G.shape[0]
-    GV = G @ V
-    deflated = G - V @ GV.T - GV @ V.T + V @ (V.T @ GV) @ V.T
+    GV = _mm(G, V)
+    # V·(VᵀGV)·Vᵀ − V·(GV)ᵀ − (GV)·Vᵀ as two products of k × p by p × k.
+    deflated = G + _mm(_mm(V, _mm(V.T, GV)) - GV, V.T) - _mm(V, GV.T)
     deflated = (deflated + deflated.T) / 2
     # Backward error of the float64 factorisation and of forming `deflated` (Demmel 1989: ≈ k·ε·‖·‖).
     margin = 8 * k * EPS64 * (float(torch.diagonal(G).max()) + mu)
     shifted = deflated.neg_()
     shifted.diagonal().add_(mu - margin)
-    _, info = torch.linalg.cholesky_ex(shifted)
-    return int(info) == 0
+    if not shifted.is_cpu:
+        return int(torch.linalg.cholesky_ex(shifted)[1]) == 0
+    try:
+        np.linalg.cholesky(shifted.numpy())
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 10) -> NDArray[np.float64]:
@@ -306,17 +336,13 @@ def truncate(A: Tensor, r: int, *, seed: int = 0) -> Truncation:
         found = _certified(G, r, A.shape, seed=seed)
     if found is not None:
         _, upper, basis = found
-    elif G.is_cpu:
-        lam, vectors = np.linalg.eigh(G.numpy())
-        upper, basis = lam[::-1][:r].copy(), torch.from_numpy(vectors[:, ::-1][:, :r].copy())
     else:
-        values, W = torch.linalg.eigh(G)
-        upper, basis = values.flip(0)[:r].cpu().numpy(), W.flip(1)[:, :r]
+        upper, basis = _eigh(G, r)
     upper = np.maximum(upper, 0.0) + _eigenvalue_error(float(upper[0]), A.shape)
     tall = A if A.shape[0] > A.shape[1] else A.T  # as `gram` chooses
-    Q, R = torch.linalg.qr(product(tall, basis))
+    Q, R = _qr(product(tall, basis))
     W, s, Zh = _small_svd(R)
-    left, right = Q @ W, basis @ Zh.T
+    left, right = _mm(Q, W), _mm(basis, Zh.T)
     U, V = (left, right) if tall is A else (right, left)
     return Truncation(U, s, V.T, upper, "eigh" if found is None else "krylov")
 
@@ -362,18 +388,18 @@ def top_triplets(A: Tensor, r: int, *, oversample: int = 16, rounds: int = 40, s
     k = tall.shape[1]
     q = min(k, r + oversample)
     if k <= EIGH_LIMIT:
-        basis = torch.linalg.eigh(gram(A))[1][:, k - q :].flip(1)
+        basis = _eigh(gram(A), q)[1]
     else:
         generator = torch.Generator().manual_seed(seed)
-        basis = torch.linalg.qr(torch.randn(k, q, generator=generator, dtype=torch.float64).to(A.device)).Q
+        basis = _qr(torch.randn(k, q, generator=generator, dtype=torch.float64).to(A.device))[0]
         GX = product(tall.T, product(tall, basis))
         for _ in range(rounds):
             G2X = product(tall.T, product(tall, GX))
-            wide = torch.linalg.qr(torch.cat([basis, GX, G2X], dim=1)[:, :k]).Q
-            Q, R = torch.linalg.qr(product(tall, wide))
+            wide = _qr(torch.cat([basis, GX, G2X], dim=1)[:, :k])[0]
+            Q, R = _qr(product(tall, wide))
             W, s, Zh = _small_svd(R)
-            basis = wide @ Zh[:q].T
-            back = product(tall.T, Q @ W[:, :q])  # Aᵀu, from which both the residual and the next GX follow
+            basis = _mm(wide, Zh[:q].T)
+            back = product(tall.T, _mm(Q, W[:, :q]))  # Aᵀu, from which both the residual and the next GX follow
             GX = back * s[:q]
             residual = torch.linalg.vector_norm(back - basis * s[:q], dim=0)
             if float(residual[:r].max()) <= TRIPLET_BAR * s[0] and float(residual[: r + 1].max()) <= 1e-4 * s[0]:
@@ -404,24 +430,24 @@ def product(A: Tensor, X: Tensor) -> Tensor:
         total = torch.zeros(A.shape[0], X.shape[1], dtype=torch.float64, device=A.device)
         at = 0
         for chunk in row_chunks(A.T, GRAM_ENTRIES):
-            total.addmm_(chunk.double().T, X[at : at + len(chunk)])
+            total += _mm(chunk.double().T, X[at : at + len(chunk)])
             at += len(chunk)
         return total
-    return torch.cat([chunk.double() @ X for chunk in row_chunks(A, GRAM_ENTRIES)])
+    return torch.cat([_mm(chunk.double(), X) for chunk in row_chunks(A, GRAM_ENTRIES)])
 
 
 def _two_sided(A: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(U, s, V) of A restricted to the range of A·basis: QR of A·basis, then SVD of QᵀA by QR of its transpose."""
-    Q = torch.linalg.qr(product(A, basis)).Q
-    P, R = torch.linalg.qr(product(A.T, Q))
+    Q = _qr(product(A, basis))[0]
+    P, R = _qr(product(A.T, Q))
     W, s, Zh = _small_svd(R.T)
-    return Q @ W, s, P @ Zh.T
+    return _mm(Q, W), s, _mm(P, Zh.T)
 
 
 def _small_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(U, s, Vh) of a matrix of a few hundred rows, on the host: cuSOLVER's Jacobi default is inaccurate."""
-    U, s, Vh = torch.linalg.svd(A.cpu(), full_matrices=False)
-    return U.to(A.device), s.to(A.device), Vh.to(A.device)
+    U, s, Vh = np.linalg.svd(A.cpu().numpy(), full_matrices=False)
+    return torch.from_numpy(U).to(A.device), torch.from_numpy(s).to(A.device), torch.from_numpy(Vh).to(A.device)
 
 
 def _signed(U: Tensor, s: Tensor, V: Tensor, residual: Tensor, following: float) -> Triplets:

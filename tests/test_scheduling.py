@@ -61,6 +61,26 @@ def test_matrices_beside_each_other_stay_within_a_share_of_the_largest():
     assert max(peaks) <= SHARE_OF_LARGEST * 1000
 
 
+def test_a_larger_matrix_elsewhere_lets_more_go_beside_each_other():
+    lock, running, peaks = threading.Lock(), [], []
+
+    def job(size):
+        with lock:
+            running.append(size)
+            peaks.append(sum(running))
+        time.sleep(0.005)
+        with lock:
+            running.remove(size)
+        return size
+
+    for largest, most in ((0, 10), (100, 40)):
+        peaks.clear()
+        stream = run_jobs([10] * 12, identity, identity, lambda item, _: job(item), CPU, largest=largest)
+        assert list(stream) == [10] * 12
+        assert 10 <= max(peaks) <= most
+    assert max(peaks) > 10
+
+
 @pytest.mark.parametrize("sizes", [[10, 9, 8], [100] + [1] * 10], ids=["serial", "parallel"])
 def test_an_error_of_a_job_ends_the_run(sizes):
     def job(size):
