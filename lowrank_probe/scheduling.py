@@ -46,7 +46,8 @@ def run_jobs(
 
     entries: the size of an item's matrix. in_flight: on a GPU no more entries are held at once than this many times
     those of the largest item. largest: entries of the largest matrix that the run reads at all, where that is none of
-    the items: on a CPU it sets how many go beside each other. Closing the iterator (Ctrl-C) waits for what is running and drops the rest.
+    the items: on a CPU it sets how many go beside each other. Closing the iterator (Ctrl-C) waits for what is running
+    and drops the rest.
     """
     _return_memory_at_once()
     queue = sorted(items, key=entries, reverse=True)
