@@ -5,7 +5,7 @@ saved by save_pretrained; both tools at rank 8, so that whatever is missing afte
 adapter is loaded by PEFT, run unmerged and merged, and compared with the fine-tune: logits, and every weight.
 Writes docs/extract-edges.md. Exit 1 where ours loses anything.
 
-    python benchmarks/extract_edges.py --peer PATH/bin/mergekit-extract-lora    # about 6 minutes on 2 cores
+    python benchmarks/extract_edges.py --peer PATH/bin/mergekit-extract-lora    # about 3 minutes on 2 cores
     python benchmarks/extract_edges.py --peer … --only qwen2 bert               # without writing the page
 """
 
@@ -116,7 +116,8 @@ def main() -> int:
     note = (
         f"Tiny random models (transformers {transformers.__version__}, PEFT {peft.__version__}), every trainable parameter "
         "perturbed by a tenth of its norm (vectors that start at zero start at 0.16 a component, the size of W·x there): matrices and each expert by rank 4, vectors (biases, norms) freely; fp32. Both tools "
-        f"extract rank {RANK} with absolute paths and otherwise their defaults, so what is missing was lost, not truncated. "
+        f"extract rank {RANK}, so what is missing was lost, not truncated; mergekit by its defaults, which mean to carry "
+        "embeddings, norms and biases too, as `--targets everything` does. Lost: more than 1 % of a parameter's update. "
         "Logits: ‖adapter's − tuned's‖/‖base's − tuned's‖ on random tokens, 0 % is the fine-tune, 100 % as far off as the base. "
         "‖ΔW‖² lost: over the parameters of the merged model. `all-linear`, the default, leaves embeddings, "
         "norms and biases out by intent and says how much that is. A grown table is resized before loading (all tools)."
@@ -174,22 +175,30 @@ def examine(case: Case, root: Path, tool: str, peer: str, base: Any, tuned: Any)
     goal, start = _logits(tuned, inputs), _logits(base, inputs)
     distance = float(torch.linalg.norm(start - goal))
     logits, after = (float(torch.linalg.norm(x - goal)) / distance for x in (unmerged, merged))
-    lost, share = missing(*(dict(model.named_parameters()) for model in (base, tuned, whole)))
+    lost, share = missing(base, tuned, whole)
     return Outcome(0, "", logits, after, share, lost)
 
 
 @torch.no_grad()
-def missing(
-    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], found: Mapping[str, Tensor]
-) -> tuple[tuple[str, ...], float]:
-    """(parameters of whose update more than LOST is missing, layers counted; Σ missing² / Σ‖ΔW‖²)."""
+def missing(base: Any, tuned: Any, found: Any) -> tuple[tuple[str, ...], float]:
+    """(parameters of whose update more than LOST is missing, "n of" where not in all layers; Σ missing² / Σ‖ΔW‖²).
+
+    A tied parameter counts once, by the name that carries most of it: the logits tell which name the model uses.
+    """
+    old, new, got = (dict(model.named_parameters(remove_duplicate=False)) for model in (base, tuned, found))
+    tied: dict[int, list[str]] = {}
+    for name, W in new.items():
+        tied.setdefault(id(W), []).append(name)
     kinds: dict[str, list[int]] = {}
     total = gone = 0.0
-    for name, goal in tuned.items():
-        step = float(torch.linalg.norm((goal - base[name]).double()))
-        left = float(torch.linalg.norm((goal - found[name]).double())) if name in found else step
+    for names in tied.values():
+        goal = new[names[0]]
+        step = float(torch.linalg.norm((goal - old[names[0]]).double()))
+        left = min(
+            (float(torch.linalg.norm((goal - got[name]).double())) for name in names if name in got), default=step
+        )
         total, gone = total + step**2, gone + left**2
-        kind = kinds.setdefault(_kind(name), [0, 0])
+        kind = kinds.setdefault(_kind(names[0]), [0, 0])
         kind[0] += left > LOST * step
         kind[1] += 1
     lost = tuple(f"{kind} ({n} of {of})" if n < of else kind for kind, (n, of) in kinds.items() if n)
