@@ -47,12 +47,12 @@ LEAST_UPDATE: Final = 0.03
 FOLLOWS: Final = 0.2
 # A base is on a codebook where rounding moves it by less than this share of its norm (bfloat16 storage: 0.002).
 ON_CODEBOOK: Final = 0.01
-# Misfit of rounding plus a constant, and how much better than a constant alone. Real and planted weights: rounding
-# alone 0.2 to 13 (uniform weights) against 57 to 230, with an adapter 1.3 × its size 0.4 to 8 against 14 to 60; an
-# update of one size everywhere is fitted by the constant at least alike, one in proportion to the weights has 50 and
-# more. Of cells of so many entries.
+# Misfit of rounding plus a constant, and how much better than a constant alone. Of 74 real and planted pairs 70 have
+# rounding alone below 15, 100 to 800 × better; with an adapter of 2/3 of its size 8 to 120 ×. Updates of Adam, SGD,
+# sparse ones and those in proportion to the weights, of 0.03 to 1 of ‖W‖: at most 5.6 × where it is below 15 at all.
+# Of cells of so many entries.
 MISFIT: Final = 15.0
-BETTER: Final = 6.0
+BETTER: Final = 10.0
 CELL_ENTRIES: Final = 50
 
 
@@ -104,25 +104,31 @@ def _side(w: Lines, D: Lines, name: str) -> str:
 
 
 def _fills_cells(w: Lines, D: Lines, name: str) -> bool:
-    """Whether the mean squares of D in the cells are those of rounding plus a constant, and no constant alone.
+    """Whether the mean squares of D in the cells are those of rounding plus a constant, and no constant alone."""
+    fit, constant = _misfits(w, D, name)
+    return fit <= MISFIT and constant >= BETTER * max(1.0, fit)
 
-    Misfit: χ² for each cell, about 1 for Gaussian entries. The ends are left out, since extremes are exact.
+
+def _misfits(w: Lines, D: Lines, name: str) -> tuple[float, float]:
+    """χ² for each cell of the mean squares of D: against rounding plus a constant, and against a constant alone.
+
+    The ends of the codebook are left out, since extremes are exact. (∞, 0) where too few cells have enough entries.
     """
     rounding, codes = _mean_squares(name), np.searchsorted(_middles(name), w).ravel()
-    n = np.bincount(codes, minlength=len(rounding))
-    square = np.bincount(codes, (D**2).ravel(), len(rounding))
+    square = (D.ravel() ** 2).astype(np.float64)
+    n, total, total4 = (np.bincount(codes, of, len(rounding)) for of in (None, square, square**2))
     known = (n >= CELL_ENTRIES) & (rounding >= rounding[1:-1].max() / 16)
     known[[0, -1]] = False
     if known.sum() < 4:
-        return False
-    n, mean, rounding = n[known], square[known] / n[known], rounding[known]
+        return math.inf, 0.0
+    n, mean, rounding = n[known], total[known] / n[known], rounding[known]
+    variance = np.maximum((total4[known] / n - mean**2) / n, 1e-30)
 
     def misfit(shape: NDArray[np.float64]) -> float:
         model = shape + max(0.0, float(np.average(mean - shape, weights=n)))
-        return float((n / 2 * (mean / model - 1) ** 2).mean())
+        return float(((mean - model) ** 2 / variance).mean())
 
-    fit = misfit(rounding)
-    return fit <= MISFIT and misfit(np.zeros_like(rounding)) >= BETTER * max(1.0, fit)
+    return misfit(rounding), misfit(np.zeros_like(rounding))
 
 
 @cache

@@ -29,7 +29,7 @@ def delta_of(W, T):
 @pytest.mark.parametrize("axis", [1, 0])
 @pytest.mark.parametrize("name", CODES)
 @pytest.mark.parametrize("side", ["tuned", "base"])
-@pytest.mark.parametrize("size", [0, 0.03, 0.12])
+@pytest.mark.parametrize("size", [0, 0.03, 0.06])
 def test_energy_and_edge_are_those_of_the_errors(side, name, axis, size):
     W = gaussian((256, 512))
     Q = codebook(CODES[name])(W, 0)
