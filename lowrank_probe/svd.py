@@ -34,6 +34,10 @@ GRAM_ENTRIES: Final = 1 << 19
 DEVICE_ENTRIES: Final = 1 << 27
 # Up to this short side the eigenvectors of the Gram matrix cost less than a block Krylov iteration.
 EIGH_LIMIT: Final = 1024
+# From this short side on a few leading eigenvectors cost less by a block Krylov iteration.
+KRYLOV_FROM: Final = 384
+# By how much of the squared error a truncation may miss the optimum: (1 + 5e-5)² − 1, with a margin.
+TAIL_BAR: Final = 5e-5
 # A triplet is settled when ‖A v − σ u‖ is at most this share of σ₁.
 TRIPLET_BAR: Final = 1e-10
 
@@ -197,7 +201,7 @@ def top_spectrum(
         return None
     G = gram(A)
     trace = float(torch.diagonal(G).sum())
-    found = _certified(G, r, A.shape, oversample=oversample, rounds=rounds, seed=seed) if trace else None
+    found = _certified(G, r, oversample=oversample, rounds=rounds, seed=seed) if trace else None
     if found is None:
         return None
     lam, upper, _ = found
@@ -210,10 +214,11 @@ def top_spectrum(
 
 
 def _certified(
-    G: Tensor, r: int, shape: tuple[int, ...], *, oversample: int = 32, rounds: int = 24, seed: int = 0
+    G: Tensor, r: int, *, oversample: int = 32, rounds: int = 24, seed: int = 0, tail_bar: float | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Tensor] | None:
     """(lower bounds, upper bounds, Ritz vectors (k, r)) of the r largest eigenvalues of G (k, k), as `top_spectrum`
-    explains; None where Σ over the r was not bracketed within 1e-6·tr G. The bounds leave rounding in G out."""
+    explains; None where Σ over the r was not bracketed within 1e-6·tr G, and within tail_bar of what it leaves of tr G
+    (or 1e-12·tr G). The bounds leave rounding in G out."""
     k = G.shape[0]
     trace = float(torch.diagonal(G).sum())
     q = min(k, r + oversample)
@@ -239,7 +244,10 @@ def _certified(
         mu = float(theta[p]) * (1 + 1e-3) + 1e-12 * trace
         upper = _upper_bounds(theta[:r].cpu().numpy(), mu, off)
         slack = float((upper - theta[:r].cpu().numpy()).sum())
-        if not np.isfinite(slack) or slack > 0.5 * ENERGY_BAR * trace:
+        bar = 0.5 * ENERGY_BAR * trace
+        if tail_bar is not None:
+            bar = min(bar, max(tail_bar * (trace - float(theta[:r].sum())), 1e-12 * trace))
+        if not slack <= bar:
             continue
         if not _bounded_by(G, basis[:, :p], mu):
             continue  # something was missed: search on
@@ -323,7 +331,8 @@ class Truncation:
 
 def truncate(A: Tensor, r: int, *, seed: int = 0) -> Truncation:
     """The truncated SVD of rank r of A (m, n), bracketed: eigenvectors of the float64 Gram matrix of the short side, or
-    above k = 1024 a certified block Krylov iteration (`top_spectrum`), which falls back on them.
+    for r ≤ k/8 a certified block Krylov iteration (`top_spectrum`), which falls back on them: the error is then within
+    5e-5 of the optimum, or within 1e-6·‖A‖_F.
 
     r is cut to min(m, n). The last step is a Rayleigh–Ritz on A itself, so that what is kept is exact and small values
     keep the digits that squaring costs. Deterministic for a given seed.
@@ -332,8 +341,8 @@ def truncate(A: Tensor, r: int, *, seed: int = 0) -> Truncation:
     r = min(r, k)
     G = gram(A)
     found = None
-    if k > EIGH_LIMIT and r < k // 3 and float(torch.diagonal(G).sum()) > 0:
-        found = _certified(G, r, A.shape, seed=seed)
+    if k > KRYLOV_FROM and r <= k // 8 and float(torch.diagonal(G).sum()) > 0:
+        found = _certified(G, r, seed=seed, tail_bar=TAIL_BAR)
     if found is not None:
         _, upper, basis = found
     else:
