@@ -105,6 +105,35 @@ def test_a_convolution(tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("model_type", "m", "transposed"), [
+    ("qwen3_moe", 16, False), ("qwen3_moe", 24, False), ("gpt_oss", 16, True), ("gpt_oss", 24, True),
+])  # fmt: skip
+def test_a_stack_of_experts_in_one_tensor_also_where_it_is_square(tmp_path, model_type, m, transposed):
+    E, r, n = 3, 2, 16
+    W, A, B = (
+        torch.randn(E, n if transposed else m, m if transposed else n),
+        torch.randn(E * r, n),
+        torch.randn(m, r * E),
+    )
+    name = "model.layers.0.mlp.experts.down_proj" if m == 16 else "model.layers.0.mlp.experts.gate_up_proj"
+    for directory in ("base", "adapter"):
+        (tmp_path / directory).mkdir()
+    save_file({name: W}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": model_type, "hidden_size": 16}))
+    module = f"base_model.model.{name.rpartition('.')[0]}"
+    save_file(
+        {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}, tmp_path / "adapter/adapter_model.safetensors"
+    )
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 6, "target_parameters": [name], "target_modules": []}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    lp.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    # peft's own formula (ParamWrapper.get_delta_weight)
+    order = "o r e, e r i -> e i o" if transposed else "o r e, e r i -> e o i"
+    delta = 3 * torch.einsum(order, B.reshape(m, r, E).double(), A.reshape(E, r, n).double())
+    after = load_file(tmp_path / "merged" / "model.safetensors")[name]
+    torch.testing.assert_close(after.double(), W.double() + delta, atol=1e-5, rtol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------- tied tables
 
 
