@@ -31,6 +31,10 @@ OPTIONS = {
     ],
     "report": ["--open"],
     "demo": ["--out", "--seed", "--json", "--open", "--quiet"],
+    "resize": [
+        "--out", "--rank", "--energy", "--budget", "--max-rank", "--rank-multiple", "--dtype", "--json", "--quiet",
+    ],
+    "merge": ["--out", "--weight", "--dtype", "--json", "--quiet"],
 }  # fmt: skip
 
 
