@@ -283,7 +283,8 @@ MERGED: Final[dict[str, Column]] = {
     "relative_update": Column("‖Σ w·ΔW‖_F / ‖W_base‖_F"),
     "rounding": Column("‖merged − (base + Σ w·ΔW)‖_F / ‖Σ w·ΔW‖_F: what storing costs of the update"),
     "check": Column(
-        "largest |(merged − base)·x − Σ w·scaling·B(A·x)| for random x, over what rounding may make of it; ≤ 1"
+        "at most 1; the larger of |merged − sum| over half a step of its dtype, entry by entry, and "
+        "|sum·x − (W·x + Σ w·scaling·B(A·x))| over the rounding of float64, for random x"
     ),
     "file": Column("the file it is in"),
 }

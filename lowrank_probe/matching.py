@@ -184,7 +184,7 @@ def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching, split: 
 def _match_adapter(base: Checkpoint | None, adapter: Checkpoint, result: Matching) -> None:
     modules, others = read_modules(adapter)
     if base is None:
-        result.pairs += [_lora_pair(module.name, module) for module in modules]
+        result.pairs += [_lora_pair(module.name, module, None) for module in modules]
         for name in others:
             result.ledger.append(tensor_line("", name, "only in tuned", "no base given to compare with"))
         return
@@ -216,7 +216,7 @@ def _match_adapter(base: Checkpoint | None, adapter: Checkpoint, result: Matchin
             line = tensor_line(found[name], first.name_A, "shape differs", f"adapter is for {first.shape}")
             result.ledger.append(line)
         else:
-            result.pairs += [_lora_pair(found[name], module, base.tensors[found[name]].shape) for module in members]
+            result.pairs += [_lora_pair(found[name], module, base) for module in members]
     adapted = {found[name] for name in names if name in found}
     for name, tensor in plain.items():
         if found.get(name) in adapted:
@@ -236,11 +236,16 @@ def _match_adapter(base: Checkpoint | None, adapter: Checkpoint, result: Matchin
             result.ledger.append(tensor_line(name, "", "unchanged", "not adapted"))
 
 
-def _lora_pair(name: str, module: LoraModule, stored: tuple[int, ...] = ()) -> Pair:
+def _lora_pair(name: str, module: LoraModule, base: Checkpoint | None) -> Pair:
     """The pair of one LoRA module; of one of several copies, with its part of the base's stack."""
     part = _WHOLE
-    if module.expert is not None and len(stored) != 2:
-        part = Part(str(module.expert), None, module.expert, transposed=stored[1:] == module.shape[::-1])
+    if module.expert is not None:
+        stored = base.tensors[name].shape if base else ()
+        if len(stored) != 2:
+            transposed = stored[1:] == module.shape[::-1]
+            if base and module.shape[0] == module.shape[1]:  # the shape does not tell
+                transposed = any(one.transposed for one in parts(name, stored, base.config, split=False)[0])
+            part = Part(str(module.expert), None, module.expert, transposed)
     return Pair(name, module.name_A, place(name), module, part)
 
 

@@ -73,9 +73,9 @@ def merge(
 
     weights: one an adapter, default 1. A tensor that an adapter holds whole (`modules_to_save`, a bias) counts as
     T − W: with weight 1 it replaces the base's. dtype: for all floating-point tensors: float32, bfloat16, float16;
-    default: as each is. Sums in float64, rounded once; each changed tensor is checked on the way by random vectors that
-    never see the product B·A. The adapters are only read. on_overlap: gets the overlap of several adapters before they
-    are summed.
+    default: as each is. Sums in float64, rounded at the end; each changed tensor is checked on the way by random
+    vectors that never see the product B·A. The adapters are only read. on_overlap: gets the overlap of
+    several adapters before they are summed.
 
     `out` must be free; it is there whole or not at all. Raises `MatchError` naming tensor and adapter for another
     base's adapter, `CheckpointError` for DoRA and other variants and for quantized bases, `NumericsError` for NaN and

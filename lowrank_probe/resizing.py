@@ -26,11 +26,11 @@ from lowrank_probe.allocation import Allotment, Unit
 from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
 from lowrank_probe.columns import RESIZED
 from lowrank_probe.errors import CheckpointError, NumericsError, ProbeError
+from lowrank_probe.factored import Core, distance
 from lowrank_probe.layers import place
 from lowrank_probe.outputs import copy_into, whole_directory
 from lowrank_probe.runs import SCHEMA_VERSION, plain
 from lowrank_probe.safetensors_files import write_file
-from lowrank_probe.svd import EPS64
 from lowrank_probe.tensor_info import DTYPES
 
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -138,9 +138,9 @@ def _grouped(modules: Sequence[LoraModule]) -> list[list[LoraModule]]:
     return list(groups.values())
 
 
-def _cores(unit: Sequence[LoraModule], side: Checkpoint) -> list["_Core"]:
+def _cores(unit: Sequence[LoraModule], side: Checkpoint) -> list[Core]:
     factors = read_factors(unit[0], side)
-    return [_Core.of(*module.of(*factors), module.scaling) for module in unit]
+    return [Core.of(*module.of(*factors), module.scaling) for module in unit]
 
 
 def _is_parameter(module: LoraModule, config: Mapping[str, Any]) -> bool:
@@ -180,43 +180,14 @@ def _rule(
     return rule
 
 
-@dataclass(frozen=True)
-class _Core:
-    """scaling·B·A = Q_B·W·diag(s)·Zh·Q_Aᵀ by QR of B (m, R) and Aᵀ, then an R×R SVD, in float64; Q is never formed.
-
-    With R_B, R_A the triangular factors: U = Q_B·W = B·R_Aᵀ·Zhᵀ·scaling/s, Vh = Zh·Q_Aᵀ = Wᵀ·R_B·A·scaling/s. Both
-    err by about ε·‖B‖·‖A‖/s, as s does itself; values of s that are all rounding count as 0.
-    """
-
-    B: Tensor
-    A: Tensor
-    left: Tensor
-    s: Tensor
-    right: Tensor
-
-    @classmethod
-    def of(cls, B: Tensor, A: Tensor, scaling: float) -> "_Core":
-        B, A = B.double(), A.double()
-        R_B = torch.linalg.qr(B, mode="r").R
-        R_A = torch.linalg.qr(A.T, mode="r").R
-        W, s, Zh = torch.linalg.svd(scaling * (R_B @ R_A.T), full_matrices=False)
-        rounding = abs(scaling) * float(torch.linalg.norm(R_B) * torch.linalg.norm(R_A)) * len(A) * EPS64
-        return cls(B, A, scaling * (R_A.T @ Zh.T), torch.where(s > rounding, s, 0.0), scaling * (W.T @ R_B))
-
-    def factors(self, r: int) -> tuple[Tensor, Tensor]:
-        """(U_r·√s_r (m, r), √s_r·Vh_r (r, n))."""
-        root = torch.where(self.s[:r] > 0, self.s[:r].rsqrt(), 0.0)
-        return self.B @ (self.left[:, :r] * root), (root[:, None] * self.right[:r]) @ self.A
-
-
-def _unit(unit: Sequence[LoraModule], cores: Sequence[_Core]) -> Unit:
+def _unit(unit: Sequence[LoraModule], cores: Sequence[Core]) -> Unit:
     s = torch.stack([core.s for core in cores])
     values = s.numpy() if len(cores) > 1 else s[0].numpy()
     return Unit(unit[0].name, unit[0].shape, values, float(torch.linalg.norm(s)), copies=len(cores))
 
 
 def _truncated(
-    unit: Sequence[LoraModule], cores: Sequence[_Core], r: int, dtype: torch.dtype
+    unit: Sequence[LoraModule], cores: Sequence[Core], r: int, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
     """((lora_A, lora_B) as they are stored, the row of the table but its rule)."""
     first = unit[0]
@@ -227,7 +198,7 @@ def _truncated(
         stored.append((exact[0].to(dtype), exact[1].to(dtype)))
         square += float((core.s**2).sum())
         lost += float((core.s[r:] ** 2).sum())
-        rounding += _distance(*exact, *stored[-1]) ** 2
+        rounding += distance(*exact, *stored[-1]) ** 2
     if not math.isfinite(rounding):
         raise NumericsError(f"{first.name}: its factors overflow {dtype}; choose --dtype float32 or bfloat16")
     where = place(first.name)
@@ -253,13 +224,6 @@ def _packed(module: LoraModule, factors: Sequence[tuple[Tensor, Tensor]], r: int
     if len(factors) > 1:  # the expert slowest in lora_A, fastest in lora_B
         return torch.cat([A for _, A in factors]), torch.stack([B for B, _ in factors], dim=2).flatten(1)
     return A, B
-
-
-def _distance(B: Tensor, A: Tensor, stored_B: Tensor, stored_A: Tensor) -> float:
-    """‖B·A − B̃·Ã‖_F = ‖(B − B̃)·A + B̃·(A − Ã)‖_F by Gram matrices of the factors: no dense matrix, no cancellation."""
-    X = torch.cat([B - stored_B, stored_B.double()], dim=1)
-    Y = torch.cat([A, A - stored_A])
-    return math.sqrt(max(0.0, float(((X.T @ X) * (Y @ Y.T)).sum())))
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""One merged tensor: W + Σ w·ΔW in float64, a few rows at a time, rounded once, and checked on another way.
+"""One merged tensor: W + Σ w·ΔW in float64, a few rows at a time, rounded at the end, and checked on another way.
 
 Legend: a stored tensor is looked at as a matrix of rows (a stack of experts (E, a, b) as (E·a, b), a convolution as
 (out, in·kernel), a vector as a column); w a weight, M the result as stored.
@@ -24,9 +24,10 @@ Factors = Callable[[Change], tuple[Tensor, Tensor]]
 class Sum:
     """The merged tensor as stored, and what is known of it.
 
-    fro_norm: ‖Σ w·ΔW‖_F; base_norm: ‖W‖_F; rounding: ‖M − (W + Σ w·ΔW)‖_F, which storing costs. check: the largest
-    |(M − W)x − Σ w·ΔW·x| of a row, for vectors x of ±1 and ΔW·x = scaling·B(A·x), over the most that rounding M can
-    make of it: at most 1 in a tensor that is what it says.
+    fro_norm: ‖Σ w·ΔW‖_F; base_norm: ‖W‖_F; rounding: ‖M − (W + Σ w·ΔW)‖_F, which storing costs. check: at most 1 in a
+    tensor that is what it says, the larger of two: |M − sum| over half a step of its type, entry by entry, and
+    |sum·x − (W·x + Σ w·scaling·B(A·x))| over what float64 may err, row by row, for vectors x of ±1: a wrong entry of
+    the sum is seen, and the product B·A is not used.
     """
 
     tensor: Tensor
@@ -70,7 +71,7 @@ def merged(name: str, W: Tensor, changes: Sequence[Change], dtype: torch.dtype, 
     """W + Σ w·ΔW, rounded to dtype. W: the base's tensor as stored; factors(change) → (lora_A, lora_B) as stored.
 
     Raises `NumericsError` naming the tensor where the sum overflows dtype, or W or an adapter's tensor is not finite,
-    or where what comes out is not W + Σ w·ΔW within the rounding of dtype (a fault of ours).
+    or where what comes out fails its check (a fault of ours, or of the machine).
     """
     columns = W.shape[-1] if W.ndim == 3 and any(change.part.expert is not None for change in changes) else None
     view = W.reshape(-1, columns) if columns else W.flatten(1) if W.ndim > 1 else W.reshape(-1, 1)
@@ -111,7 +112,7 @@ def merged(name: str, W: Tensor, changes: Sequence[Change], dtype: torch.dtype, 
         if not bool(torch.isfinite(stored.sum())):
             raise _not_finite(name, base, total, dtype)
         squares += torch.stack([((total - base) ** 2).sum(), (base**2).sum(), ((stored - total) ** 2).sum()])
-        check = max(check, _check(stored, seen, size, X, dtype))
+        check = max(check, _check(total, stored, seen, size, X, dtype))
         start = stop
     if check > 1:
         raise NumericsError(f"{name}: the merged tensor is not base + Σ w·scaling·B·A ({check:.3g} × its rounding)")
@@ -119,13 +120,16 @@ def merged(name: str, W: Tensor, changes: Sequence[Change], dtype: torch.dtype, 
     return Sum(out.reshape(W.shape), moved, of_base, rounding, check)
 
 
-def _check(stored: Tensor, seen: Tensor, size: Tensor, X: Tensor, dtype: torch.dtype) -> float:
+def _check(total: Tensor, stored: Tensor, seen: Tensor, size: Tensor, X: Tensor, dtype: torch.dtype) -> float:
+    """`Sum.check` of some rows. total: the sum; stored: M; seen: W·X + Σ w·scaling·B(A·X); size: Σ of magnitudes."""
+    if not total.numel():
+        return 0.0
     kind = torch.finfo(dtype)
-    most = kind.eps / 2 * stored.abs().sum(dim=1, keepdim=True) + len(X) * kind.eps / 2 * kind.smallest_normal
-    arithmetic = (len(X) + 64) * EPS64 * (size + stored.abs().sum(dim=1, keepdim=True))
-    bound = most + arithmetic
-    residual = (stored @ X - seen).abs()
-    return float((residual / bound.clamp_min(torch.finfo(torch.float64).tiny)).max()) if len(stored) else 0.0
+    by_float32 = 2.0**-24 if kind.bits < 32 else 0.0  # torch's way from float64 to 16 bits
+    half_step = (kind.eps / 2 + by_float32) * stored.abs() + kind.eps / 2 * kind.smallest_normal
+    rounding = float(((stored - total).abs() / half_step).max())
+    arithmetic = (len(X) + 64) * EPS64 * (size + total.abs().sum(dim=1, keepdim=True)) + 1e-300
+    return max(rounding, float(((total @ X - seen).abs() / arithmetic).max()))
 
 
 def _low_rank(change: Change, stored: tuple[int, ...], factors: Factors) -> _LowRank:

@@ -174,10 +174,9 @@ class _Comparison:
 
     def _base_matrix(self, pairs: Mapping[str, Pair], name: str) -> Tensor:
         pair = pairs[name]
-        if pair.lora is None:
-            return read_part(self.base, pair.name, pair.part, self.device)
-        W = self.base.read(pair.name, self.device)
-        return W.T if is_conv1d(pair.name, self.base.config.get("model_type")) else W
+        W = read_part(self.base, pair.name, pair.part, self.device)
+        conv1d = pair.lora is not None and is_conv1d(pair.name, self.base.config.get("model_type"))
+        return W.T if conv1d else W
 
     def _matrix(
         self, lines: Mapping[str, Mapping[str, dict[str, Any]]], name: str, W: Tensor

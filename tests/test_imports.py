@@ -22,7 +22,9 @@ def test_import_is_light():
     assert python(f"import lowrank_probe; lowrank_probe.__version__; {REPORT}").split() == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["spectrum", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["spectrum", "--help"], ["merge", "--help"], ["--version"]], ids=" ".join
+)
 def test_help_is_light(arguments):
     code = f"""
 import sys
@@ -40,7 +42,7 @@ except SystemExit as stop:
 @pytest.mark.parametrize(
     "module",
     ["metrics", "layers", "errors", "options", "cli", "columns", "interrupts", "outputs", "__main__", "trajectory_runs",
-     "trajectory_reports", "extraction_runs", "extraction_reports", "model_card"],
+     "trajectory_reports", "extraction_runs", "extraction_reports", "model_card", "cli_adapters", "cli_extract", "cli_shared"],
 )  # fmt: skip
 def test_modules_that_need_no_torch(module):
     assert "torch" not in python(f"import lowrank_probe.{module}; {REPORT}").split()
@@ -51,7 +53,7 @@ def test_every_public_name_resolves_and_no_module_shadows_a_verb():
         assert getattr(lp, name) is not None
     assert set(dir(lp)) >= set(lp.__all__)
     verbs = {name for name in lp.__all__ if callable(getattr(lp, name)) and name.islower()}
-    assert verbs >= {"spectrum", "load", "report", "demo"}
+    assert verbs >= {"spectrum", "load", "report", "demo", "resize", "merge"}
     assert not verbs & {file.stem for file in Path(lp.__file__).parent.glob("*.py")}
 
 

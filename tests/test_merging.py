@@ -105,6 +105,35 @@ def test_a_convolution(tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("model_type", "m", "transposed"), [
+    ("qwen3_moe", 16, False), ("qwen3_moe", 24, False), ("gpt_oss", 16, True), ("gpt_oss", 24, True),
+])  # fmt: skip
+def test_a_stack_of_experts_in_one_tensor_also_where_it_is_square(tmp_path, model_type, m, transposed):
+    E, r, n = 3, 2, 16
+    W, A, B = (
+        torch.randn(E, n if transposed else m, m if transposed else n),
+        torch.randn(E * r, n),
+        torch.randn(m, r * E),
+    )
+    name = "model.layers.0.mlp.experts.down_proj" if m == 16 else "model.layers.0.mlp.experts.gate_up_proj"
+    for directory in ("base", "adapter"):
+        (tmp_path / directory).mkdir()
+    save_file({name: W}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": model_type, "hidden_size": 16}))
+    module = f"base_model.model.{name.rpartition('.')[0]}"
+    save_file(
+        {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}, tmp_path / "adapter/adapter_model.safetensors"
+    )
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 6, "target_parameters": [name], "target_modules": []}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    lp.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    # peft's own formula (ParamWrapper.get_delta_weight)
+    order = "o r e, e r i -> e i o" if transposed else "o r e, e r i -> e o i"
+    delta = 3 * torch.einsum(order, B.reshape(m, r, E).double(), A.reshape(E, r, n).double())
+    after = load_file(tmp_path / "merged" / "model.safetensors")[name]
+    torch.testing.assert_close(after.double(), W.double() + delta, atol=1e-5, rtol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------- tied tables
 
 
@@ -348,23 +377,29 @@ def test_overlap_of_planted_updates(tmp_path):
 # ---------------------------------------------------------------------------------------------- the check
 
 
-def test_the_check_sees_what_is_not_the_sum(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_check_sees_what_is_not_the_sum(dtype):
+    """Also an update so small that rounding W to the dtype swallows it."""
     generator = torch.Generator().manual_seed(0)
-    W, B, A = (torch.randn(*shape, generator=generator).double() for shape in ((40, 30), (40, 4), (4, 30)))
-    X = torch.randint(0, 2, (30, 2), generator=generator).double() * 2 - 1
+    W, B, A = (torch.randn(*shape, generator=generator).double() for shape in ((40, 300), (40, 4), (4, 300)))
+    B *= 1e-4
+    X = torch.randint(0, 2, (300, 2), generator=generator).double() * 2 - 1
     seen, size = W @ X + B @ (A @ X), W.abs().sum(1, keepdim=True) + B.abs() @ A.abs().sum(1, keepdim=True)
+    good = W + B @ A
 
-    def check(M, dtype=torch.bfloat16):
-        return sums._check(M.to(dtype).double(), seen, size, X, dtype)
+    def check(total, stored=None):
+        return sums._check(total, (total if stored is None else stored).to(dtype).double(), seen, size, X, dtype)
 
-    assert 0 < check(W + B @ A) <= 1
-    assert 0 < check(W + B @ A, torch.float32) <= 1
-    for wrong in (W, W - B @ A, W + 2 * (B @ A), W + B @ A.flip(1), W + B.flip(0) @ A, W + 1.05 * (B @ A)):
+    assert 0 < check(good) <= 1
+    one_entry, one_lost = good.clone(), good.clone()
+    one_entry[7, 3] += 1e-8
+    one_lost[7, 3] = W[7, 3]
+    for wrong in (W, W - B @ A, good + B @ A, W + B @ A.flip(1), W + B.flip(0) @ A, one_entry, one_lost):
         assert check(wrong) > 1
-    one_entry = W + B @ A
-    one_entry[7, 3] += 0.01
-    assert check(one_entry, torch.float32) > 1
-    assert check((W + B @ A).bfloat16().double(), torch.float32) > 1  # rounded more than it says
+    other = good.clone()
+    other[7, 3] *= 1 + 3 * torch.finfo(dtype).eps
+    assert check(good, other) > 1  # not what was summed up
+    assert check(good, good.to(torch.float8_e5m2)) > 1  # rounded more than it says
 
 
 # ---------------------------------------------------------------------------------------------- bad input
