@@ -40,10 +40,6 @@ OPTIONS = {
     "merge": ["--out", "--weight", "--dtype", "--verify", "--data", "--json", "--quiet"],
     "report": ["--open"],
     "demo": ["--out", "--seed", "--json", "--open", "--quiet"],
-    "resize": [
-        "--out", "--rank", "--energy", "--budget", "--max-rank", "--rank-multiple", "--dtype", "--json", "--quiet",
-    ],
-    "merge": ["--out", "--weight", "--dtype", "--json", "--quiet"],
 }  # fmt: skip
 
 
