@@ -48,6 +48,9 @@ def extract(
         bool, typer.Option(help="Compare base + adapter with the tuned model through PEFT; exit 3 if merging differs.")
     ] = False,
     data: Annotated[Path | None, typer.Option(help="Text or jsonl for --verify. Default: built-in prompts.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text (.txt, .jsonl) on whose activations the factors are to be best.")
+    ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
@@ -77,7 +80,7 @@ def extract(
         try:
             found = extraction.extract(
                 base, tuned, out, ranks=choice, wanted=wanted, servable=servable, dtype=dtype, options=options,
-                on_progress=on_progress,
+                calibration=_calibration(calibration), on_progress=on_progress,
             )  # fmt: skip
         except KeyboardInterrupt:
             raise stopped_line(f"finished matrices are kept in {out}", "the same command resumes") from None
@@ -101,6 +104,14 @@ def _verified(base: str, tuned: str, found: Any, texts: Any, device: str) -> dic
         name = f"verification{'-' + label if label else ''}.json"
         write_directory(found.directory / "probe", {name: partial(Path.write_text, data=check.to_json() + "\n")})
     return checks
+
+
+def _calibration(file: Path | None) -> Any:
+    if file is None:
+        return None
+    from lowrank_probe.calibration import Calibration  # with transformers
+
+    return Calibration(file)
 
 
 def _ranks(text: str | None, *, default: bool) -> tuple[tuple[int, ...], bool]:

@@ -174,6 +174,11 @@ EXTRACTION: Final[dict[str, Column]] = {
         "no matrix of this rank has a smaller one: √(1 − Σ_{i≤r} upper σᵢ² / ‖ΔW‖_F²)", source=_EY
     ),
     "optimal_error_high": Column("that of the truncated SVD before its factors are rounded to be stored"),
+    "weighted_error": Column(
+        "‖Kᵀ(ΔW − BA)L‖_F / ‖KᵀΔWL‖_F of the stored factors, LLᵀ = Σxxᵀ + λ̄I, KKᵀ = Σggᵀ + γ̄I or I, of the inputs "
+        "x and output gradients g on the calibration text; missing without one, or for the plain SVD"
+    ),
+    "weighted_optimal_error": Column("no matrix of this rank has a smaller one (of KᵀΔWL)", source=_EY),
     "method": Column("eigh of the Gram matrix, or certified block Krylov"),
     "note": Column("why, in words"),
 }

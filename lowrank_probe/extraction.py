@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -31,6 +31,9 @@ from lowrank_probe.runs import SCHEMA_VERSION
 from lowrank_probe.selection import select
 from lowrank_probe.unfinished import Unfinished
 
+if TYPE_CHECKING:
+    from lowrank_probe.calibration import Calibration
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -44,13 +47,16 @@ def extract(
     servable: bool = False,
     dtype: str = "float32",
     options: Options = Options(),  # noqa: B008 - frozen
+    calibration: "Calibration | None" = None,
     on_progress: Progress | None = None,
 ) -> Extraction:
     """Write the truncated-SVD LoRA of ΔW = W_tuned − W_base as PEFT adapters into `out`.
 
     ranks: a rank, several (one adapter each, `out/r4/`, `out/r8/`, …), or a `RankChoice`. wanted: what is adapted, as
     `selection.select`. servable: one rank, LoRA on linear layers only. dtype: of the stored factors.
-    options: include, exclude, layers, device, seed.
+    options: include, exclude, layers, device, seed. calibration: a text on whose inputs the factors are to be best,
+    where that brings base + adapter nearer to the fine-tune on other text (`calibration`); a budget then goes by the
+    weighted energies.
 
     Raises `UnchangedError` where nothing differs, `CheckpointError`, `MatchError`, `NumericsError`, `OutputError`.
     """
@@ -74,6 +80,11 @@ def extract(
         "ranks": choice.facts(), "options": options.facts(), "notes": [*selection.notes, *filter(None, [where.note])],
         **machine_facts(where),
     }  # fmt: skip
+    calibrator = None
+    if calibration is not None:  # before any work: it imports transformers, and may not be possible
+        from lowrank_probe.calibration import Calibrator
+
+        calibrator = Calibrator.open(calibration, base_side, tuned_side, where.device)
     same = ("base", "tuned", "dtype", "versions", "device")
     store = Unfinished(Path(out), {key: facts[key] for key in same} | {"seed": options.seed})
     work = Work(base_side, tuned_side, selection.chosen, store, where.device, options, choice.needs_noise)
@@ -83,12 +94,19 @@ def extract(
     allotted = _ranks(work, choice, DTYPES[dtype], on_progress)
     norms = selection.weigh(base_side, tuned_side)
     moved = {target.name for target in work.targets if work.moved(target)}
+    works = dict.fromkeys(allotted, work)
+    if calibrator is not None and moved:
+        again = partial(_ranks, choice=choice, dtype=DTYPES[dtype], progress=on_progress)
+        works, allotted, facts["calibration"] = calibrator.run(
+            work, selection, allotted, DTYPES[dtype], again if choice.budget and not choice.denoised else None,
+            on_progress,
+        )  # fmt: skip
     kept = {
         label: {name: one.rank for name, one in allotments.items() if name in moved}
         for label, allotments in allotted.items()
     }
     carried = {label: selection.at(ranks) for label, ranks in kept.items()}
-    lines = ledger_lines(work, carried, allotted, norms)
+    lines = ledger_lines(works, carried, allotted, norms)
     if not any(line["fro_norm"] > 0 for line in lines):
         store.remove()
         raise UnchangedError(
@@ -99,8 +117,9 @@ def extract(
     for label, at in kept.items():
         (Path(out) / label / CONFIG).unlink(missing_ok=True)  # of this run, killed while it wrote
         adapters[label] = write_adapter(
-            Path(out) / label, carried[label], at, partial(work.cut, at), base_side, tuned_side, dtype=DTYPES[dtype]
-        )
+            Path(out) / label, carried[label], at, partial(works[label].cut, at), base_side, tuned_side,
+            dtype=DTYPES[dtype],
+        )  # fmt: skip
     facts["seconds"] = time.perf_counter() - started
     if where.device.type == "cuda":
         facts["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(where.device)

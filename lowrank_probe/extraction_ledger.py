@@ -5,6 +5,7 @@ Every number is of the factors as they are stored; squares are summed over the c
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,16 @@ from lowrank_probe.columns import CURVES
 from lowrank_probe.extraction_work import Work, pieces_of
 from lowrank_probe.factorisation import relative
 from lowrank_probe.targets import Selection, Target
+from lowrank_probe.unfinished import Unfinished
 
 
 def ledger_lines(
-    work: Work, selections: Mapping[str, Selection], allotted: Mapping[str, Mapping[str, Allotment]],
+    works: Mapping[str, Work], selections: Mapping[str, Selection], allotted: Mapping[str, Mapping[str, Allotment]],
     norms: Mapping[str, float],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One line an adapter and unit (`columns.EXTRACTION`), with what each adapter carries whole or leaves out.
 
-    selections: adapter → what it carries. norms: ‖ΔW‖_F of what is carried whole.
+    works: adapter → whose factors it takes. selections: adapter → what it carries. norms: ‖ΔW‖_F of what goes whole.
     """
     pairs = {
         pair.key: pair
@@ -30,9 +32,10 @@ def ledger_lines(
         for pair, line in one.left_out
         if pair is not None and math.isnan(line["fro_norm"])
     }
-    left = work.norms(list(pairs.values()))
+    left = next(iter(works.values())).norms(list(pairs.values()))
     lines = []
     for label, allotments in allotted.items():
+        work = works[label]
         lines += [{"adapter": label} | _target_line(work, one, allotments[one.name]) for one in work.targets]
         lines += [{"adapter": label} | line for line in _others(work, selections[label], norms, left)]
     total = sum(line["fro_norm"] ** 2 for line in lines if line["fro_norm"] > 0) / max(1, len(allotted))
@@ -45,7 +48,7 @@ def curves(work: Work) -> list[dict[str, Any]]:
     """Energy against rank of every target (`columns.CURVES`), at all ranks to 16 and a few a doubling beyond."""
     rows = []
     for target in work.targets:
-        keys = [piece.key("factors") for piece in pieces_of(target)]
+        keys = [piece.key(work.factored) for piece in pieces_of(target)]
         held = [key for key in keys if work.store.has(key) and "stored" in work.store.names(key)]
         if not held:
             continue
@@ -72,21 +75,27 @@ def _points(most: int) -> list[int]:
 def _target_line(work: Work, target: Target, allotment: Allotment) -> dict[str, Any]:
     rank = allotment.rank
     square, base_square, kept, upper, stored = 0.0, 0.0, 0.0, 0.0, 0.0
+    weighted = _Weighted()
     methods = set()
     for piece in pieces_of(target):
-        what = "factors" if work.store.has(piece.key("factors")) else work.spectrum
+        kept_as = (work.factored, work.spectrum, "factors")
+        what = next(name for name in kept_as if work.store.has(piece.key(name)))
         facts = work.store.facts(piece.key(what))
         norm = facts["fro_norm"]
         square += norm**2
         base = facts.get("base_norm")
         base_square += math.nan if base is None and norm > 0 else (base or 0.0) ** 2
-        if what != "factors" or not norm > 0 or rank == 0:
+        if what != work.factored or not norm > 0 or rank == 0:
             stored += norm**2
             continue
         at = min(rank, *target.shape) - 1
-        held = {name: work.store.get(piece.key(what), name).numpy() for name in ("kept", "upper", "stored")}
-        kept, upper, stored = kept + held["kept"][at], upper + held["upper"][at], stored + held["stored"][at]
+        stored += _entry(work.store, piece.key(what), "stored", at)
+        # The optimum is the plain SVD's, whatever was minimised.
+        kept += _entry(work.store, piece.key("factors"), "kept", at)
+        upper += _entry(work.store, piece.key("factors"), "upper", at)
         methods.add(facts["method"])
+        if "weighted_norm" in facts:
+            weighted.add(work.store, piece.key(what), facts["weighted_norm"], at)
     norm = math.sqrt(square)
     known = square > 0 and rank > 0
     return _place(target) | {
@@ -97,8 +106,38 @@ def _target_line(work: Work, target: Target, allotment: Allotment) -> dict[str, 
         "relative_error": relative(stored, norm),
         "optimal_error_low": relative(square - upper, norm) if known else math.nan,
         "optimal_error_high": relative(square - kept, norm) if known else math.nan,
-        "method": "+".join(sorted(methods)), "note": "holds unmerged only" if target.tied else "",
+        **weighted.columns(), "method": "+".join(sorted(methods)),
+        "note": "holds unmerged only" if target.tied else "",
     }  # fmt: skip
+
+
+def _entry(store: Unfinished, key: str, name: str, at: int) -> float:
+    """One number of a piece's factors at a rank; NaN where there are none, or of a lower rank only."""
+    if not store.has(key) or name not in store.names(key):
+        return math.nan
+    values = store.get(key, name)
+    return float(values[at]) if at < len(values) else math.nan
+
+
+@dataclass
+class _Weighted:
+    """Sums over copies of what was minimised with a calibration text: ‖Kᵀ(ΔW − BA)L‖_F²."""
+
+    square: float = 0.0
+    stored: float = 0.0
+    upper: float = 0.0
+
+    def add(self, store: Unfinished, key: str, norm: float, at: int) -> None:
+        self.square += norm**2
+        self.stored += _entry(store, key, "weighted", at)
+        self.upper += _entry(store, key, "upper", at)
+
+    def columns(self) -> dict[str, float]:
+        norm = math.sqrt(self.square)
+        return {
+            "weighted_error": relative(self.stored, norm),
+            "weighted_optimal_error": relative(self.square - self.upper, norm),
+        }
 
 
 def _place(target: Target) -> dict[str, Any]:

@@ -62,6 +62,31 @@ def print_extraction(found: "Extraction") -> None:
             f" ({_size(told['n_bytes'])}); not carried: {_percent(told['not_carried'])}"
         )
     _print_left_out(found, console)
+    if "calibration" in found.facts:
+        _print_calibration(found.facts["calibration"], console)
+
+
+def _print_calibration(told: dict[str, Any], console: Console) -> None:
+    """What was tried with its distance from the fine-tune on both parts; of several adapters, plain and chosen only."""
+    several = len({row["adapter"] for row in told["tried"]}) > 1
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+    for head in (*(("adapter",) if several else ()), "weighted by", "ridge", "to choose by", "to report", ""):
+        table.add_column(head, justify="right" if head.startswith("to") else "left", no_wrap=True)
+    rows = [{"adapter": "", "weighted_by": "base alone", "ridge": "", **told["base"], "chosen": False}]
+    order = list(dict.fromkeys(row["adapter"] for row in told["tried"]))
+    rows += sorted(told["tried"], key=lambda row: order.index(row["adapter"]))
+    for row in rows:
+        if several and row["weighted_by"] not in ("base alone", "plain SVD") and not row["chosen"]:
+            continue
+        cells = [row["weighted_by"], row["ridge"].replace("inf", ""), f"{row['choice']:.5g}", f"{row['report']:.5g}"]
+        table.add_row(*((row["adapter"],) if several else ()), *cells, "chosen" if row["chosen"] else "")
+    console.print(table)
+    tokens = ", ".join(f"{count:,} tokens for {part}" for part, count in told["n_tokens"].items())
+    console.print(f"distance: {told['measure']}; {tokens} of {printable(told['file'])}", style="dim")
+    if told["plain"]:
+        console.print(
+            f"plain SVD for {len(told['plain'])} without inputs that are known, such as {printable(told['plain'][0])}"
+        )
 
 
 def print_verification(label: str, check: "Verification", other: str = "the tuned model") -> None:

@@ -27,6 +27,7 @@ from lowrank_probe.scheduling import interruptible, run_jobs
 from lowrank_probe.svd import full_spectrum
 from lowrank_probe.targets import Target
 from lowrank_probe.unfinished import Unfinished
+from lowrank_probe.weighting import Weighting
 
 Progress = Callable[[str, int, int], None]
 # Matrices held on a GPU at once, in multiples of the largest one's entries.
@@ -52,7 +53,10 @@ def pieces_of(target: Target) -> list[Piece]:
 
 @dataclass(frozen=True)
 class Work:
-    """What every job needs. Everything a job finds goes to `store` at once."""
+    """What every job needs. Everything a job finds goes to `store` at once.
+
+    weighting: KᵀΔWL is what is approximated, and whose singular values ranks are chosen by.
+    """
 
     base: Checkpoint
     tuned: Checkpoint
@@ -61,10 +65,20 @@ class Work:
     device: torch.device
     options: Options
     noise: bool = False
+    weighting: Weighting | None = None
 
     @property
     def spectrum(self) -> str:
-        return "noise" if self.noise else "spectrum"
+        """What spectra are kept as."""
+        return "noise" if self.noise else self._weighted("spectrum")
+
+    @property
+    def factored(self) -> str:
+        """What factors are kept as."""
+        return self._weighted("factors")
+
+    def _weighted(self, what: str) -> str:
+        return f"{what}-{self.weighting.word}" if self.weighting else what
 
     def pieces(self) -> Iterator[Piece]:
         return (piece for target in self.targets for piece in pieces_of(target))
@@ -85,6 +99,11 @@ class Work:
                         facts[name] = found.row[name]
                     if denoised is not None:
                         tensors["denoised"] = torch.from_numpy(np.ascontiguousarray(denoised))
+                elif self.weighting:
+                    roots = self.weighting.roots(piece, self.device)
+                    found_values = full_spectrum(roots.weighted(delta.dense) if roots else delta.dense).values
+                    values = found_values * math.sqrt(self.weighting.scale(piece, roots))
+                    facts["weighted_norm"] = float(np.linalg.norm(values))
                 else:
                     values = full_spectrum(delta.dense, delta.fro_norm).values
                 tensors["values"] = torch.from_numpy(np.ascontiguousarray(values))
@@ -98,11 +117,14 @@ class Work:
 
         def compute(piece: Piece, delta: Delta | None) -> Piece:
             if delta is None:
-                self.store.put(piece.key("factors"), {}, {"fro_norm": 0.0, "base_norm": None})
+                self.store.put(piece.key(self.factored), {}, {"fro_norm": 0.0, "base_norm": None})
                 return piece
             assert delta.dense is not None
             rank = min(ranks[piece.target.name], *piece.target.shape)
-            found = factorise(delta.dense, delta.fro_norm, rank, dtype, piece.target.name, seed=self.options.seed)
+            roots = self.weighting.roots(piece, self.device) if self.weighting else None
+            found = factorise(
+                delta.dense, delta.fro_norm, rank, dtype, piece.target.name, seed=self.options.seed, roots=roots
+            )
             numbers = {name: torch.from_numpy(getattr(found, name)) for name in ("kept", "upper", "stored")}
             facts = {
                 "fro_norm": delta.fro_norm,
@@ -110,11 +132,14 @@ class Work:
                 "method": found.method,
                 "rank": found.A.shape[0],
             }
+            if found.weighted is not None:
+                numbers["weighted"] = torch.from_numpy(found.weighted)
+                facts["weighted_norm"] = found.weighted_norm
             # B by columns, so that a smaller rank is the first rows of both.
-            self.store.put(piece.key("factors"), {"Bt": found.B.T.contiguous(), "A": found.A, **numbers}, facts)
+            self.store.put(piece.key(self.factored), {"Bt": found.B.T.contiguous(), "A": found.A, **numbers}, facts)
             return piece
 
-        self._run("factors", ranks, compute, progress)
+        self._run(self.factored, ranks, compute, progress)
 
     def norms(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """name → ‖ΔW‖_F of pairs that no adapter carries; NaN where it cannot be told (NaN or Inf in it)."""
@@ -136,21 +161,22 @@ class Work:
 
     def moved(self, target: Target) -> bool:
         """Whether a target has factors, in one of its copies."""
-        return any(self._held(piece) for piece in pieces_of(target))
+        return any(self.held(piece) for piece in pieces_of(target))
 
     def cut(self, ranks: Mapping[str, int], target: Target) -> tuple[Tensor, Tensor]:
         """(B (E, m, r), A (E, r, n)) of a target at its rank, as stored; zeros where a copy did not move."""
         r, factors = ranks[target.name], []
         for piece in pieces_of(target):
-            key = piece.key("factors")
-            if self._held(piece):
+            key = piece.key(self.factored)
+            if self.held(piece):
                 factors.append((self.store.get(key, "Bt", 0, r).T, self.store.get(key, "A", 0, r)))
             else:
                 factors.append((torch.zeros(target.shape[0], r), torch.zeros(r, target.shape[1])))
         return torch.stack([B for B, _ in factors]), torch.stack([A for _, A in factors])
 
-    def _held(self, piece: Piece) -> bool:
-        key = piece.key("factors")
+    def held(self, piece: Piece) -> bool:
+        """Whether it has factors."""
+        key = piece.key(self.factored)
         return self.store.has(key) and "A" in self.store.names(key)
 
     def _has(self, piece: Piece, what: str, rank: int) -> bool:
@@ -197,7 +223,7 @@ class Work:
         keys = [piece.key(self.spectrum) for piece in pieces_of(target)]
         facts = [self.store.facts(key) for key in keys]
         k = min(target.shape)
-        square = sum(fact["fro_norm"] ** 2 for fact in facts)
+        square = sum(fact.get("weighted_norm", fact["fro_norm"]) ** 2 for fact in facts)
         found: dict[str, Any] = {}
         if any(fact.get("denoised_fro_norm") is not None for fact in facts):
             # Where there is no noise to take out, what is stored is the update.
@@ -217,7 +243,7 @@ class Work:
 
     def kept_unit(self, target: Target) -> Unit:
         """The same where only the values up to the rank of the factors are known."""
-        keys = [piece.key("factors") for piece in pieces_of(target)]
+        keys = [piece.key(self.factored) for piece in pieces_of(target)]
         square = sum(self.store.facts(key)["fro_norm"] ** 2 for key in keys)
         kept = [self.store.get(key, "kept").numpy() if "kept" in self.store.names(key) else None for key in keys]
         r = max((len(one) for one in kept if one is not None), default=0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowrank_probe import svd
 from lowrank_probe.errors import NumericsError
 from lowrank_probe.metrics import Values
+from lowrank_probe.weighting import Roots
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,8 +23,9 @@ DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 class Factored:
     """The factors of one matrix on the host in their stored dtype, and per rank j = 1 … r, all (r,) float64:
 
-    kept: Σ_{i≤j} σᵢ², what rank j keeps of ‖ΔW‖_F² before rounding. upper: what no matrix of rank j keeps more than.
-    stored: ‖ΔW − B_j·A_j‖_F² of the rounded factors. method: of `svd.truncate`.
+    kept: what rank j keeps of ‖ΔW‖_F² before rounding (Σ_{i≤j} σᵢ² for the SVD). upper: what no matrix of rank j keeps
+    more than. stored: ‖ΔW − B_j·A_j‖_F² of the rounded factors. method: of `svd.truncate`.
+    With roots: upper and weighted = ‖Kᵀ(ΔW − B_j·A_j)L‖_F² are of KᵀΔWL, weighted_norm = ‖KᵀΔWL‖_F; kept is after.
     """
 
     B: Tensor
@@ -32,30 +34,49 @@ class Factored:
     upper: Values
     stored: Values
     method: str
+    weighted: Values | None = None
+    weighted_norm: float = math.nan
 
 
-def factorise(dense: Tensor, fro_norm: float, r: int, dtype: torch.dtype, name: str, *, seed: int = 0) -> Factored:
-    """The best rank-r factors of ΔW (m, n) with √σ in each, rounded to dtype; r is cut to min(m, n).
+def factorise(
+    dense: Tensor, fro_norm: float, r: int, dtype: torch.dtype, name: str, *, seed: int = 0, roots: Roots | None = None
+) -> Factored:
+    """The best rank-r factors of ΔW (m, n), each column of B as long as its row of A, rounded to dtype.
 
-    fro_norm: ‖ΔW‖_F. Raises `NumericsError` naming the matrix where a factor overflows the dtype.
+    r is cut to min(m, n). fro_norm: ‖ΔW‖_F. Best in ‖ΔW − BA‖_F, or with roots in ‖Kᵀ(ΔW − BA)L‖_F (`weighting`).
+    Raises `NumericsError` naming the matrix where a factor overflows the dtype.
     The stored error is ‖ΔW‖² − 2⟨ΔW, BA⟩ + ‖BA‖² in float64, so that errors below 3e-8·‖ΔW‖_F are seen as that.
     """
-    found = svd.truncate(dense, r, seed=seed)
-    root = found.s.sqrt()
-    B, A = (found.U * root).to(dtype), (root[:, None] * found.Vh).to(dtype)
+    M = dense if roots is None else roots.weighted(dense)
+    found = svd.truncate(M, r, seed=seed)
+    long_B, long_A = (found.U, found.s[:, None] * found.Vh) if roots is None else roots.factors(dense, found.U)
+    lengths = torch.linalg.vector_norm(long_B, dim=0), torch.linalg.vector_norm(long_A, dim=1)
+    nothing = (lengths[0] == 0) | (lengths[1] == 0)
+    balance = torch.where(nothing, 1.0, lengths[1] / torch.where(nothing, 1.0, lengths[0])).sqrt()
+    long_B, long_A = torch.where(nothing, 0.0, long_B * balance), long_A / balance[:, None]
+    B, A = long_B.to(dtype), long_A.to(dtype)
     if not bool(torch.isfinite(B).all() and torch.isfinite(A).all()):
-        largest = max(float((found.U * root).abs().max()), float((root[:, None] * found.Vh).abs().max()))
+        largest = max(float(long_B.abs().max()), float(long_A.abs().max()))
         beyond = str(dtype).removeprefix("torch.")
         raise NumericsError(
             f"{name}: its factors reach {largest:.3g}, beyond {beyond}; use --dtype float32 or bfloat16"
         )
     B64, A64 = B.double(), A.double()
-    along = (svd.product(dense.T, B64).T * A64).sum(dim=1).cpu().numpy()
-    square = (svd.product(B64.T, B64) * svd.product(A64, A64.T)).cpu().numpy()
+    stored = _errors(dense, fro_norm, B64, A64)
+    kept, upper = np.cumsum(found.s.cpu().numpy() ** 2), np.cumsum(found.upper)
+    if roots is None:
+        return Factored(B.cpu(), A.cpu(), kept, upper, stored, found.method)
+    norm = svd.fro_norm(M)
+    weighted = _errors(M, norm, B64 if roots.K is None else roots.K.T @ B64, A64 if roots.L is None else A64 @ roots.L)
+    return Factored(B.cpu(), A.cpu(), fro_norm**2 - stored, upper, stored, found.method, weighted, norm)
+
+
+def _errors(dense: Tensor, norm: float, B: Tensor, A: Tensor) -> Values:
+    """(r,) ‖dense − B_j·A_j‖_F² for j = 1 … r, norm = ‖dense‖_F, in float64."""
+    along = (svd.product(dense.T, B).T * A).sum(dim=1).cpu().numpy()
+    square = (svd.product(B.T, B) * svd.product(A, A.T)).cpu().numpy()
     inside = np.diagonal(np.cumsum(np.cumsum(square, axis=0), axis=1))
-    stored = np.maximum(fro_norm**2 - 2 * np.cumsum(along) + inside, 0.0)
-    kept = np.cumsum(found.s.cpu().numpy() ** 2)
-    return Factored(B.cpu(), A.cpu(), kept, np.cumsum(found.upper), stored, found.method)
+    return np.asarray(np.maximum(norm**2 - 2 * np.cumsum(along) + inside, 0.0))
 
 
 def relative(square: float, fro_norm: float) -> float:

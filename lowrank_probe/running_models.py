@@ -163,6 +163,29 @@ def find_measure(model: Any, ids: Tensor, missing: Sequence[str], kind: Kind, de
 
 @torch.inference_mode()
 def _run(model: Any, ids: Tensor, with_states: bool, device: torch.device) -> Any:
+    return _forward(model, ids, with_states, device)
+
+
+def sampled_loss(model: Any, ids: Tensor, measure: Measure, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Σ_rows −log p(y), y drawn from the model's own p; of hidden states h, Σ ⟨h, ε⟩ with standard normal ε.
+
+    Its gradients' second moments are, in the mean over draws, the Fisher information, that is the curvature of
+    KL(model ‖ other), or of ‖h − other‖². With a graph, so not under inference mode.
+    """
+    out = _forward(model, ids, measure == "hidden states", device)
+    values = out.logits if measure == "logits" else _hidden(out)
+    values = values.reshape(-1, values.shape[-1]).float()
+    if measure == "hidden states":
+        noise = torch.randn(values.shape, generator=generator).to(device)
+        return torch.sum(values * noise)
+    log_p = values.log_softmax(-1)
+    # Gumbel's trick, drawn on the host: the same on every device.
+    uniform = torch.rand(values.shape, generator=generator).clamp_min(1e-30).to(device)
+    drawn = (log_p.detach() - (-uniform.log()).log()).argmax(-1, keepdim=True)
+    return torch.sum(-log_p.gather(1, drawn))
+
+
+def _forward(model: Any, ids: Tensor, with_states: bool, device: torch.device) -> Any:
     ids = ids.to(device)[None]
     inputs = {"input_ids": ids}
     config = model.config

@@ -85,7 +85,7 @@ def token_sequences(
     The tokenizer is that of the first directory that has one; where none has, the sequences are random ids from a fixed
     seed. Raises `ProbeError` where no text gives a token.
     """
-    tokenizer, notes = _tokenizer(directories)
+    tokenizer, notes = find_tokenizer(directories)
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         length = min(SEQUENCE_LENGTH, n_tokens)
@@ -106,7 +106,8 @@ def token_sequences(
     return sequences, notes
 
 
-def _tokenizer(directories: Sequence[Path]) -> tuple[Any, list[str]]:
+def find_tokenizer(directories: Sequence[Path]) -> tuple[Any, list[str]]:
+    """The tokenizer of the first directory that has one that loads, or None; notes on those that do not load."""
     from transformers import AutoTokenizer
 
     notes = []

@@ -1,0 +1,160 @@
+"""Activation-aware extraction: factors that are best on the inputs a text gives, where that is better on other text.
+
+A text is parted in three by document. On the first the fine-tune runs, and the second moments of every matrix's inputs
+and output gradients are kept (`moments`). All matrices are factorised weighted by them (`weighting`), in several ways:
+inputs alone, or inputs and gradients, at a few ridges λ. The KL of base + adapter from the fine-tune on the second part
+decides for one way, among them the plain SVD, so that no adapter is worse there than the plain one. All KL are reported
+on the third part, which decided nothing (`ridge_choice`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from lowrank_probe import running_models as running
+from lowrank_probe.allocation import Allotment
+from lowrank_probe.calibration_text import PARTS, CalibrationText, read_calibration
+from lowrank_probe.checkpoints import Checkpoint
+from lowrank_probe.errors import ProbeError
+from lowrank_probe.extraction_work import Piece, Work
+from lowrank_probe.moments import LIMIT_BYTES, SEEN, Moments, collect
+from lowrank_probe.ridge_choice import Candidate, Compared, Progress, compare, find_measure, free
+from lowrank_probe.running_models import CannotRun, Kind
+from lowrank_probe.targets import Selection
+from lowrank_probe.weighting import Weighting
+
+# (two-sided, λ), λ in units of tr C/n and tr G/m, one for all matrices. Between 1e-6 and 0.1 little changes.
+WAYS: Final = ((False, 1e-6), (False, 0.1), (False, 1.0), (False, 10.0), (True, 0.01), (True, 0.1), (True, 1.0))
+Ranks = dict[str, dict[str, Allotment]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """file: of text (`texts.read_texts`). ways: (two-sided, λ) to try beside the plain SVD.
+
+    limit_bytes: of the moments in memory at once.
+    """
+
+    file: str | Path
+    ways: tuple[tuple[bool, float], ...] = WAYS
+    limit_bytes: int = LIMIT_BYTES
+
+    def __post_init__(self) -> None:
+        if not self.ways or not all(0 < ridge < math.inf for _, ridge in self.ways):
+            raise ProbeError(f"ways {self.ways}: expected (two-sided, ridge), with finite ridges above 0")
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """A calibration that has been found possible, before any work: the text is read, the model is known.
+
+    Raises (in `open`) `ProbeError` where there is too little text, or no model or tokenizer that transformers loads.
+    """
+
+    calibration: Calibration
+    base: Checkpoint
+    tuned: Checkpoint
+    kind: Kind
+    text: CalibrationText
+    device: torch.device
+
+    @classmethod
+    def open(cls, calibration: Calibration, base: Checkpoint, tuned: Checkpoint, device: torch.device) -> "Calibrator":
+        try:
+            kind = running.find_kind(tuned.path, tuned.path)
+        except CannotRun as reason:
+            raise _cannot(reason) from None
+        file, directories = Path(calibration.file), (tuned.path, base.path)
+        text = read_calibration(file, directories, kind.vocabulary, kind.max_tokens)
+        return cls(calibration, base, tuned, kind, text, device)
+
+    def run(
+        self, work: Work, selection: Selection, allotted: Ranks, dtype: torch.dtype,
+        ranks: Callable[[Work], Ranks] | None, progress: Progress | None,
+    ) -> tuple[dict[str, Work], Ranks, dict[str, Any]]:  # fmt: skip
+        """(adapter → the work whose factors it takes, adapter → its ranks, facts).
+
+        work, allotted: of the plain SVD. ranks: chooses them anew by the weighted energies; None: they stay.
+        """
+        try:
+            with running.quiet():
+                moments = self._moments(work, progress)
+                candidates = [Candidate(work, allotted)]
+                for weighting in self._weightings(work, moments):
+                    one = replace(work, weighting=weighting)
+                    candidates.append(Candidate(one, ranks(one) if ranks else allotted))
+                    if ranks is None:
+                        one.factors(_largest(allotted), dtype, progress)
+                parts = {part: self.text.sequences[part] for part in PARTS[1:]}
+                found = compare(
+                    self.tuned.path, self.kind, parts, self.base, selection, candidates, self.device, progress
+                )
+        except CannotRun as reason:
+            raise _cannot(reason) from None
+        chosen = {label: candidates[found.best(label)] for label in allotted}
+        return (
+            {label: one.work for label, one in chosen.items()},
+            {label: dict(one.allotted[label]) for label, one in chosen.items()},
+            self._facts(found, candidates, work, moments),
+        )
+
+    def _weightings(self, work: Work, moments: Moments) -> list[Weighting]:
+        n_tokens = self.text.n_tokens("moments")
+        gradients = [moments.mean_gradient(piece) for piece in work.pieces() if moments.n_tokens(piece)]
+        mean = sum(gradients) / max(1, len(gradients))
+        return [Weighting(moments, ridge, two_sided, n_tokens, mean) for two_sided, ridge in self.calibration.ways]
+
+    def _moments(self, work: Work, progress: Progress | None) -> Moments:
+        moments = Moments(work.store, self.text.word)
+        pieces = [piece for piece in work.pieces() if work.held(piece)]
+        if all(moments.has(piece) for piece in pieces if piece.target.kind in SEEN):
+            return moments
+        self._collect(pieces, moments, progress)
+        free(self.device)
+        return moments
+
+    def _collect(self, pieces: Sequence[Piece], moments: Moments, progress: Progress | None) -> None:
+        model, missing = running.load(self.tuned.path, self.kind, self.device)
+        sequences = self.text.sequences["moments"]
+        measure = find_measure(model, sequences[0], missing, self.kind, self.device)
+        generator = torch.Generator().manual_seed(0)
+
+        def loss(ids: torch.Tensor) -> torch.Tensor:
+            return running.sampled_loss(model, ids, measure, self.device, generator)
+
+        collect(model, loss, sequences, pieces, moments, self.calibration.limit_bytes, progress)
+
+    def _facts(self, found: Compared, candidates: Sequence[Candidate], work: Work, moments: Moments) -> dict[str, Any]:
+        pieces = [piece for piece in work.pieces() if work.held(piece)]
+        unseen = sorted(
+            {piece.target.name for piece in pieces} - {p.target.name for p in pieces if moments.n_tokens(p)}
+        )
+        return {
+            "file": str(self.calibration.file),
+            "n_documents": self.text.n_documents,
+            "n_tokens": {part: self.text.n_tokens(part) for part in PARTS},
+            "measure": "KL(tuned ‖ base + adapter), nats a row" if found.measure == "logits" else
+            "‖difference‖/‖tuned‖ of last hidden states",
+            "base": found.base,
+            "tried": [
+                {"adapter": label, "weighted_by": candidates[number].sides, "ridge": str(candidates[number].ridge),
+                 **told, "chosen": found.best(label) == number}
+                for (label, number), told in found.distances.items()
+            ],
+            "plain": unseen,
+            "stays_tuned": found.stays,
+        }  # fmt: skip
+
+
+def _largest(allotted: Ranks) -> dict[str, int]:
+    """target → its largest rank in any adapter."""
+    names = {name for one in allotted.values() for name in one}
+    return {name: max(one[name].rank for one in allotted.values() if name in one) for name in names}
+
+
+def _cannot(reason: CannotRun) -> ProbeError:
+    return ProbeError(f"--calibration runs the fine-tune, which transformers cannot: {reason}; leave it out")

@@ -1,0 +1,222 @@
+"""Second moments of what a running model multiplies its matrices with, and of its loss's gradients, streamed to disk.
+
+Legend: a product y = W·x of a matrix W (m, n) with one row x (n,): a token's, or of an expert a token's that was routed
+to it; g (m,) the gradient of a loss with respect to y. C = Σ x xᵀ (n, n), G = Σ g gᵀ (m, m), float64 sums of float32
+rows. Matrices that read the same rows (q, k, v; gate, up) share one C.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lowrank_probe.errors import OutputError
+from lowrank_probe.model_weights import view_of
+from lowrank_probe.unfinished import Unfinished
+
+if TYPE_CHECKING:
+    from lowrank_probe.extraction_work import Piece
+
+Progress = Callable[[str, int, int], None]
+# The kinds whose product with their input is seen; a table has no input rows, a convolution's overlap.
+SEEN: Final = ("linear", "conv1d", "parameter")
+# Where x and W are among the arguments of the functions that multiply them.
+_OPERANDS: Final = {"linear": (0, 1), "addmm": (1, 2), "matmul": (0, 1), "__matmul__": (0, 1), "mm": (0, 1)}
+LIMIT_BYTES: Final = 4 << 30
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The moments of one text, kept in an extraction's store. word: names the text, so that another one's are others.
+
+    Of a piece: n_tokens, the rows that were seen, 0 where none was; mean_gradient = Σ‖g‖²/m; whose C it shares.
+    """
+
+    store: Unfinished
+    word: str
+
+    def has(self, piece: "Piece") -> bool:
+        return self.store.has(self._key(piece))
+
+    def n_tokens(self, piece: "Piece") -> int:
+        """Rows that C sums over."""
+        return int(self._facts(piece)["n_tokens"]) if self.has(piece) else 0
+
+    def mean_gradient(self, piece: "Piece") -> float:
+        """tr G/m, also where G itself is too large to be kept."""
+        return float(self._facts(piece)["mean_gradient"]) if self.has(piece) else 0.0
+
+    def inputs(self, piece: "Piece", device: torch.device) -> Tensor | None:
+        """C (n, n); None where the piece was never seen."""
+        return self.store.get(self._facts(piece)["shared"], "C").to(device) if self.n_tokens(piece) else None
+
+    def gradients(self, piece: "Piece", device: torch.device) -> Tensor | None:
+        """G (m, m); None where the piece was never seen, or has too many rows."""
+        key = self._key(piece)
+        return self.store.get(key, "G").to(device) if self.has(piece) and "G" in self.store.names(key) else None
+
+    def put(self, piece: "Piece", shared: "Piece", tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Keep what was found for a piece, which shares C with an earlier one or itself."""
+        self.store.put(self._key(piece), tensors, {"shared": self._key(shared), **facts})
+
+    def _facts(self, piece: "Piece") -> dict[str, Any]:
+        return self.store.facts(self._key(piece))
+
+    def _key(self, piece: "Piece") -> str:
+        return piece.key(f"moments-{self.word}")
+
+
+class _Watch(TorchFunctionMode):
+    """Calls take(i, x, y) for every product y of rows x with the i-th watched matrix, whichever module computes it.
+
+    At the product itself, not at a module's call: so experts, which are entries of one parameter, are seen as well,
+    each with the rows that were routed to it. matrices: address → (i, m, n).
+    """
+
+    def __init__(
+        self, matrices: Mapping[int, tuple[int, int, int]], take: Callable[[int, Tensor, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self.matrices, self.take = matrices, take
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        y = func(*args, **(kwargs or {}))
+        where = _OPERANDS.get(getattr(func, "__name__", ""))
+        if where and len(args) > max(where):
+            x, W = args[where[0]], args[where[1]]
+            if isinstance(x, Tensor) and isinstance(W, Tensor):
+                i, m, n = self.matrices.get(W.data_ptr(), (-1, 0, 0))
+                if i >= 0 and W.numel() == m * n and x.shape[-1] == n:
+                    self.take(i, x.detach().reshape(-1, n), y)
+        return y
+
+
+def collect(
+    model: Any, loss: Callable[[Tensor], Tensor], sequences: Sequence[Tensor], pieces: Sequence["Piece"],
+    moments: Moments, limit_bytes: int = LIMIT_BYTES, progress: Progress | None = None,
+) -> None:  # fmt: skip
+    """Run the model over the sequences, forward and backward, and keep C and G of every piece that has none yet.
+
+    As many pieces at once as their moments take no more than `limit_bytes` together (at least one), then the next ones
+    in another pass. loss(ids) is one forward pass with a graph. A G of more than half of `limit_bytes` is not kept.
+    Raises `OutputError` where the disk has no room for them.
+    """
+    watched = [piece for piece in pieces if piece.target.kind in SEEN and not moments.has(piece)]
+    if not watched:
+        return
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # one product an expert; the fused kernels are not seen
+    model.requires_grad_(False)  # a graph of activations alone, from the tables on
+    for table in model.modules():
+        if isinstance(table, torch.nn.Embedding):  # a copy, as some models go on in place
+            table.register_forward_hook(lambda module, args, y: y.requires_grad_().clone())
+    matrices = {
+        view_of(model, piece.target, piece.copy).data_ptr(): (i, *piece.target.shape) for i, piece in enumerate(watched)
+    }
+    shapes = [piece.target.shape for piece in watched]
+    groups = _sharing(matrices, loss, sequences[0], len(watched))
+    kept = {i for i, (m, _) in enumerate(shapes) if 8 * m**2 <= limit_bytes / 2}
+    sizes = [8 * (shapes[one[0]][1] ** 2 + sum(shapes[i][0] ** 2 for i in one if i in kept)) for one in groups]
+    _check_room(moments, sum(sizes))
+    batches = list(_batches(groups, sizes, limit_bytes))
+    for number, batch in enumerate(batches):
+        sums = _Sums({one[0] for one in batch}, {i for one in batch for i in one}, kept)
+        for done, ids in enumerate(sequences):
+            if progress:
+                progress("second moments", number * len(sequences) + done, len(batches) * len(sequences))
+            with _Watch(matrices, sums.add), torch.enable_grad():
+                loss(ids).backward()  # type: ignore[no-untyped-call]
+        for one in batch:
+            for i in one:
+                facts = {"n_tokens": sums.rows.get(one[0], 0), "mean_gradient": sums.squares.get(i, 0.0) / shapes[i][0]}
+                moments.put(watched[i], watched[one[0]], sums.take(i), facts)
+
+
+def _check_room(moments: Moments, needed: int) -> None:
+    folder = moments.store.folder
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"{folder}: the second moments take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; choose --out on "
+            "another disk, or fewer --targets"
+        )
+
+
+@dataclass
+class _Sums:
+    """What is summed in one pass. first: whose C; every: whose gradients; kept: whose G, if in `every`."""
+
+    first: set[int]
+    every: set[int]
+    kept: set[int]
+    C: dict[int, Tensor] = field(default_factory=dict)
+    G: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[int, int] = field(default_factory=dict)
+    squares: dict[int, float] = field(default_factory=dict)
+
+    def add(self, i: int, x: Tensor, y: Tensor) -> None:
+        """Take in the rows of one product, and on the way back its gradients."""
+        if not len(x):
+            return
+        if i in self.first:
+            self.rows[i] = self.rows.get(i, 0) + len(x)
+            _add(self.C, i, x)
+        if i in self.every and y.requires_grad:
+            y.register_hook(  # type: ignore[no-untyped-call]
+                lambda g: self._add_gradient(i, g.detach().reshape(-1, g.shape[-1]))
+            )
+
+    def _add_gradient(self, i: int, g: Tensor) -> None:
+        self.squares[i] = self.squares.get(i, 0.0) + float(g.double().square().sum())
+        if i in self.kept:
+            _add(self.G, i, g)
+
+    def take(self, i: int) -> dict[str, Tensor]:
+        """The finished sums of one matrix, on the host."""
+        found = {"C": self.C.pop(i, None), "G": self.G.pop(i, None)}
+        return {name: M.cpu() for name, M in found.items() if M is not None}
+
+
+def _add(sums: dict[int, Tensor], i: int, rows: Tensor) -> None:
+    if i not in sums:
+        sums[i] = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    rows = rows.double()
+    if rows.is_cpu:  # numpy sees the symmetry and does half the work
+        sums[i] += torch.from_numpy(np.matmul(rows.numpy().T, rows.numpy()))
+    else:
+        sums[i].addmm_(rows.T, rows)
+
+
+def _sharing(
+    matrices: Mapping[int, tuple[int, int, int]], run: Callable[[Tensor], Any], ids: Tensor, count: int
+) -> list[list[int]]:
+    """The matrices in groups that read the same rows: the same tensors in one pass over one sequence."""
+    inputs: list[list[Tensor]] = [[] for _ in range(count)]
+    with _Watch(matrices, lambda i, x, y: inputs[i].append(x)):
+        run(ids)  # all inputs are held, so that an address stands for one tensor
+    groups: dict[Any, list[int]] = {}
+    for i, read in enumerate(inputs):
+        mark = tuple((x.data_ptr(), tuple(x.shape), float(x.double().sum())) for x in read)
+        groups.setdefault(mark or i, []).append(i)
+    return list(groups.values())
+
+
+def _batches(groups: Sequence[list[int]], sizes: Sequence[int], limit_bytes: int) -> Iterator[list[list[int]]]:
+    """Groups whose moments take at most `limit_bytes` together, or one."""
+    batch: list[list[int]] = []
+    held = 0
+    for one, size in zip(groups, sizes, strict=True):
+        if batch and held + size > limit_bytes:
+            yield batch
+            batch, held = [], 0
+        batch.append(one)
+        held += size
+    if batch:
+        yield batch

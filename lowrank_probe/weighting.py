@@ -1,0 +1,95 @@
+"""The weighted problem: which B·A of rank r minimises ‖Kᵀ(ΔW − BA)L‖_F, L Lᵀ = C + λ̄I and K Kᵀ = G + γ̄I.
+
+Legend: ΔW (m, n); C (n, n) the second moments of the inputs, λ̄ = λ·tr C/n; G (m, m) those of the gradients at the
+outputs, γ̄ = λ·tr G/m (K-FAC's curvature is C ⊗ G, Martens & Grosse 2015). One-sided: K = I. With M = KᵀΔWL and U_r its
+leading left singular vectors the optimum is BA = K⁻ᵀU_r·U_rᵀKᵀΔW: KᵀBAL is the truncated SVD of M (Eckart–Young), and
+K, L are invertible. λ → ∞ is the plain truncated SVD. Any other roots give the same; Cholesky's is the cheapest.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowrank_probe import svd
+from lowrank_probe.errors import NumericsError
+from lowrank_probe.moments import Moments
+
+if TYPE_CHECKING:
+    from lowrank_probe.extraction_work import Piece
+
+
+def root(C: Tensor, ridge: float) -> Tensor:
+    """L (n, n) lower, L·Lᵀ = C + ridge·(tr C/n)·I, float64. Raises `NumericsError` where that is not positive."""
+    n = C.shape[0]
+    shifted = C.double().clone()
+    shifted.diagonal().add_(ridge * float(torch.diagonal(C).sum()) / n)
+    L: Tensor
+    L, info = torch.linalg.cholesky_ex(shifted)
+    if int(info):
+        raise NumericsError(f"second moments with a ridge of {ridge:g} are not positive definite: no inputs but 0?")
+    return L
+
+
+@dataclass(frozen=True)
+class Roots:
+    """L (n, n) and K (m, m), lower; None where it is the identity."""
+
+    L: Tensor | None = None
+    K: Tensor | None = None
+
+    def weighted(self, dense: Tensor) -> Tensor:
+        """M = KᵀΔWL (m, n), float64."""
+        M = dense.double() if self.L is None else svd.product(dense, self.L)
+        return M if self.K is None else self.K.T @ M
+
+    def factors(self, dense: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+        """(B (m, r), A (r, n)), BA = K⁻ᵀU·UᵀKᵀΔW, for the leading left singular vectors U (m, r) of M."""
+        if self.K is None:
+            return U, svd.product(dense.T, U).T
+        return torch.linalg.solve_triangular(self.K.T, U, upper=True), svd.product(dense.T, self.K @ U).T
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """The roots for every piece of an extraction. ridge: λ > 0, finite; two_sided: G too.
+
+    n_tokens: of the text; unseen_gradient: the mean of tr G/m over all pieces, for those that were not seen.
+    """
+
+    moments: Moments
+    ridge: float
+    two_sided: bool
+    n_tokens: int
+    unseen_gradient: float = 1.0
+
+    @property
+    def word(self) -> str:
+        """Names what is computed with it, in the store."""
+        return f"{self.moments.word}-{'two' if self.two_sided else 'one'}-{self.ridge:g}"
+
+    def roots(self, piece: "Piece", device: torch.device) -> Roots | None:
+        """Those of a piece; None where its inputs are not known: then the plain SVD is taken."""
+        C = self.moments.inputs(piece, device)
+        if C is None or not float(torch.diagonal(C).sum()) > 0:
+            return None
+        G = self.moments.gradients(piece, device) if self.two_sided else None
+        return Roots(root(C, self.ridge), None if G is None or not self._flows(piece) else root(G, self.ridge))
+
+    def scale(self, piece: "Piece", roots: Roots | None) -> float:
+        """What ‖KᵀΔWL‖_F² is multiplied by so that energies of different pieces compare under one budget.
+
+        tr G/m·I stands for a G that is not kept; where no inputs are known C is I a row, a table's rows are each looked
+        up once in m; 0 for an expert that no token met.
+        """
+        target = piece.target
+        if roots is not None:
+            return self.moments.mean_gradient(piece) if self.two_sided and roots.K is None else 1.0
+        if target.copies > 1 and self.moments.has(piece):
+            return 0.0
+        rows = self.n_tokens / (target.shape[0] if target.kind == "embedding" else 1)
+        return rows * (self.unseen_gradient if self.two_sided else 1.0)
+
+    def _flows(self, piece: "Piece") -> bool:
+        return self.moments.mean_gradient(piece) > 0

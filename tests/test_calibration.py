@@ -1,0 +1,228 @@
+"""Activation-aware extraction of models trained on real text: better on held-out text, never worse where it chose."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+import transformers as hf
+from peft import PeftModel
+from test_cli import fails, probe
+from test_verification import IDS, tokenizer
+
+from lowrank_probe.calibration import Calibration
+from lowrank_probe.calibration_text import AT_LEAST, PARTS, read_calibration
+from lowrank_probe.demo_text import read_code, read_prose
+from lowrank_probe.errors import ProbeError
+from lowrank_probe.extraction import extract
+from lowrank_probe.rank_choice import RankChoice
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
+LENGTH = 64
+SIZES = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def blocks(words, texts):
+    ids = [token for text in texts for token in words(text)["input_ids"]]
+    return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+
+
+def fit(model, rows, steps, lr, generator, words=""):
+    """A few steps of AdamW, of all or the matrices named so; masked tokens for an encoder, the next for a decoder."""
+    learned = [one for name, one in model.named_parameters() if not words or (words in name and one.ndim == 2)]
+    optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.0)
+    masked = isinstance(model, hf.BertForMaskedLM)
+    model.train()
+    for _ in range(steps):
+        ids = rows[torch.randint(len(rows), (16,), generator=generator)]
+        labels = ids.clone()
+        if masked:
+            hidden = torch.rand(ids.shape, generator=generator) < 0.2
+            labels[~hidden] = -100
+            ids = ids.masked_fill(hidden, 1)
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of prose, one paragraph a document, that no fine-tune has seen."""
+    file = tmp_path_factory.mktemp("text") / "prose.txt"
+    file.write_text("\n\n".join(read_prose(250_000)[12:])[:60_000], encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module", params=["llama", "bert"])
+def trained(request, tmp_path_factory):
+    """(base, tuned): trained on code, then on prose, with a tokenizer."""
+    directory = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    words, generator = tokenizer(), torch.Generator().manual_seed(0)
+    if request.param == "llama":
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, **IDS, tie_word_embeddings=False))
+    else:
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = hf.BertForMaskedLM(hf.BertConfig(**SIZES, **dropout, pad_token_id=1))
+    code = read_code(200_000)
+    random.Random(0).shuffle(code)
+    fit(model, blocks(words, [one[:20_000] for one in code]), 120, 3e-3, generator)
+    model.save_pretrained(directory / "base")
+    fit(model, blocks(words, read_prose(250_000)[:12]), 40, 1e-3, generator, "layer")
+    model.save_pretrained(directory / "tuned")
+    words.save_pretrained(directory / "tuned")
+    return directory / "base", directory / "tuned"
+
+
+def by_way(found, label):
+    """(weighted by, ridge) → line of what was tried for one adapter."""
+    told = found.facts["calibration"]["tried"]
+    return {(one["weighted_by"], one["ridge"]): one for one in told if one["adapter"] == label}
+
+
+def test_better_than_plain_on_text_that_decided_nothing(trained, text, tmp_path):
+    found = extract(*trained, tmp_path / "a", ranks=[4, 8, 16], calibration=Calibration(text))
+    for label in ("r4", "r8", "r16"):
+        ways = by_way(found, label)
+        (chosen,) = [one for one in ways.values() if one["chosen"]]
+        plain = ways["plain SVD", "inf"]
+        assert chosen["choice"] == min(one["choice"] for one in ways.values())
+        assert chosen["weighted_by"] != "plain SVD"
+        assert chosen["report"] < 0.97 * plain["report"]
+        assert len(ways) == 8
+    told = found.facts["calibration"]
+    assert told["plain"] == []
+    assert told["stays_tuned"] == []
+    assert all(told["n_tokens"][part] >= AT_LEAST[part] for part in PARTS)
+    rows = found.ledger[found.ledger["status"] == "adapted"]
+    assert (rows["weighted_error"] <= rows["weighted_optimal_error"] * 1.001 + 1e-5).all()
+    assert (rows["weighted_error"] >= rows["weighted_optimal_error"] * (1 - 1e-6) - 1e-6).all()
+    # The plain optimum is of ‖ΔW − BA‖, which the weighted factors do not reach.
+    assert (rows["relative_error"] > rows["optimal_error_low"]).all()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["probe", "r16", "r4", "r8"]
+
+
+def test_the_reported_distance_is_that_of_the_adapter_through_peft(trained, text, tmp_path):
+    found = extract(*trained, tmp_path / "a", ranks=2, calibration=Calibration(text))
+    (chosen,) = [one for one in found.facts["calibration"]["tried"] if one["chosen"]]
+    parts = read_calibration(text, trained[::-1], 300, 126)  # as positions may count from 2
+    load = hf.LlamaForCausalLM if "llama" in str(trained[0]) else hf.BertForMaskedLM
+    tuned, base = (load.from_pretrained(side, dtype=torch.float32).eval() for side in trained[::-1])
+
+    def distance(model, part):
+        kl, rows = 0.0, 0
+        with torch.no_grad():
+            for ids in parts.sequences[part]:
+                p, q = (one(input_ids=ids[None]).logits[0].double().log_softmax(-1) for one in (tuned, model))
+                kl, rows = kl + float((p.exp() * (p - q)).sum()), rows + len(ids)
+        return kl / rows
+
+    assert distance(base, "report") == pytest.approx(found.facts["calibration"]["base"]["report"], rel=1e-3)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "a").eval()
+    for part in PARTS[1:]:
+        assert distance(adapted, part) == pytest.approx(chosen[part], rel=1e-2)
+
+
+def test_a_budget_goes_by_weighted_energies(trained, text, tmp_path):
+    choice = RankChoice(budget={"parameters": 20_000})
+    found = extract(*trained, tmp_path / "a", ranks=choice, calibration=Calibration(text))
+    told = found.facts["adapters"][""]
+    assert 18_000 < told["n_parameters"] <= 20_000
+    ways = by_way(found, "")
+    (chosen,) = [one for one in ways.values() if one["chosen"]]
+    assert chosen["weighted_by"] != "plain SVD"
+    plain = extract(*trained, tmp_path / "b", ranks=choice)
+    ranks = [one.ledger.set_index("name").query("status == 'adapted'")["rank"] for one in (found, plain)]
+    assert not ranks[0].equals(ranks[1])
+    assert chosen["report"] < ways["plain SVD", "inf"]["report"]
+
+
+def test_what_a_killed_run_has_finished_is_taken(trained, text, tmp_path, monkeypatch):
+    def stop(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowrank_probe.calibration.compare", stop)
+    with pytest.raises(KeyboardInterrupt):
+        extract(*trained, tmp_path / "a", ranks=4, calibration=Calibration(text))
+    unfinished = tmp_path / "a" / ".unfinished"
+    kept = {file.name: file.stat().st_mtime_ns for file in unfinished.iterdir()}
+    assert any(name.startswith("moments-") for name in kept)
+    monkeypatch.undo()
+
+    def look(*args, **more):
+        now = {file.name: file.stat().st_mtime_ns for file in unfinished.iterdir()}
+        assert now == kept
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowrank_probe.calibration.compare", look)
+    with pytest.raises(KeyboardInterrupt):
+        extract(*trained, tmp_path / "a", ranks=4, calibration=Calibration(text))
+
+
+# The text.
+
+
+def test_no_document_is_in_two_parts_and_parts_end_at_their_limit(trained, tmp_path):
+    file = tmp_path / "a.jsonl"
+    documents = [f"{i} " + "word and other words " * 30 for i in range(900)]
+    file.write_text("".join(json.dumps({"text": one}) + "\n" for one in documents * 2), encoding="utf-8")
+    found = read_calibration(file, [trained[1]], 300, 128)
+    words = hf.AutoTokenizer.from_pretrained(trained[1])
+    starts = {part: {words.decode(ids).split()[0] for ids in found.sequences[part]} for part in PARTS}
+    numbers = [{one for one in starts[part] if one.isdigit()} for part in PARTS]
+    assert all(numbers)
+    assert not numbers[1] & (numbers[0] | numbers[2])
+    assert not numbers[0] & numbers[2]
+    assert 32768 <= found.n_tokens("moments") < 32768 + 128
+    assert all(len(ids) <= 128 for part in PARTS for ids in found.sequences[part])
+    again = read_calibration(file, [trained[1]], 300, 128)
+    assert again.word == found.word
+    assert read_calibration(file, [trained[1]], 300, 64).word != found.word
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        (["too short"] * 30, r"1 documents .* expected at least 2048, 256, 256, .*; give it in more documents"),
+        ([f"{i} some words here" for i in range(60)], r"60 documents .* give about \d+ times as much"),
+    ],
+)
+def test_too_little_text_says_how_much_is_needed(trained, tmp_path, documents, message):
+    file = tmp_path / "a.txt"
+    file.write_text("\n\n".join(documents), encoding="utf-8")
+    with pytest.raises(ProbeError, match=f"too little text: {message}"):
+        extract(*trained, tmp_path / "a", calibration=Calibration(file))
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_cannot_be_run_is_said_before_any_work(trained, text, tmp_path):
+    with pytest.raises(ProbeError, match=r"--calibration needs a tokenizer; found none in .*base"):
+        read_calibration(text, [trained[0]], 300, 128)
+    config = json.loads((trained[1] / "config.json").read_text())
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((trained[1] / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Nothing"]}))
+    with pytest.raises(ProbeError, match=r"--calibration runs the fine-tune, which transformers cannot: .*Nothing"):
+        extract(trained[0], tmp_path, tmp_path / "a", calibration=Calibration(text))
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("ways", [(), ((False, 0.0),), ((True, math.inf),)])
+def test_ridges_are_finite_and_positive(ways):
+    with pytest.raises(ProbeError, match="expected \\(two-sided, ridge\\)"):
+        Calibration("text.txt", ways=ways)
+
+
+def test_the_command(trained, text, tmp_path):
+    stdout, _ = probe("extract", *trained, "--rank", "8", "--calibration", text, "--out", tmp_path / "a")
+    lines = [line.split() for line in stdout.splitlines()]
+    assert sum("chosen" in line for line in lines) == 1
+    assert any(line[:2] == ["plain", "SVD"] for line in lines)
+    assert "KL(tuned ‖ base + adapter), nats a row" in stdout
+    fails(
+        "extract", *trained, "--calibration", tmp_path / "none.txt", "--out", tmp_path / "b", words=["none.txt"]
+    )  # fmt: skip

@@ -1,0 +1,245 @@
+"""What is captured from running models against hooks, autograd and a replay of the experts."""
+
+import pytest
+import torch
+import transformers as hf
+from test_verification import IDS, SMALL, bert_config, gpt2, llama, t5
+
+from lowrank_probe import moments as module
+from lowrank_probe.checkpoints import open_checkpoint
+from lowrank_probe.errors import OutputError
+from lowrank_probe.extraction_work import Piece, pieces_of
+from lowrank_probe.model_weights import put_back, stored_matrix, view_of
+from lowrank_probe.moments import Moments, collect
+from lowrank_probe.selection import select
+from lowrank_probe.unfinished import Unfinished
+
+CPU = torch.device("cpu")
+
+
+def mixtral():
+    return hf.MixtralForCausalLM(
+        hf.MixtralConfig(
+            **SMALL, **IDS, hidden_size=32, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2,
+            num_key_value_heads=1, max_position_embeddings=64,
+        )
+    )  # fmt: skip
+
+
+def gpt_oss():
+    return hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            **SMALL, **IDS, hidden_size=32, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2,
+            num_key_value_heads=1, head_dim=16, max_position_embeddings=64,
+        )
+    )  # fmt: skip
+
+
+MODELS = {
+    "llama": llama, "gpt2": gpt2, "bert": lambda: hf.BertForMaskedLM(bert_config()), "t5": t5, "mixtral": mixtral,
+}  # fmt: skip
+
+
+def built(tmp_path, make):
+    """(tuned model, base checkpoint, tuned checkpoint, selection of everything)."""
+    torch.manual_seed(0)
+    model = make().eval()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "tuned")
+    model = type(model).from_pretrained(tmp_path / "tuned", dtype=torch.float32).eval()
+    base, tuned = open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "tuned")
+    return model, base, tuned, select(base, tuned, ["everything"])
+
+
+def sequences(count=3):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(2, 300, (20,), generator=generator) for _ in range(count)]
+
+
+def forward(model, ids):
+    more = {"decoder_input_ids": ids[None]} if model.config.is_encoder_decoder else {}
+    return model(input_ids=ids[None], **more)
+
+
+def loss_of(model):
+    def loss(ids):
+        out = forward(model, ids).logits.double()
+        return (out * torch.linspace(-1, 1, out.shape[-1])).sin().sum()
+
+    return loss
+
+
+def collected(model, selection, tmp_path, **more):
+    pieces = [piece for target in selection.chosen for piece in pieces_of(target)]
+    found = Moments(Unfinished(tmp_path / "out", {"a": 1}), "text")
+    collect(model, loss_of(model), sequences(), pieces, found, **more)
+    return found, pieces
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_moments_are_those_that_hooks_see(tmp_path, name):
+    model, _, _, selection = built(tmp_path, MODELS[name])
+    found, pieces = collected(model, selection, tmp_path)
+    modules = dict(model.named_modules())
+    plain = [p for p in pieces if p.target.module in modules and p.target.copies == 1 and p.target.kind in module.SEEN]
+    assert len(plain) >= 8
+    C, G = {}, {}
+
+    def before(key):
+        def hook(_, args):
+            x = args[0].detach().double().flatten(0, -2)
+            C[key] = C.get(key, 0) + x.T @ x
+
+        return hook
+
+    def after(key):
+        def hook(_, args, y):
+            def back(g):
+                g = g.double().flatten(0, -2)
+                G[key] = G.get(key, 0) + g.T @ g
+
+            (y[0] if isinstance(y, tuple) else y).register_hook(back)
+
+        return hook
+
+    for piece in plain:
+        one = modules[piece.target.module]
+        one.register_forward_pre_hook(before(piece.target.name))
+        one.register_forward_hook(after(piece.target.name))
+    for ids in sequences():
+        loss_of(model)(ids).backward()
+    for piece in plain:
+        key = piece.target.name
+        assert torch.allclose(found.inputs(piece, CPU), C[key], rtol=1e-5, atol=1e-6), key
+        assert found.n_tokens(piece) == 60
+        if "router" in key or key.endswith("gate.weight"):
+            continue  # its module returns more than the product
+        wanted = G[key]
+        assert torch.allclose(found.gradients(piece, CPU), wanted, rtol=1e-4, atol=1e-6 * float(wanted.max())), key
+        assert found.mean_gradient(piece) == pytest.approx(float(wanted.trace()) / len(wanted), rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [mixtral, gpt_oss])
+def test_experts_are_seen_with_the_tokens_routed_to_them(tmp_path, make):
+    model, _, _, selection = built(tmp_path, make)
+    found, pieces = collected(model, selection, tmp_path)
+    experts = [piece for piece in pieces if piece.target.copies == 4]
+    assert len(experts) >= 2 * 4
+    layers = {piece.target.module for piece in experts}
+    seen = {}
+    for name in layers:
+
+        def hook(one, args, kwargs, name=name):
+            values = [*args, *kwargs.values()]
+            seen.setdefault(name, []).append((values[0].reshape(-1, 32).double(), values[1]))
+
+        model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        for ids in sequences():
+            forward(model, ids)
+    for piece in experts:
+        rows = [x[(index == piece.copy).any(-1)] for x, index in seen[piece.target.module]]
+        x = torch.cat(rows)
+        assert found.n_tokens(piece) == len(x)
+        if "down" in piece.target.name:
+            C = found.inputs(piece, CPU)
+            assert C is None or C.shape == (16, 16)
+        elif len(x):
+            assert torch.allclose(found.inputs(piece, CPU), x.T @ x, rtol=1e-5, atol=1e-6)
+    routed = [found.n_tokens(p) for p in experts if "gate_up" in p.target.name]
+    assert sum(routed) == 60 * 2 * 2  # two experts a token, two layers
+
+
+def test_matrices_that_read_the_same_rows_share_one_file(tmp_path):
+    model, _, _, selection = built(tmp_path, llama)
+    found, pieces = collected(model, selection, tmp_path)
+    layer = [piece for piece in pieces if ".layers.1." in piece.target.name]
+    shared = {}
+    for piece in layer:
+        shared.setdefault(found.store.facts(found._key(piece))["shared"], []).append(
+            piece.target.name.rpartition(".")[2]
+        )
+    assert sorted(map(sorted, shared.values())) == [
+        ["down_proj"], ["gate_proj", "up_proj"], ["k_proj", "q_proj", "v_proj"], ["o_proj"],
+    ]  # fmt: skip
+    held = [
+        file for file in (tmp_path / "out" / ".unfinished").glob("moments-*") if "C" in found.store.names(file.stem)
+    ]
+    assert len(held) == 4 * 2 + 1  # and the output head
+
+
+def test_a_small_limit_takes_several_passes_and_changes_nothing(tmp_path):
+    model, _, _, selection = built(tmp_path, llama)
+    found, pieces = collected(model, selection, tmp_path)
+    passes = []
+    small = Moments(Unfinished(tmp_path / "small", {"a": 1}), "text")
+    loss = loss_of(model)
+
+    def counted(ids):
+        passes.append(len(ids))
+        return loss(ids)
+
+    collect(model, counted, sequences(), pieces, small, limit_bytes=2 * 8 * 48**2)
+    assert len(passes) > 4 * 3
+    for piece in pieces:
+        if piece.target.kind == "linear" and "lm_head" not in piece.target.name:
+            assert torch.allclose(small.inputs(piece, CPU), found.inputs(piece, CPU), rtol=1e-12)
+            assert torch.allclose(small.gradients(piece, CPU), found.gradients(piece, CPU), rtol=1e-12)
+    head = next(piece for piece in pieces if piece.target.name == "lm_head")
+    assert small.gradients(head, CPU) is None  # 300 rows: more than half of the limit
+    assert small.mean_gradient(head) == pytest.approx(found.mean_gradient(head))
+    # What is there is not run again.
+    passes.clear()
+    collect(model, counted, sequences(), pieces, small)
+    assert not passes
+
+
+def test_no_room_on_the_disk_is_said_before_any_pass(tmp_path, monkeypatch):
+    model, _, _, selection = built(tmp_path, llama)
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    with pytest.raises(OutputError, match=r"the second moments take 0\.\d GB, 0\.0 GB are free"):
+        collected(model, selection, tmp_path)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "gpt_oss"])
+def test_views_hold_the_tuned_weights_and_take_the_base_s(tmp_path, name):
+    model, base, tuned, selection = built(tmp_path, MODELS.get(name, gpt_oss))
+    for target in selection.chosen:
+        for piece in pieces_of(target):
+            delta = target.delta(piece.copy, base, tuned, CPU)
+            view, W = view_of(model, target, piece.copy), stored_matrix(target, piece.copy, base, CPU)
+            assert torch.allclose(view.double() - W.double(), delta.dense.double(), atol=1e-7), piece
+            view.copy_(W)
+    put_back(model, selection, base, CPU)
+    # What is carried whole stays; all else is the base's.
+    before = type(model).from_pretrained(tmp_path / "base", dtype=torch.float32)
+    whole = {f"{one.module}.{leaf}" for one in selection.whole for leaf in one.tensors}
+    for (key, a), (_, b) in zip(model.named_parameters(), before.named_parameters(), strict=True):
+        assert torch.equal(a, b) == (key not in whole), key
+
+
+def test_what_is_left_out_is_put_back(tmp_path):
+    for name in ("mixtral", "gpt2"):
+        model, base, tuned, _ = built(tmp_path / name, MODELS[name])
+        selection = select(base, tuned, ["embedding", "o"])
+        for target in selection.chosen:
+            view_of(model, target, 0).copy_(stored_matrix(target, 0, base, CPU))
+        assert put_back(model, selection, base, CPU) == []
+        before = type(model).from_pretrained(tmp_path / name / "base", dtype=torch.float32)
+        whole = {f"{one.module}.{leaf}" for one in selection.whole for leaf in one.tensors}
+        for (key, a), (_, b) in zip(model.named_parameters(), before.named_parameters(), strict=True):
+            assert torch.equal(a, b) == (key not in whole), key
+
+
+def test_pieces_that_are_no_products_are_left_to_the_plain_svd(tmp_path):
+    model, _, _, selection = built(tmp_path, llama)
+    found, pieces = collected(model, selection, tmp_path)
+    table = next(piece for piece in pieces if piece.target.kind == "embedding")
+    assert isinstance(table, Piece)
+    assert found.inputs(table, CPU) is None
+    assert found.gradients(table, CPU) is None
+    assert found.n_tokens(table) == 0
