@@ -142,8 +142,8 @@ def _show(found: Any, checks: dict[str, Any], as_json: bool, quiet: bool) -> Non
     left = next(iter(found.facts["adapters"].values()))["not_carried"]
     if left >= 0.01:
         what = ", ".join(found.facts["targets"])
-        tell(
-            f"warning: --targets {what} leaves out {100 * left:.0f} % of ‖ΔW‖²; --targets everything carries it", False
-        )
+        more = "" if "everything" in found.facts["targets"] else "; --targets everything carries more"
+        told = f"--servable --targets {what}" if found.facts["servable"] else f"--targets {what}"
+        tell(f"warning: {told} leaves out {100 * left:.0f} % of ‖ΔW‖²{more}", False)
     for text in found.facts.get("notes", []):
         tell(f"note: {text}", quiet)

@@ -5,6 +5,7 @@ Every finished matrix is kept at once (`unfinished`), so that a run that was kil
 """
 
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,10 @@ def extract(
 
         calibrator = Calibrator.open(calibration, base_side, tuned_side, where.device)
     same = ("base", "tuned", "dtype", "versions", "device")
-    store = Unfinished(Path(out), {key: facts[key] for key in same} | {"seed": options.seed})
+    identity = {key: facts[key] for key in same} | {"seed": options.seed}
+    if not (base_side.files and tuned_side.files):  # a model in memory cannot be known again
+        identity["run"] = uuid.uuid4().hex
+    store = Unfinished(Path(out), identity)
     work = Work(base_side, tuned_side, selection.chosen, store, where.device, options, choice.needs_noise)
     started = time.perf_counter()
     if where.device.type == "cuda":
@@ -107,13 +111,16 @@ def extract(
     }
     carried = {label: selection.at(ranks) for label, ranks in kept.items()}
     lines = ledger_lines(works, carried, allotted, norms)
-    if not any(line["fro_norm"] > 0 for line in lines):
+    if all(line["status"] == "unchanged" for line in lines):
         store.remove()
         raise UnchangedError(
             f"{base_side.path} and {tuned_side.path} are identical in every tensor: nothing to extract"
         )
     ledger = pd.DataFrame(lines, columns=list(EXTRACTION))
     adapters = {}
+    for earlier in (Path(out), *Path(out).glob("r[0-9]*")):  # of this run, killed when it was asked for other ranks
+        if (earlier.name if earlier != Path(out) else "") not in kept:
+            (earlier / CONFIG).unlink(missing_ok=True)
     for label, at in kept.items():
         (Path(out) / label / CONFIG).unlink(missing_ok=True)  # of this run, killed while it wrote
         adapters[label] = write_adapter(

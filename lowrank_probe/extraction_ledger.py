@@ -53,9 +53,9 @@ def curves(work: Work) -> list[dict[str, Any]]:
         if not held:
             continue
         square = sum(work.store.facts(key)["fro_norm"] ** 2 for key in held)
-        stored, upper = (
-            np.sum([work.store.get(key, name).numpy() for key in held], axis=0) for name in ("stored", "upper")
-        )
+        every = [[work.store.get(key, name).numpy() for key in held] for name in ("stored", "upper")]
+        r = min(len(one) for one in every[0])
+        stored, upper = (np.sum([one[:r] for one in ones], axis=0) for ones in every)
         place = {name: value for name, value in _place(target).items() if name in CURVES}
         rows += [
             place | {
@@ -167,7 +167,8 @@ def _others(
         yield nothing | {
             "name": line["name"] or line["tuned_name"], "status": status, "layer_type": line["layer_type"],
             "layer": line["layer"], "parameters": 0, "fro_norm": norm, "energy": 0.0 if norm > 0 else math.nan,
-            "relative_error": 1.0 if norm > 0 else math.nan, "note": line["note"],
+            "relative_error": 1.0 if norm > 0 else math.nan,
+            "note": line["note"] + ("; NaN or Inf in it" if pair is not None and math.isnan(norm) else ""),
         }  # fmt: skip
 
 

@@ -246,8 +246,9 @@ class Work:
         keys = [piece.key(self.factored) for piece in pieces_of(target)]
         square = sum(self.store.facts(key)["fro_norm"] ** 2 for key in keys)
         kept = [self.store.get(key, "kept").numpy() if "kept" in self.store.names(key) else None for key in keys]
-        r = max((len(one) for one in kept if one is not None), default=0)
-        s = [np.zeros(r) if one is None else np.sqrt(np.maximum(np.diff(one, prepend=0.0), 0.0)) for one in kept]
+        # Copies that were finished when a larger rank was asked for have more.
+        r = min((len(one) for one in kept if one is not None), default=0)
+        s = [np.zeros(r) if one is None else np.sqrt(np.maximum(np.diff(one[:r], prepend=0.0), 0.0)) for one in kept]
         s = [np.minimum.accumulate(one) for one in s]  # differences of sums are a rounding off
         whole = r == min(target.shape)
         return Unit(target.name, target.shape, _stacked(s), math.sqrt(square), copies=target.copies, whole=whole)

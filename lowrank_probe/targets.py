@@ -139,6 +139,7 @@ class Whole:
         for leaf, name in self.tensors.items():
             W = tuned.read(name, device)
             old = base.read(self.base[leaf], device) if leaf in self.base else W[:0]
+            old = old if old.shape[1:] == W.shape[1:] else W[:0]  # of another width: nothing of it is left
             for first in range(0, len(W), 4096):
                 part = W[first : first + 4096].double()
                 before = old[first : first + 4096].double()

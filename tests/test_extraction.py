@@ -286,3 +286,32 @@ def test_a_killed_run_goes_on_and_gives_the_same_files(decaying, tmp_path):
 def test_a_missing_side_is_one_line(decaying, tmp_path):
     with pytest.raises(CheckpointError, match="no such file or directory"):
         extract(decaying[0], tmp_path / "nothing", tmp_path / "a")
+
+
+def test_a_model_in_memory_never_takes_over_earlier_work(tmp_path):
+    base = llama_tensors()
+    tuned = {name: W + 0.01 * torch.randn_like(W) for name, W in base.items()}
+    damaged = tuned | {"model.layers.1.mlp.up_proj.weight": torch.full((96, 48), float("nan"))}
+    with pytest.raises(NumericsError):
+        extract(base, damaged, tmp_path / "a", ranks=4)
+    with pytest.raises(OutputError, match="unfinished work"):
+        extract(base, tuned, tmp_path / "a", ranks=4)
+
+
+def test_a_tensor_of_another_shape_is_no_crash_and_no_identical_model(tmp_path):
+    base = llama_tensors()
+    name = "model.layers.1.self_attn.q_proj.weight"
+    cut = base | {name: base[name][:, :40]}
+    for number, (one, other) in enumerate(((base, cut), (cut, base))):
+        sides(tmp_path / str(number), one, other, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+        where = tmp_path / str(number)
+        with pytest.raises(ProbeError, match="no matrix to adapt"):
+            extract(where / "base", where / "tuned", where / "a", wanted=["everything"])
+
+
+def test_a_nan_that_is_not_carried_is_told(decaying, tmp_path):
+    tensors = {side: load_file(directory / "model.safetensors") for side, directory in zip("bt", decaying, strict=True)}
+    tensors["t"]["model.norm.weight"][3] = float("nan")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    found = extract(*sides(tmp_path, tensors["b"], tensors["t"], config), tmp_path / "a", ranks=2)
+    assert found.ledger.set_index("name").loc["model.norm.weight", "note"].endswith("NaN or Inf in it")
