@@ -27,8 +27,8 @@ from lowrank_probe.running_models import CannotRun, Kind
 from lowrank_probe.targets import Selection
 from lowrank_probe.weighting import Weighting
 
-# (two-sided, λ), λ in units of tr C/n and tr G/m, one for all matrices. Between 1e-6 and 0.1 little changes.
-WAYS: Final = ((False, 1e-6), (False, 0.1), (False, 1.0), (False, 10.0), (True, 0.01), (True, 0.1), (True, 1.0))
+# (two-sided, λ), λ in units of tr C/n and tr G/m, one for all matrices. Below 0.1 little changes.
+WAYS: Final = ((False, 1e-6), (False, 0.1), (False, 1.0), (False, 10.0), (True, 0.01), (True, 1.0), (True, 10.0))
 Ranks = dict[str, dict[str, Allotment]]
 
 
