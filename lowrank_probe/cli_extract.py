@@ -84,19 +84,20 @@ def extract(
             )  # fmt: skip
         except KeyboardInterrupt:
             raise stopped_line(f"finished matrices are kept in {out}", "the same command resumes") from None
-    checks = _verified(base, tuned, found, texts, device) if verify else {}
+    checks = _verified(found, texts) if verify else {}
     _show(found, checks, as_json, quiet)
     broken = [label for label, check in checks.items() if tell_problems(check, label, quiet)]
     if broken:
         raise typer.Exit(3)
 
 
-def _verified(base: str, tuned: str, found: Any, texts: Any, device: str) -> dict[str, Any]:
+def _verified(found: Any, texts: Any) -> dict[str, Any]:
     """Label → the verification of that adapter, kept in its `probe` directory too."""
     from lowrank_probe.outputs import write_directory
     from lowrank_probe.verification import verify
 
     where, checks = found.facts["device"]["type"], {}
+    base, tuned = (found.facts[side]["path"] for side in ("base", "tuned"))  # of a hub id, the files it was taken from
     for label, directory in found.adapters.items():
         rows = found.ledger[(found.ledger["adapter"] == label) & (found.ledger["status"] == "adapted")]
         expected = dict(zip(rows["name"] + ".weight", rows["relative_error"], strict=True))

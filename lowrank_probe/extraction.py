@@ -7,6 +7,7 @@ Every finished matrix is kept at once (`unfinished`), so that a run that was kil
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from lowrank_probe.peft_files import CONFIG, write_adapter
 from lowrank_probe.rank_choice import RankChoice
 from lowrank_probe.runs import SCHEMA_VERSION
 from lowrank_probe.selection import select
+from lowrank_probe.targets import Selection
 from lowrank_probe.unfinished import Unfinished
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def extract(
     tuned: Source,
     out: str | Path,
     *,
-    ranks: RankChoice | int | Sequence[int] = 16,
+    ranks: RankChoice | int | Sequence[int] | str = 16,
     wanted: Sequence[str] = ("all-linear",),
     servable: bool = False,
     dtype: str = "float32",
@@ -53,8 +55,8 @@ def extract(
 ) -> Extraction:
     """Write the truncated-SVD LoRA of ΔW = W_tuned − W_base as PEFT adapters into `out`.
 
-    ranks: a rank, several (one adapter each, `out/r4/`, `out/r8/`, …), or a `RankChoice`. wanted: what is adapted, as
-    `selection.select`. servable: one rank, LoRA on linear layers only. dtype: of the stored factors.
+    ranks: a rank, several (one adapter each, `out/r4/`, `out/r8/`, …), "auto", or a `RankChoice`. wanted: what is
+    adapted, as `selection.select`. servable: one rank, LoRA on linear layers only. dtype: of the stored factors.
     options: include, exclude, layers, device, seed. calibration: a text on whose inputs the factors are to be best,
     where that brings base + adapter nearer to the fine-tune on other text (`calibration`); a budget then goes by the
     weighted energies.
@@ -74,12 +76,14 @@ def extract(
         base_side, tuned_side, wanted, include=options.include, exclude=options.exclude, layers=options.layers,
         servable=servable,
     )  # fmt: skip
+    choice, notes = _one_rank(choice, selection) if servable else (choice, [])
+    notes += _absent(selection)
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "status": "complete", "base": side_facts(base_side),
         "tuned": side_facts(tuned_side), "targets": list(wanted), "servable": servable, "dtype": dtype,
         "vocabulary": selection.sizes,
-        "ranks": choice.facts(), "options": options.facts(), "notes": [*selection.notes, *filter(None, [where.note])],
-        **machine_facts(where),
+        "ranks": choice.facts(), "options": options.facts(),
+        "notes": [*selection.notes, *notes, *filter(None, [where.note])], **machine_facts(where),
     }  # fmt: skip
     calibrator = None
     if calibration is not None:  # before any work: it imports transformers, and may not be possible
@@ -95,12 +99,13 @@ def extract(
     started = time.perf_counter()
     if where.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where.device)
-    allotted = _ranks(work, choice, DTYPES[dtype], on_progress)
     norms = selection.weigh(base_side, tuned_side)
+    other_bytes = sum(one.n_bytes(tuned_side) for one in selection.whole)
+    allotted = _ranks(work, choice, DTYPES[dtype], on_progress, other_bytes)
     moved = {target.name for target in work.targets if work.moved(target)}
     works = dict.fromkeys(allotted, work)
     if calibrator is not None and moved:
-        again = partial(_ranks, choice=choice, dtype=DTYPES[dtype], progress=on_progress)
+        again = partial(_ranks, choice=choice, dtype=DTYPES[dtype], progress=on_progress, other_bytes=other_bytes)
         works, allotted, facts["calibration"] = calibrator.run(
             work, selection, allotted, DTYPES[dtype], again if choice.budget and not choice.denoised else None,
             on_progress,
@@ -142,20 +147,51 @@ def extract(
     return found
 
 
-def _rank_choice(ranks: RankChoice | int | Sequence[int]) -> RankChoice:
+def _rank_choice(ranks: RankChoice | int | Sequence[int] | str) -> RankChoice:
     if isinstance(ranks, RankChoice):
         return ranks
+    if isinstance(ranks, str):
+        if ranks != "auto":
+            raise ProbeError(f'ranks {ranks!r}: expected a rank, several, "auto" or a RankChoice')
+        return RankChoice(auto=True)
     return RankChoice(ranks=(ranks,) if isinstance(ranks, int) else tuple(ranks))
 
 
+def _one_rank(choice: RankChoice, selection: Selection) -> tuple[RankChoice, list[str]]:
+    """The choice with every rank at most what the smallest matrix can have, and what to say of it."""
+    smallest = min(selection.chosen, key=lambda target: min(target.shape), default=None)
+    if smallest is None or choice.most <= min(smallest.shape):
+        return choice, []
+    most = min(smallest.shape)
+    told = f"--servable, one rank for all: {most} instead of {choice.most}, because {smallest.name} is {smallest.shape}"
+    return replace(choice, max_rank=most), [told]
+
+
+def _absent(selection: Selection) -> list[str]:
+    """What to say of tensors of the base that the fine-tune lacks, and of new ones that are carried whole."""
+    gone = [line["name"] for line in selection.matching.ledger if line["status"] == "only in base"]
+    new = [one.name for one in selection.whole if one.why == "new module"]
+    told = [f"{_some(gone)} only in the base: an adapter cannot take it away"] if gone else []
+    return told + ([f"{_some(new)} not in the base: carried whole, and all of it counts as update"] if new else [])
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+
+
 def _ranks(
-    work: Work, choice: RankChoice, dtype: torch.dtype, progress: Progress | None
+    work: Work, choice: RankChoice, dtype: torch.dtype, progress: Progress | None, other_bytes: int
 ) -> dict[str, dict[str, Allotment]]:
     """Adapter → target → its allotment; all factors are in the store afterwards."""
     if choice.needs_spectra:
         work.spectra(progress)
         units = [work.unit(target) for target in work.targets]
-        allotted = choice.allot(units, dtype.itemsize)
+        try:
+            allotted = choice.allot(units, dtype.itemsize, other_bytes)
+        except ProbeError as error:
+            raise ProbeError(
+                f"{error} (the singular values are kept in {work.store.folder} for the next try)"
+            ) from None
         work.factors({one.name: one.rank for one in allotted[""]}, dtype, progress)
     else:
         work.factors({target.name: min(choice.most, *target.shape) for target in work.targets}, dtype, progress)

@@ -26,13 +26,9 @@ def ledger_lines(
 
     works: adapter → whose factors it takes. selections: adapter → what it carries. norms: ‖ΔW‖_F of what goes whole.
     """
-    pairs = {
-        pair.key: pair
-        for one in selections.values()
-        for pair, line in one.left_out
-        if pair is not None and math.isnan(line["fro_norm"])
-    }
-    left = next(iter(works.values())).norms(list(pairs.values()))
+    left_out = {(line["name"], line["tuned_name"]): (pair, line) for one in selections.values()
+                for pair, line in one.left_out if math.isnan(line["fro_norm"])}  # fmt: skip
+    left = next(iter(works.values())).norms(list(left_out.values()))
     lines = []
     for label, allotments in allotted.items():
         work = works[label]
@@ -78,7 +74,8 @@ def _target_line(work: Work, target: Target, allotment: Allotment) -> dict[str, 
     weighted = _Weighted()
     methods = set()
     for piece in pieces_of(target):
-        kept_as = (work.factored, work.spectrum, "factors")
+        # A matrix that got no rank has its spectrum only, and one that did not move nothing of its own weighting.
+        kept_as = (work.factored, work.spectrum, "factors", "spectrum", "noise")
         what = next(name for name in kept_as if work.store.has(piece.key(name)))
         facts = work.store.facts(piece.key(what))
         norm = facts["fro_norm"]
@@ -148,10 +145,10 @@ def _place(target: Target) -> dict[str, Any]:
 
 
 def _others(
-    work: Work, selection: Selection, norms: Mapping[str, float], left: Mapping[str, float]
+    work: Work, selection: Selection, norms: Mapping[str, float], left: Mapping[tuple[str, str], float]
 ) -> Iterator[dict[str, Any]]:
-    """What is carried whole, and what is not carried: no rank, energy 1 or 0."""
-    nothing = {"copies": 1, "rank": 0, "rule": "", "method": "", "stack": "", "kind": ""}
+    """What is carried whole, what is not carried, and what could not be: no rank, energy 1 or 0."""
+    nothing = {"copies": 1, "rank": 0, "rule": "", "method": "", "stack": "", "kind": "", "parameters": 0}
     for whole in selection.whole:
         parameters = sum(math.prod(work.tuned.tensors[name].shape) for name in whole.tensors.values())
         yield nothing | {
@@ -162,14 +159,19 @@ def _others(
     for pair, line in selection.left_out:
         if pair is not None and pair.key in chosen:
             continue  # a target without a rank, which has a line of its own
-        norm = left[pair.key] if pair is not None and pair.key in left else line["fro_norm"]
+        norm = left.get((line["name"], line["tuned_name"]), line["fro_norm"])
         status = "unchanged" if norm == 0 or line["status"] == "unchanged" else "not carried"
-        yield nothing | {
-            "name": line["name"] or line["tuned_name"], "status": status, "layer_type": line["layer_type"],
-            "layer": line["layer"], "parameters": 0, "fro_norm": norm, "energy": 0.0 if norm > 0 else math.nan,
+        yield nothing | _named(line) | {
+            "status": status, "fro_norm": norm, "energy": 0.0 if norm > 0 else math.nan,
             "relative_error": 1.0 if norm > 0 else math.nan,
-            "note": line["note"] + ("; NaN or Inf in it" if pair is not None and math.isnan(norm) else ""),
+            "note": line["note"] + ("; NaN or Inf in it" if math.isnan(norm) else ""),
         }  # fmt: skip
+    for line in selection.matching.ledger:  # only in the base, no weight, …
+        yield nothing | _named(line) | {"status": line["status"], "fro_norm": math.nan, "note": line["note"]}
+
+
+def _named(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": line["name"] or line["tuned_name"], "layer_type": line["layer_type"], "layer": line["layer"]}
 
 
 def totals(lines: list[dict[str, Any]], label: str) -> dict[str, Any]:

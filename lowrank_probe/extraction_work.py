@@ -25,11 +25,12 @@ from lowrank_probe.options import Options
 from lowrank_probe.rows import Settings, analyse
 from lowrank_probe.scheduling import interruptible, run_jobs
 from lowrank_probe.svd import full_spectrum
-from lowrank_probe.targets import Target
+from lowrank_probe.targets import Target, difference_norm
 from lowrank_probe.unfinished import Unfinished
 from lowrank_probe.weighting import Weighting
 
 Progress = Callable[[str, int, int], None]
+Left = tuple[Pair | None, dict[str, Any]]
 # Matrices held on a GPU at once, in multiples of the largest one's entries.
 IN_FLIGHT: Final = 2.5
 
@@ -141,22 +142,26 @@ class Work:
 
         self._run(self.factored, ranks, compute, progress)
 
-    def norms(self, pairs: Sequence[Pair]) -> dict[str, float]:
-        """name → ‖ΔW‖_F of pairs that no adapter carries; NaN where it cannot be told (NaN or Inf in it)."""
+    def norms(self, left_out: Sequence[Left]) -> dict[tuple[str, str], float]:
+        """(name, tuned name) → ‖ΔW‖_F of what no adapter carries; NaN where it cannot be told (NaN or Inf in it)."""
 
-        def load(pair: Pair) -> float:
+        def load(one: Left) -> float:
+            pair, line = one
             try:
+                if pair is None:  # no tensor of that shape in the base
+                    return difference_norm(self.base, line["name"], self.tuned, line["tuned_name"])
                 found = read_pair(pair, self.base, self.tuned, torch.device("cpu"))
             except NumericsError:
                 return math.nan
             return found.fro_norm if isinstance(found, Delta) else float(found["fro_norm"])
 
-        def size(pair: Pair) -> int:
-            return pair.entries(self.base, self.tuned)
+        def size(one: Left) -> int:
+            return math.prod(self.tuned.tensors[one[1]["tuned_name"]].shape)
 
-        with closing(
-            run_jobs(list(pairs), size, load, lambda pair, norm: (pair.key, norm), torch.device("cpu"))
-        ) as jobs:
+        def named(one: Left, norm: float) -> tuple[tuple[str, str], float]:
+            return (one[1]["name"], one[1]["tuned_name"]), norm
+
+        with closing(run_jobs(list(left_out), size, load, named, torch.device("cpu"))) as jobs:
             return dict(jobs)
 
     def moved(self, target: Target) -> bool:

@@ -112,7 +112,7 @@ def whole_directory(root: Path) -> Iterator[Path]:
     stem = f".{root.name}.part-{platform.node()}-"
     with made(root.parent):
         for left in root.parent.glob(f"{glob.escape(stem)}*"):
-            if not _is_alive(left.name.removeprefix(stem).partition("-")[0]):
+            if not is_alive(left.name.removeprefix(stem).partition("-")[0]):
                 shutil.rmtree(left, ignore_errors=True)
         try:
             aside = Path(tempfile.mkdtemp(prefix=f"{stem}{os.getpid()}-", dir=root.parent))
@@ -134,7 +134,8 @@ def copy_into(directory: Path, files: Iterable[Path]) -> None:
             shutil.copyfile(file, directory / file.name)
 
 
-def _is_alive(process: str) -> bool:
+def is_alive(process: str) -> bool:
+    """Whether a process of this number runs on this host, as far as can be told."""
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:

@@ -63,8 +63,14 @@ class RankChoice:
         told = {key: value for key, value in vars(self).items() if value != getattr(RankChoice, key)}
         return told | ({"ranks": list(self.ranks)} if self.ranks else {})
 
-    def allot(self, units: Sequence[Unit], bytes_per_parameter: int) -> dict[str, tuple[Allotment, ...]]:
-        """Adapter → the rank of every unit; the adapter's label is "r4", "r8", … where there are several, else ""."""
+    def allot(
+        self, units: Sequence[Unit], bytes_per_parameter: int, other_bytes: int = 0
+    ) -> dict[str, tuple[Allotment, ...]]:
+        """Adapter → the rank of every unit; the adapter's label is "r4", "r8", … where there are several, else "".
+
+        other_bytes: of the file, for what is no factor; a budget in bytes pays for them too. Raises `ProbeError` as
+        the rules of `allocation`.
+        """
         limits: dict[str, Any] = {"max_rank": self.max_rank, "rank_multiple": self.rank_multiple}
         if self.energy is not None:
             return {"": allocation.by_energy(units, self.energy, denoised=self.denoised, **limits)}
@@ -72,6 +78,7 @@ class RankChoice:
             return {"": allocation.auto(units, **limits)}
         if self.budget is not None:
             spend: dict[str, Any] = {**self.budget, "bytes_per_parameter": bytes_per_parameter}
+            spend["file_overhead"] = allocation.FILE_OVERHEAD + other_bytes
             return {"": allocation.by_budget(units, **spend, denoised=self.denoised, **limits)}
         labels = ["" if len(self.ranks) == 1 else f"r{rank}" for rank in self.ranks]
         return {label: allocation.fixed(units, rank, **limits) for label, rank in zip(labels, self.ranks, strict=True)}

@@ -170,7 +170,7 @@ def _rest(
             continue
         bias_only = all(one.slot.leaf == "bias" and one.pair is not None for one in members)
         if not asked.picks(members):
-            _leave_out(result, members, _NOT_ASKED)
+            _leave_out(result, members, _not_asked(members))
         elif servable:
             _leave_out(result, members, _NOT_SERVED)
         elif bias_only and module in adapted:
@@ -183,6 +183,14 @@ def _rest(
             _leave_out(result, members, why)
         else:
             _carry_tied(result, module, members, _reason(members), stored)
+
+
+def _not_asked(members: Sequence[_Stored]) -> str:
+    """Why something is left out that the targets do not name; LoRA cannot adapt what the base has in no such shape."""
+    if all(one.pair is not None for one in members):
+        return _NOT_ASKED
+    what = "of another shape than in the base" if members[0].base_name else "not in the base"
+    return f"{_NOT_ASKED}; {what}, so that it could only be carried whole"
 
 
 def _reason(members: Sequence[_Stored]) -> str:

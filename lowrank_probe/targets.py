@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lowrank_probe.allocation import TENSOR_OVERHEAD
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.deltas import Delta, read_pair
 from lowrank_probe.errors import NumericsError
@@ -134,20 +135,38 @@ class Whole:
         return found
 
     def fro_norm(self, base: Checkpoint, tuned: Checkpoint, device: torch.device | str = "cpu") -> float:
-        """‖ΔW‖_F of all its tensors; rows that only the fine-tune has count in full, as if the base's were 0."""
-        square = 0.0
-        for leaf, name in self.tensors.items():
-            W = tuned.read(name, device)
-            old = base.read(self.base[leaf], device) if leaf in self.base else W[:0]
-            old = old if old.shape[1:] == W.shape[1:] else W[:0]  # of another width: nothing of it is left
-            for first in range(0, len(W), 4096):
-                part = W[first : first + 4096].double()
-                before = old[first : first + 4096].double()
-                square += float(torch.linalg.vector_norm(part[: len(before)] - before[: len(part)])) ** 2
-                square += float(torch.linalg.vector_norm(part[len(before) :])) ** 2
-        if not math.isfinite(square):
-            raise NumericsError(f"{self.module}: contains NaN or Inf; leave it out with --exclude {self.module}")
-        return math.sqrt(square)
+        """‖ΔW‖_F of all its tensors, as `difference_norm`."""
+        squares = [
+            difference_norm(base, self.base.get(leaf, ""), tuned, name, device) ** 2
+            for leaf, name in self.tensors.items()
+        ]
+        return math.sqrt(sum(squares))
+
+    def n_bytes(self, tuned: Checkpoint) -> int:
+        """An upper bound of the bytes it takes in a safetensors file, with its partners and their headers."""
+        every = [*self.tensors.values(), *(name for held in self.partners.values() for name in held.values())]
+        infos = [tuned.tensors[name] for name in every]
+        sizes = [4 * math.prod(info.shape) if info.quantized else info.n_bytes for info in infos]
+        return sum(sizes) + sum(TENSOR_OVERHEAD + len(name.encode()) for name in every)
+
+
+def difference_norm(
+    base: Checkpoint, base_name: str, tuned: Checkpoint, tuned_name: str, device: torch.device | str = "cpu"
+) -> float:
+    """‖W_tuned − W_base‖_F; what only the fine-tune has counts in full: added rows, a tensor that is new or of another
+    width (base_name "" or of other trailing dimensions). Raises `NumericsError` naming the tensor for NaN and Inf."""
+    W = tuned.read(tuned_name, device)
+    old = base.read(base_name, device) if base_name else W[:0]
+    old = old if old.shape[1:] == W.shape[1:] else W[:0]
+    square = 0.0
+    for first in range(0, len(W), 4096):
+        part, before = W[first : first + 4096].double(), old[first : first + 4096].double()
+        square += float(torch.linalg.vector_norm(part[: len(before)] - before[: len(part)])) ** 2
+        square += float(torch.linalg.vector_norm(part[len(before) :])) ** 2
+    if not math.isfinite(square):
+        file = tuned.tensors[tuned_name].file
+        raise NumericsError(f"{tuned_name} in {file}: contains NaN or Inf; leave it out with --exclude {tuned_name}")
+    return math.sqrt(square)
 
 
 @dataclass

@@ -6,6 +6,7 @@ its factors. A file is written aside and renamed: what is there is whole.
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,7 +30,7 @@ class Unfinished:
     """The folder of one extraction's finished matrices.
 
     identity: what a run that goes on must share with the one that began. Raises `OutputError` where the output
-    directory holds anything else, or another run's work.
+    directory holds anything else, or another run's work, or another process is at work there.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
@@ -45,8 +46,25 @@ class Unfinished:
                 )
         elif found and found != [FOLDER]:
             raise OutputError(f"{out}: is not empty; {outputs.ANOTHER_OUT}")
-        else:
+        self._own()
+        if not (self.folder / "run.json").exists():
             self._write("run.json", lambda path: path.write_text(told, encoding="utf-8"))
+
+    def _own(self) -> None:
+        """Note which process works here. Raises `OutputError` where another one does, and lives."""
+        owner, own = self.folder / "owner", f"{platform.node()} {os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(owner, "x", encoding="utf-8") as handle:
+                handle.write(own)
+            return
+        except FileExistsError:
+            host, _, process = owner.read_text(encoding="utf-8").partition(" ")
+        except OSError as error:
+            raise OutputError(f"{self.folder}: cannot be made: {outputs.why(error)}") from None
+        if host == platform.node() and process != str(os.getpid()) and outputs.is_alive(process):
+            raise OutputError(f"{self.folder.parent}: process {process} is at work there; {outputs.ANOTHER_OUT}")
+        self._write("owner", lambda path: path.write_text(own, encoding="utf-8"))
 
     def has(self, key: str) -> bool:
         """Whether it is there, and whole: a machine that lost power may leave an empty file of that name."""

@@ -3,11 +3,13 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
 import transformers as hf
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from test_cli import fails, probe
 from test_verification import IDS, tokenizer
 
@@ -141,6 +143,20 @@ def test_a_budget_goes_by_weighted_energies(trained, text, tmp_path):
     assert chosen["report"] < ways["plain SVD", "inf"]["report"]
 
 
+def test_a_frozen_matrix_beside_an_energy(trained, text, tmp_path):
+    base, tuned = trained
+    shutil.copytree(tuned, tmp_path / "tuned")
+    before, after = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
+    name = next(key for key in after if key.endswith(("q_proj.weight", "query.weight")))
+    save_file(after | {name: before[name]}, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    found = extract(
+        base, tmp_path / "tuned", tmp_path / "a", ranks=RankChoice(energy=0.5), calibration=Calibration(text)
+    )
+    status = found.ledger.set_index("name")["status"]
+    assert status[name.removesuffix(".weight")] == "unchanged"
+    assert (status == "adapted").sum() > 3
+
+
 def test_what_a_killed_run_has_finished_is_taken(trained, text, tmp_path, monkeypatch):
     def stop(*args, **more):
         raise KeyboardInterrupt
@@ -149,12 +165,12 @@ def test_what_a_killed_run_has_finished_is_taken(trained, text, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         extract(*trained, tmp_path / "a", ranks=4, calibration=Calibration(text))
     unfinished = tmp_path / "a" / ".unfinished"
-    kept = {file.name: file.stat().st_mtime_ns for file in unfinished.iterdir()}
+    kept = {file.name: file.stat().st_mtime_ns for file in unfinished.glob("*.safetensors")}
     assert any(name.startswith("moments-") for name in kept)
     monkeypatch.undo()
 
     def look(*args, **more):
-        now = {file.name: file.stat().st_mtime_ns for file in unfinished.iterdir()}
+        now = {file.name: file.stat().st_mtime_ns for file in unfinished.glob("*.safetensors")}
         assert now == kept
         raise KeyboardInterrupt
 

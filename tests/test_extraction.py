@@ -298,15 +298,89 @@ def test_a_model_in_memory_never_takes_over_earlier_work(tmp_path):
         extract(base, tuned, tmp_path / "a", ranks=4)
 
 
-def test_a_tensor_of_another_shape_is_no_crash_and_no_identical_model(tmp_path):
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_tensor_of_another_shape_is_told_with_its_norm(tmp_path, swapped):
     base = llama_tensors()
     name = "model.layers.1.self_attn.q_proj.weight"
-    cut = base | {name: base[name][:, :40]}
-    for number, (one, other) in enumerate(((base, cut), (cut, base))):
-        sides(tmp_path / str(number), one, other, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
-        where = tmp_path / str(number)
-        with pytest.raises(ProbeError, match="no matrix to adapt"):
-            extract(where / "base", where / "tuned", where / "a", wanted=["everything"])
+    cut = {key: W + 0.01 for key, W in base.items()} | {name: base[name][:, :40]}
+    one, other = (cut, base) if swapped else (base, cut)
+    paths = sides(tmp_path, one, other, LLAMA)
+    found = extract(*paths, tmp_path / "a", ranks=2)
+    line = found.ledger.set_index("name").loc[name]
+    assert line["note"].startswith("not in --targets; of another shape than in the base")
+    assert line["fro_norm"] == pytest.approx(float(torch.linalg.norm(other[name].double())))
+    whole = extract(*paths, tmp_path / "b", ranks=2, wanted=["everything"]).ledger.set_index("name")
+    assert whole.loc[name.removesuffix(".weight"), "status"] == "carried whole"
+
+
+def test_tensors_of_one_side_only_are_told(decaying, tmp_path):
+    tensors = [load_file(side / "model.safetensors") for side in decaying]
+    gone = "model.layers.1.self_attn.q_proj.weight"
+    del tensors[1][gone]
+    found = extract(*sides(tmp_path, *tensors, LLAMA), tmp_path / "a", ranks=2)
+    assert found.ledger.set_index("name").loc[gone, "status"] == "only in base"
+    assert f"{gone} is only in the base: an adapter cannot take it away" in found.facts["notes"]
+    back = extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "b", ranks=2, wanted=["everything"])
+    assert any("carried whole, and all of it counts as update" in note for note in back.facts["notes"])
+
+
+def test_only_a_grown_table_is_no_identical_model(tmp_path):
+    base = llama_tensors()
+    table = torch.cat([base["model.embed_tokens.weight"], torch.ones(3, 48)])
+    paths = sides(tmp_path, base, base | {"model.embed_tokens.weight": table}, LLAMA)
+    with pytest.raises(ProbeError, match="no matrix to adapt"):
+        extract(*paths, tmp_path / "a")
+
+
+def test_a_budget_in_bytes_pays_for_what_is_carried_whole(decaying, tmp_path):
+    found = extract(*decaying, tmp_path / "a", ranks=RankChoice(budget={"budget_bytes": 40_000}), wanted=["everything"])
+    assert 20_000 < (tmp_path / "a" / "adapter_model.safetensors").stat().st_size <= 40_000
+    assert (found.ledger["status"] == "carried whole").any()
+
+
+def test_a_servable_adapter_has_one_rank(decaying, tmp_path):
+    found = extract(*decaying, tmp_path / "a", ranks=40, servable=True)
+    assert set(found.ledger[found.ledger["status"] == "adapted"]["rank"]) == {32}  # k_proj is (32, 48)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["rank_pattern"] == {}
+    assert any("32 instead of 40" in note for note in found.facts["notes"])
+
+
+def test_a_refused_budget_keeps_the_spectra_and_says_so(decaying, tmp_path):
+    with pytest.raises(ProbeError, match=r"too small.*kept in .*\.unfinished"):
+        extract(*decaying, tmp_path / "a", ranks=RankChoice(budget={"parameters": 10}))
+    extract(*decaying, tmp_path / "a", ranks=RankChoice(budget={"parameters": 5_000}))
+    assert not (tmp_path / "a" / ".unfinished").exists()
+
+
+def test_a_smaller_rank_takes_over_what_a_larger_one_finished(decaying, tmp_path):
+    with pytest.raises(ProbeError, match="too small"):  # leaves its work
+        extract(*decaying, tmp_path / "a", ranks=RankChoice(budget={"parameters": 10}))
+    extract(*decaying, tmp_path / "a", ranks=[2, 4])
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["probe", "r2", "r4"]
+
+
+def test_auto_by_its_name_and_no_other_word(tmp_path):
+    base, tuned = pair(tmp_path, dtype=torch.bfloat16, relative=0.05, rank=3)
+    extract(base, tuned, tmp_path / "a", ranks="auto")
+    with pytest.raises(ProbeError, match='expected a rank, several, "auto"'):
+        extract(base, tuned, tmp_path / "b", ranks="many")
+
+
+def test_an_output_where_another_process_works_is_refused(decaying, tmp_path):
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        with pytest.raises(ProbeError, match="too small"):
+            extract(*decaying, tmp_path / "a", ranks=RankChoice(budget={"parameters": 10}))
+        (tmp_path / "a" / ".unfinished" / "owner").write_text(f"{os.uname().nodename} {other.pid}")
+        with pytest.raises(OutputError, match=f"process {other.pid} is at work there"):
+            extract(*decaying, tmp_path / "a")
+    finally:
+        other.kill()
+        other.wait()
+    extract(*decaying, tmp_path / "a", ranks=2)
 
 
 def test_a_nan_that_is_not_carried_is_told(decaying, tmp_path):
