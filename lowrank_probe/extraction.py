@@ -20,8 +20,9 @@ from lowrank_probe.checkpoints import Source, open_checkpoint
 from lowrank_probe.columns import CURVES, EXTRACTION
 from lowrank_probe.devices import choose_device
 from lowrank_probe.errors import ProbeError, UnchangedError
-from lowrank_probe.extraction_ledger import curves, ledger_lines, totals
+from lowrank_probe.extraction_ledger import curves, ledger_lines
 from lowrank_probe.extraction_runs import FOLDER, Extraction
+from lowrank_probe.extraction_summary import adapter_facts
 from lowrank_probe.extraction_work import Work
 from lowrank_probe.factorisation import DTYPES
 from lowrank_probe.facts import machine_facts, side_facts
@@ -136,7 +137,7 @@ def extract(
     if where.device.type == "cuda":
         facts["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(where.device)
     facts["adapters"] = {
-        label: totals(lines, label) | {"n_bytes": (path / "adapter_model.safetensors").stat().st_size}
+        label: adapter_facts(ledger, label) | {"n_bytes": (path / "adapter_model.safetensors").stat().st_size}
         for label, path in adapters.items()
     }
     found = Extraction(ledger, pd.DataFrame(curves(work), columns=list(CURVES)), adapters, facts)

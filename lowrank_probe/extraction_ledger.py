@@ -172,20 +172,3 @@ def _others(
 
 def _named(line: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": line["name"] or line["tuned_name"], "layer_type": line["layer_type"], "layer": line["layer"]}
-
-
-def totals(lines: list[dict[str, Any]], label: str) -> dict[str, Any]:
-    """Of one adapter: units, ranks, parameters, the share of ‖ΔW‖² that base + adapter carries, and what is not."""
-    own = [line for line in lines if line["adapter"] == label]
-    adapted = [line for line in own if line["status"] == "adapted"]
-    square = {status: sum(line["fro_norm"] ** 2 for line in own if line["status"] == status and line["fro_norm"] > 0)
-              for status in ("adapted", "rank 0", "carried whole", "not carried")}  # fmt: skip
-    total = sum(square.values())
-    kept = sum(line["energy"] * line["fro_norm"] ** 2 for line in adapted)
-    return {
-        "n_adapted": len(adapted), "ranks": sorted({line["rank"] for line in adapted}),
-        "n_parameters": sum(line["parameters"] for line in own),
-        "carried": (kept + square["carried whole"]) / total if total > 0 else math.nan,
-        "kept_of_adapted": kept / square["adapted"] if square["adapted"] > 0 else math.nan,
-        "not_carried": (square["not carried"] + square["rank 0"]) / total if total > 0 else math.nan,
-    }  # fmt: skip

@@ -12,7 +12,7 @@ from lowrank_probe import __version__, words
 from lowrank_probe.columns import EXTRACTION, EXTRACTION_SUMMARY
 from lowrank_probe.extraction_figures import PARTS, extraction_specs
 from lowrank_probe.extraction_summary import extraction_totals
-from lowrank_probe.model_card import command, model_name, percent, size
+from lowrank_probe.model_card import command, model_name, percent
 from lowrank_probe.reports import (
     flat_facts,
     page_environment,
@@ -99,7 +99,7 @@ def _adapter(found: "Extraction", label: str, total: dict[Any, Any]) -> dict[str
         if share > 0:
             said.append(f"{percent(share)} {word}")
     return {
-        "name": found.adapters[label].absolute().name, "size": size(told["n_bytes"]),
+        "name": found.adapters[label].absolute().name, "size": words.file_size(told["n_bytes"]),
         "carried": percent(told["carried"]),
         "bar": bar, "said": ", ".join(said), "error": percent(total["relative_error"]),
         "optimum": percent(total["optimal_error_low"]), "parameters": f"{int(told['n_parameters']):,}",

@@ -28,6 +28,20 @@ def extraction_totals(ledger: pd.DataFrame) -> pd.DataFrame:
     return _summary(ledger, pd.Series(ALL, index=ledger.index))
 
 
+def adapter_facts(ledger: pd.DataFrame, label: str) -> dict[str, Any]:
+    """Of one adapter: parameters in all, and the shares of ‖ΔW‖_F² that base + adapter carries and leaves out.
+
+    kept_of_adapted: the share that the factors keep of what LoRA adapts.
+    """
+    own = ledger[ledger["adapter"] == label]
+    total = extraction_totals(own).to_dict("records")[0]
+    return {
+        "n_adapted": total["n_adapted"], "n_parameters": int(own["parameters"].sum()),
+        "carried": total["carried"] + total["carried_whole"], "kept_of_adapted": total["energy"],
+        "not_carried": total["not_carried"],
+    }  # fmt: skip
+
+
 def types_of(ledger: pd.DataFrame) -> "pd.Series[str]":
     """Each row's layer type as shown; of what LoRA does not adapt, from its name."""
     adapted = (ledger["kind"] != "").to_numpy()

@@ -9,12 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lowrank_probe import words
 from lowrank_probe.errors import printable
-from lowrank_probe.layers import sort_key
+from lowrank_probe.extraction_summary import ALL, extraction_totals, summarise_extraction
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from lowrank_probe.extraction_runs import Extraction
     from lowrank_probe.verification import Verification
 
@@ -28,22 +27,16 @@ def print_extraction(found: "Extraction") -> None:
     for head in (*(("adapter",) if several else ()), "type", "n", "rank", "kept", "error", "optimum", "parameters"):
         table.add_column(head, justify="left" if head in ("adapter", "type") else "right", no_wrap=True)
     for label in found.adapters:
-        adapted = found.ledger[(found.ledger["adapter"] == label) & (found.ledger["status"] == "adapted")]
-        for kind in sorted(set(adapted["layer_type"]), key=sort_key):
-            rows = adapted[adapted["layer_type"] == kind]
-            table.add_row(
-                *((label,) if several else ()), printable(kind), str(len(rows)), _span(rows["rank"]),
-                _percent(_mean(rows, "energy")), _percent(math.sqrt(max(0.0, 1 - _mean(rows, "energy")))),
-                _percent(math.sqrt(_mean(rows.assign(square=rows["optimal_error_low"] ** 2), "square"))),
-                f"{int(rows['parameters'].sum()):,}",
-            )  # fmt: skip
-        label_total = found.facts["adapters"][label]
-        table.add_row(
-            *((label,) if several else ()), "all", str(label_total["n_adapted"]), _span(adapted["rank"]),
-            _percent(label_total["kept_of_adapted"]),
-            _percent(math.sqrt(max(0.0, 1 - label_total["kept_of_adapted"]))), "",
-            f"{int(label_total['n_parameters']):,}", end_section=True,
-        )  # fmt: skip
+        ledger = found.ledger[found.ledger["adapter"] == label]
+        rows = [*summarise_extraction(ledger).to_dict("records"), *extraction_totals(ledger).to_dict("records")]
+        for row in rows:
+            if row["n_adapted"]:
+                table.add_row(
+                    *((label,) if several else ()), printable(row["layer_type"]), str(row["n_adapted"]),
+                    words.bracket(row["rank_low"], row["rank_high"]), _percent(row["energy"]),
+                    _percent(row["relative_error"]), _percent(row["optimal_error_low"]), f"{row['parameters']:,}",
+                    end_section=row["layer_type"] == ALL,
+                )  # fmt: skip
     console.print(table)
     console.print(
         "kept: share of these matrices' ‖ΔW‖² in the stored factors; error: ‖ΔW − BA‖/‖ΔW‖; optimum: no matrix of "
@@ -59,7 +52,7 @@ def print_extraction(found: "Extraction") -> None:
         told = found.facts["adapters"][label]
         console.print(
             f"{directory}: base + adapter carries {_percent(told['carried'])} of ‖ΔW‖²"
-            f" ({_size(told['n_bytes'])}); not carried: {_percent(told['not_carried'])}"
+            f" ({words.file_size(told['n_bytes'])}); not carried: {_percent(told['not_carried'])}"
         )
     _print_left_out(found, console)
     if "calibration" in found.facts:
@@ -115,25 +108,5 @@ def _print_left_out(found: "Extraction", console: Console) -> None:
         console.print(f"not carried: {names}{more}: {_percent(group['share'].sum())} of ‖ΔW‖² ({printable(note)})")
 
 
-def _mean(rows: "pd.DataFrame", column: str) -> float:
-    """Mean weighted by ‖ΔW‖², as squares add up."""
-    weight = rows["fro_norm"] ** 2
-    return float((rows[column] * weight).sum() / weight.sum())
-
-
-def _span(ranks: Any) -> str:
-    if not len(ranks):
-        return "–"
-    low, high = int(ranks.min()), int(ranks.max())
-    return str(low) if low == high else f"{low}–{high}"
-
-
 def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.2f} %" if value < 0.1 else f"{100 * value:.1f} %"
-
-
-def _size(n_bytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.3g} {unit}"
-    return f"{n_bytes} bytes"

@@ -36,12 +36,12 @@ def card(extraction: "Extraction", label: str = "") -> str:
     parts = [
         _front_matter(base),
         f"# {_inline(directory.name)}",
-        "The best LoRA adapter of its ranks in a fine-tune: the truncated SVD of ΔW = "
+        f"The best LoRA adapter of its ranks in a fine-tune: {_made_by(facts, label)} of ΔW = "
         f"W({code(tuned)}) − W({code(base)}), written for [PEFT](https://github.com/huggingface/peft) by "
         "lowrank_probe.",
         f"**{code(base)} with this adapter carries {percent(told['carried'])} of the fine-tune's ‖ΔW‖²**: "
         f"{words.count(int(total['n_adapted']), 'matrix', 'matrices')} adapted, "
-        f"{told['n_parameters']:,} parameters, {size(told['n_bytes'])} as {facts['dtype']}.",
+        f"{told['n_parameters']:,} parameters, {words.file_size(told['n_bytes'])} as {facts['dtype']}.",
         "## How near to the fine-tune",
         _numbers_table(ledger, total),
         "kept: share of these matrices' ‖ΔW‖² that the stored factors keep, weighted by ‖ΔW‖² over the matrices of a "
@@ -100,6 +100,8 @@ def command(facts: Mapping[str, Any], out: str) -> str:
     if options.get("layers"):
         first, last = options["layers"]
         said += ["--layers", f"{first}-{last}" if last != first else str(first)]
+    if facts.get("calibration"):
+        said += ["--calibration", PurePath(facts["calibration"]["file"]).name]
     if options.get("seed"):
         said += ["--seed", str(options["seed"])]
     return shlex.join([*said, "--out", out])
@@ -124,12 +126,6 @@ def percent(share: float) -> str:
     return "–" if pd.isna(share) else f"{100 * share:#.4g} %"
 
 
-def size(n_bytes: int) -> str:
-    """Bytes in units of 1000, as file sizes are told."""
-    unit, scale = next(((unit, scale) for unit, scale in (("GB", 1e9), ("MB", 1e6)) if n_bytes >= scale), ("kB", 1e3))
-    return f"{n_bytes / scale:.3g} {unit}"
-
-
 def _front_matter(base: str) -> str:
     # A base that is no repository's name would be refused by the hub.
     named = [f"base_model: {json.dumps(base)}"] if _REPO.fullmatch(base) else []
@@ -151,6 +147,17 @@ def _numbers_table(ledger: pd.DataFrame, total: Mapping[Any, Any]) -> str:
     return "\n".join(lines)
 
 
+def _made_by(facts: Mapping[str, Any], label: str) -> str:
+    """Which singular value decomposition it is."""
+    tried = facts.get("calibration", {}).get("tried", ())
+    chosen = next((row for row in tried if row["adapter"] == label and row["chosen"]), None)
+    if chosen is None or chosen["weighted_by"] == "plain SVD":
+        return "the truncated SVD"
+    return (
+        f"the truncated SVD, weighted by the {chosen['weighted_by']} of a calibration text (ridge {chosen['ridge']}),"
+    )
+
+
 def _left_out(ledger: pd.DataFrame, total: Mapping[Any, Any], told: Mapping[str, Any]) -> str:
     lines = [f"- {percent(total['truncated'])} of ‖ΔW‖² is what the ranks cut away from the adapted matrices."]
     if total["carried_whole"] > 0 or ledger["status"].eq("carried whole").any():
@@ -167,7 +174,10 @@ def _left_out(ledger: pd.DataFrame, total: Mapping[Any, Any], told: Mapping[str,
             lines.append(f"  - {_inline(str(why))}: {_names(rows)} ({unknown})")
         if len(groups) > MOST_LINES:
             lines.append(f"  - and for {len(groups) - MOST_LINES} other reasons; the ledger has all")
-    else:
+    gone = ledger[ledger["status"] == "only in base"]
+    if len(gone):
+        lines.append(f"- Only in the base, and still there with the adapter: {_names(gone)}.")
+    if not len(lost):
         lines.append("- Nothing else: every tensor that the fine-tune changed is in the adapter.")
     return "\n".join(lines)
 

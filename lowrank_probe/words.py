@@ -38,8 +38,14 @@ def percent(share: float) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes as MiB or GiB."""
+    """Bytes of memory as MiB or GiB."""
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def file_size(n_bytes: float) -> str:
+    """Bytes in units of 1000, as the sizes of files are told."""
+    unit, scale = next(((unit, scale) for unit, scale in (("GB", 1e9), ("MB", 1e6)) if n_bytes >= scale), ("kB", 1e3))
+    return f"{n_bytes / scale:.3g} {unit}"
 
 
 def count(n: int, one: str, several: str = "") -> str:

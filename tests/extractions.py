@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from lowrank_probe.columns import CURVES, EXTRACTION
-from lowrank_probe.extraction_ledger import totals
 from lowrank_probe.extraction_runs import Extraction
+from lowrank_probe.extraction_summary import adapter_facts
 
 # type: (module, m, n, decay of σ, ‖ΔW‖)
 TYPES = {
@@ -58,7 +58,7 @@ def build_extraction(ranks=(8,), layers=4, hostile=None, allot=None, root=ROOT, 
     for line in lines:
         line["share"] = line["fro_norm"] ** 2 / total
     ledger = pd.DataFrame(lines, columns=list(EXTRACTION))
-    told = {label: totals(lines, label) | {"n_bytes": 1_234_567 * (i + 1)} for i, label in enumerate(labels)}
+    told = {label: adapter_facts(ledger, label) | {"n_bytes": 1_234_567 * (i + 1)} for i, label in enumerate(labels)}
     made = pd.DataFrame(curves, columns=list(CURVES)).drop_duplicates(["name", "rank"], ignore_index=True)
     where = {label: root / label for label in labels}
     return Extraction(ledger, made, where, facts(ranks, hostile) | {"adapters": told})

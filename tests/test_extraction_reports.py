@@ -17,7 +17,7 @@ from lowrank_probe import columns, extraction_reports
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.extraction_figures import PARTS, allotment_spec, error_spec, extraction_specs, where_spec
 from lowrank_probe.extraction_runs import Extraction
-from lowrank_probe.extraction_summary import error_curves, extraction_totals
+from lowrank_probe.extraction_summary import error_curves
 from lowrank_probe.rank_choice import RankChoice
 
 
@@ -60,11 +60,12 @@ def test_the_parts_of_every_type_are_its_share_and_all_shares_are_one(which, req
     summary = made.summary
     assert summary[list(PARTS)].sum(axis=1).to_numpy() == pytest.approx(summary["share"].to_numpy(), abs=1e-12)
     assert summary.groupby("adapter")["share"].sum().to_numpy() == pytest.approx(1.0)
-    for total in extraction_totals(made.ledger).to_dict("records"):
-        told = made.facts["adapters"][total["adapter"]]
-        assert total["carried"] + total["carried_whole"] == pytest.approx(told["carried"])
-        assert total["not_carried"] == pytest.approx(told["not_carried"])
-        assert total["energy"] == pytest.approx(told["kept_of_adapted"])
+    for label, own in made.ledger.groupby("adapter"):
+        told = made.facts["adapters"][label]
+        lora, whole = (own[own["status"] == status] for status in ("adapted", "carried whole"))
+        assert told["carried"] == pytest.approx((lora["energy"] * lora["share"]).sum() + whole["share"].sum())
+        assert told["not_carried"] == pytest.approx(own[own["status"].isin(["not carried", "rank 0"])]["share"].sum())
+        assert told["kept_of_adapted"] == pytest.approx((lora["energy"] * lora["share"]).sum() / lora["share"].sum())
 
 
 def test_error_curves_end_at_the_ledgers_error(found):

@@ -180,3 +180,16 @@ def test_the_command_asks_for_the_same_again(found, choice):
     assert (given["dtype"], given["servable"], given["seed"]) == ("bfloat16", True, 5)
     assert (tuple(given["include"]), tuple(given["exclude"])) == (options.include, options.exclude)
     assert layer_span(given["layers"]) == options.layers
+
+
+def test_a_calibrated_adapter_says_by_what_it_is_weighted():
+    made = build_extraction((4, 8))
+    plain = {"adapter": "r4", "weighted_by": "plain SVD", "ridge": "inf", "chosen": True}
+    weighted = {"adapter": "r8", "weighted_by": "inputs and gradients", "ridge": "1.0", "chosen": True}
+    made.facts["calibration"] = {"file": "/home/someone/text.jsonl", "tried": [plain, weighted]}
+    assert "in a fine-tune: the truncated SVD of ΔW" in card(made, "r4")
+    assert "the truncated SVD, weighted by the inputs and gradients of a calibration text (ridge 1.0), of ΔW" in card(
+        made, "r8"
+    )
+    assert "--calibration text.jsonl" in card(made, "r8")
+    assert "/home" not in card(made, "r8")
