@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowrank_probe.definite import positive_definite
+
 EPS64: Final = 2.0**-53
 RELATIVE_BAR: Final = 1e-6
 ENERGY_BAR: Final = 1e-6
@@ -34,10 +36,6 @@ GRAM_ENTRIES: Final = 1 << 19
 DEVICE_ENTRIES: Final = 1 << 27
 # Up to this short side the eigenvectors of the Gram matrix cost less than a block Krylov iteration.
 EIGH_LIMIT: Final = 1024
-# From this short side on a few leading eigenvectors cost less by a block Krylov iteration.
-KRYLOV_FROM: Final = 384
-# By how much of the squared error a truncation may miss the optimum: (1 + 5e-5)² − 1, with a margin.
-TAIL_BAR: Final = 5e-5
 # A triplet is settled when ‖A v − σ u‖ is at most this share of σ₁.
 TRIPLET_BAR: Final = 1e-10
 
@@ -274,20 +272,14 @@ def _bounded_by(G: Tensor, V: Tensor, mu: float) -> bool:
     """Proof that no eigenvalue of (I − VVᵀ)G(I − VVᵀ) exceeds mu: a Cholesky factorisation that succeeds."""
     k = G.shape[0]
     GV = _mm(G, V)
-    # V·(VᵀGV)·Vᵀ − V·(GV)ᵀ − (GV)·Vᵀ as two products of k × p by p × k.
-    deflated = G + _mm(_mm(V, _mm(V.T, GV)) - GV, V.T) - _mm(V, GV.T)
-    deflated = (deflated + deflated.T) / 2
-    # Backward error of the float64 factorisation and of forming `deflated` (Demmel 1989: ≈ k·ε·‖·‖).
+    # (VᵀGV)·Vᵀ is taken into one of the two products of k × p by p × k. Only the lower half is read below.
+    shifted = G + _mm(torch.cat([_mm(V, _mm(V.T, GV)) - GV, -V], dim=1), torch.cat([V, GV], dim=1).T)
+    # Backward error of the float64 factorisation and of forming it (Demmel 1989: ≈ k·ε·‖·‖).
     margin = 8 * k * EPS64 * (float(torch.diagonal(G).max()) + mu)
-    shifted = deflated.neg_()
-    shifted.diagonal().add_(mu - margin)
+    shifted.neg_().diagonal().add_(mu - margin)
     if not shifted.is_cpu:
         return int(torch.linalg.cholesky_ex(shifted)[1]) == 0
-    try:
-        np.linalg.cholesky(shifted.numpy())
-    except np.linalg.LinAlgError:
-        return False
-    return True
+    return positive_definite(shifted.numpy())
 
 
 def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 10) -> NDArray[np.float64]:
@@ -310,50 +302,6 @@ def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 
         v = E.T @ U[j]
     lam = torch.linalg.eigvalsh((U @ U.T).double()).cpu().numpy()
     return np.asarray(np.sqrt(np.maximum(lam[::-1], 0.0)), dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class Truncation:
-    """The best approximation of rank r: A (m, n) ≈ U·diag(s)·Vh, and how near to the optimum that is.
-
-    U (m, r), s (r,) descending, Vh (r, n): float64 on A's device; U and Vhᵀ have orthonormal columns. Cut to j < r
-    columns it is the best of rank j, as near.
-    upper: (r,) proven upper bounds on σᵢ²: Σ_{i≤j} sᵢ² is what rank j keeps of ‖A‖_F², exactly, and no matrix of that
-    rank keeps more than Σ_{i≤j} upper (Eckart & Young 1936).
-    """
-
-    U: Tensor
-    s: Tensor
-    Vh: Tensor
-    upper: NDArray[np.float64]
-    method: str
-
-
-def truncate(A: Tensor, r: int, *, seed: int = 0) -> Truncation:
-    """The truncated SVD of rank r of A (m, n), bracketed: eigenvectors of the float64 Gram matrix of the short side, or
-    for r ≤ k/8 a certified block Krylov iteration (`top_spectrum`), which falls back on them: the error is then within
-    5e-5 of the optimum, or within 1e-6·‖A‖_F.
-
-    r is cut to min(m, n). The last step is a Rayleigh–Ritz on A itself, so that what is kept is exact and small values
-    keep the digits that squaring costs. Deterministic for a given seed.
-    """
-    k = min(A.shape)
-    r = min(r, k)
-    G = gram(A)
-    found = None
-    if k > KRYLOV_FROM and r <= k // 8 and float(torch.diagonal(G).sum()) > 0:
-        found = _certified(G, r, seed=seed, tail_bar=TAIL_BAR)
-    if found is not None:
-        _, upper, basis = found
-    else:
-        upper, basis = _eigh(G, r)
-    upper = np.maximum(upper, 0.0) + _eigenvalue_error(float(upper[0]), A.shape)
-    tall = A if A.shape[0] > A.shape[1] else A.T  # as `gram` chooses
-    Q, R = _qr(product(tall, basis))
-    W, s, Zh = _small_svd(R)
-    left, right = _mm(Q, W), _mm(basis, Zh.T)
-    U, V = (left, right) if tall is A else (right, left)
-    return Truncation(U, s, V.T, upper, "eigh" if found is None else "krylov")
 
 
 @dataclass(frozen=True)
