@@ -33,7 +33,7 @@ CHUNK_ENTRIES: Final = 1 << 17
 # The same for the Gram matrix, where every block costs one more pass over G.
 GRAM_ENTRIES: Final = 1 << 19
 # On a GPU, where every chunk is a launch and many are a wait.
-DEVICE_ENTRIES: Final = 1 << 27
+DEVICE_ENTRIES: Final = 1 << 24
 # Up to this short side the eigenvectors of the Gram matrix cost less than a block Krylov iteration.
 EIGH_LIMIT: Final = 1024
 # A triplet is settled when ‖A v − σ u‖ is at most this share of σ₁.
@@ -273,10 +273,11 @@ def _bounded_by(G: Tensor, V: Tensor, mu: float) -> bool:
     k = G.shape[0]
     GV = _mm(G, V)
     # (VᵀGV)·Vᵀ is taken into one of the two products of k × p by p × k. Only the lower half is read below.
-    shifted = G + _mm(torch.cat([_mm(V, _mm(V.T, GV)) - GV, -V], dim=1), torch.cat([V, GV], dim=1).T)
+    X, Y = torch.cat([_mm(V, _mm(V.T, GV)) - GV, -V], dim=1), torch.cat([V, GV], dim=1)
+    shifted = (G + _mm(X, Y.T)).neg_() if G.is_cpu else torch.addmm(G, X, Y.T, beta=-1, alpha=-1)
     # Backward error of the float64 factorisation and of forming it (Demmel 1989: ≈ k·ε·‖·‖).
     margin = 8 * k * EPS64 * (float(torch.diagonal(G).max()) + mu)
-    shifted.neg_().diagonal().add_(mu - margin)
+    shifted.diagonal().add_(mu - margin)
     if not shifted.is_cpu:
         return int(torch.linalg.cholesky_ex(shifted)[1]) == 0
     return positive_definite(shifted.numpy())
