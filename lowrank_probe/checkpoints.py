@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_probe import hub, quantized
+from lowrank_probe.adapter_format import CONFIG, WEIGHTS
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.gguf_files import open_gguf
 from lowrank_probe.memory import open_memory
@@ -50,7 +51,7 @@ class Checkpoint:
         """What lies beside the weights and the config in its directory: tokenizer, chat template, licence, …"""
         if not self.path.is_dir():
             return []
-        known = ("config.json", "adapter_config.json")
+        known = ("config.json", CONFIG)
         return [
             file for file in sorted(self.path.iterdir())
             if file.is_file() and not file.name.startswith(".") and file.name not in known
@@ -210,12 +211,12 @@ def _open_file(file: Path) -> Checkpoint:
 
 
 def _open_directory(root: Path) -> Checkpoint:
-    if (root / "adapter_config.json").exists():
-        config = read_json(root / "adapter_config.json")
-        for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    if (root / CONFIG).exists():
+        config = read_json(root / CONFIG)
+        for name in (WEIGHTS, "adapter_model.bin"):
             if (root / name).exists():
                 return replace(_open_file(root / name), path=root, config=config, is_adapter=True)
-        raise CheckpointError(f"{root}: has adapter_config.json but no adapter_model.safetensors")
+        raise CheckpointError(f"{root}: has {CONFIG} but no {WEIGHTS}")
     config = read_json(root / "config.json") if (root / "config.json").exists() else {}
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (root / f"{stem}.index.json").exists():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
+from lowrank_probe.adapter_format import CONFIG, WEIGHTS
 from lowrank_probe.allocation import Allotment
 from lowrank_probe.checkpoints import Source, open_checkpoint
 from lowrank_probe.columns import CURVES, EXTRACTION
@@ -28,7 +29,7 @@ from lowrank_probe.factorisation import DTYPES
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.options import Options
 from lowrank_probe.outputs import write_directory
-from lowrank_probe.peft_files import CONFIG, write_adapter
+from lowrank_probe.peft_files import write_adapter
 from lowrank_probe.rank_choice import RankChoice
 from lowrank_probe.runs import SCHEMA_VERSION
 from lowrank_probe.selection import select
@@ -137,7 +138,7 @@ def extract(
     if where.device.type == "cuda":
         facts["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(where.device)
     facts["adapters"] = {
-        label: adapter_facts(ledger, label) | {"n_bytes": (path / "adapter_model.safetensors").stat().st_size}
+        label: adapter_facts(ledger, label) | {"n_bytes": (path / WEIGHTS).stat().st_size}
         for label, path in adapters.items()
     }
     found = Extraction(ledger, pd.DataFrame(curves(work), columns=list(CURVES)), adapters, facts)

@@ -24,7 +24,7 @@ from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint, read_
 from lowrank_probe.columns import MERGED, OVERLAP
 from lowrank_probe.errors import CheckpointError, OutputError, ProbeError
 from lowrank_probe.layers import place
-from lowrank_probe.outputs import copy_into, whole_directory
+from lowrank_probe.outputs import copy_into, whole_directory, write_json
 from lowrank_probe.overlaps import overlap_rows
 from lowrank_probe.resizing import stored_dtype
 from lowrank_probe.runs import SCHEMA_VERSION, plain
@@ -201,7 +201,7 @@ class _Job:
         index = read_json(old) if old is not None else {}
         index["metadata"] = {**(index.get("metadata") or {}), "total_size": sum(self.sizes.values())}
         index["weight_map"] = {name: file for file, names in files.items() for name in names}
-        _write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / "model.safetensors.index.json", index)
 
     def _write_config(self, directory: Path) -> None:
         """The base's config, as it is where nothing in it changed."""
@@ -223,7 +223,7 @@ class _Job:
         if old.is_file() and config == self.base.config:
             copy_into(directory, [old])
         else:
-            _write_json(directory / "config.json", config)
+            write_json(directory / "config.json", config)
 
 
 def _file_name(file: Path) -> str:
@@ -243,7 +243,3 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if bool((torch.isinf(cast) & torch.isfinite(tensor)).any()):
         raise ProbeError(f"{name}: reaches {float(tensor.abs().max()):.3g}, beyond {dtype}; use --dtype bfloat16")
     return cast
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

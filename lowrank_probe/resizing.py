@@ -8,19 +8,18 @@ B̃ = U_r·√s_r, Ã = √s_r·Vh_r, with alpha = rank, so that the scaling is 
 import json
 import math
 import os
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from lowrank_probe import allocation
+from lowrank_probe.adapter_format import CONFIG, WEIGHTS, packed, ranks_and_patterns, target_modules
 from lowrank_probe.adapters import LoraModule, read_factors, read_modules
 from lowrank_probe.allocation import Allotment, Unit
 from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
@@ -28,13 +27,10 @@ from lowrank_probe.columns import RESIZED
 from lowrank_probe.errors import CheckpointError, NumericsError, ProbeError
 from lowrank_probe.factored import Core, distance
 from lowrank_probe.layers import place
-from lowrank_probe.outputs import copy_into, whole_directory
+from lowrank_probe.outputs import copy_into, whole_directory, write_json
 from lowrank_probe.runs import SCHEMA_VERSION, plain
 from lowrank_probe.safetensors_files import write_file
 from lowrank_probe.tensor_info import DTYPES
-
-WEIGHTS: Final = "adapter_model.safetensors"
-CONFIG: Final = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -211,19 +207,8 @@ def _truncated(
         # What was cut off is orthogonal to what rounding moves, but for the product of both factors' rounding.
         "error": math.sqrt((lost + rounding) / square) if square else math.nan,
     }  # fmt: skip
-    return _packed(first, stored, r), row
-
-
-def _packed(module: LoraModule, factors: Sequence[tuple[Tensor, Tensor]], r: int) -> tuple[Tensor, Tensor]:
-    """(lora_A, lora_B) as peft stores them: the way back of `LoraModule.of`."""
-    B, A = factors[0]
-    if module.is_embedding:
-        return B.T, A.T
-    if module.kernel:
-        return A.reshape(r, -1, *module.kernel), B.reshape(-1, r, *(1 for _ in module.kernel))
-    if len(factors) > 1:  # the expert slowest in lora_A, fastest in lora_B
-        return torch.cat([A for _, A in factors]), torch.stack([B for B, _ in factors], dim=2).flatten(1)
-    return A, B
+    B, A = (torch.stack(factors) for factors in zip(*stored, strict=True))
+    return packed(B, A, embedding=first.is_embedding, kernel=first.kernel), row
 
 
 def _write(
@@ -246,8 +231,7 @@ def _write(
         (_carried(side, one, scalings.get(one)) if isinstance(one, str) else one for one in tensors), {"format": "pt"},
     )  # fmt: skip
     copy_into(directory, side.other_files)
-    config = _config(side.config, {module: ranks[module.name] for module in kept})
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, _config(side, {module: ranks[module.name] for module in kept}))
 
 
 def _carried(side: Checkpoint, name: str, scaling: float | None) -> Tensor:
@@ -256,23 +240,23 @@ def _carried(side: Checkpoint, name: str, scaling: float | None) -> Tensor:
     return tensor if scaling is None else (tensor.double() * scaling).to(tensor.dtype)
 
 
-def _config(config: Mapping[str, Any], ranks: Mapping[LoraModule, int]) -> dict[str, Any]:
-    """The adapter_config.json of the same modules at other ranks, alpha = rank: every module by its full name.
-
-    Pattern keys are regular expressions that peft matches as `(.*\\.)?(key)$`: escaped, and anchored at the start.
-    """
-    modules, parameters = {}, {}
-    for module, r in ranks.items():
-        if _is_parameter(module, config):
-            parameters[module.name] = r
+def _config(side: Checkpoint, ranks: Mapping[LoraModule, int]) -> dict[str, Any]:
+    """The adapter_config.json of the same modules at other ranks, alpha = rank: every module by its full name."""
+    modules, parameters, others = {}, {}, set()
+    for module in read_modules(side)[0]:
+        name = module.name.removesuffix(".weight")
+        if module not in ranks:
+            others.add(name)
+        elif _is_parameter(module, side.config):
+            parameters[module.name] = ranks[module]
         else:
-            modules[module.name.removesuffix(".weight")] = r
-    # PEFT builds the parameters without their patterns where it knows of none: they get the common rank.
-    usual = Counter((parameters or modules).values()).most_common(1)[0][0]
-    pattern = {f"^{re.escape(name)}": r for name, r in (modules | parameters).items() if r != usual}
+            modules[name] = ranks[module]
+    # Where the old names left out no module that ends in one of them, the adapter has every module that could.
+    narrowed = ("exclude_modules", "layers_to_transform")
+    listed = not isinstance(side.config.get("target_modules"), str) and not any(map(side.config.get, narrowed))
     return {
-        **config, "r": usual, "lora_alpha": usual, "rank_pattern": pattern, "alpha_pattern": dict(pattern),
-        "use_rslora": False, "target_modules": sorted(modules), "target_parameters": sorted(parameters) or None,
+        **side.config, **ranks_and_patterns(modules, parameters),
+        "target_modules": target_modules(modules, others if listed else None),
         "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "init_lora_weights": True,
         "inference_mode": True,
     }  # fmt: skip

@@ -133,6 +133,40 @@ def test_the_experts_of_a_parameter_share_one_rank(tmp_path):
             np.testing.assert_allclose(moved, truncated(delta, 2), atol=3e-7 * np.linalg.norm(delta), err_msg=name)
 
 
+class Towers(torch.nn.Module):
+    """Two stacks, one of which has all names of the other with a prefix."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 5) for _ in range(2))
+        self.visual = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(6, 5) for _ in range(2))})
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"target_modules": r"layers\.\d"}, True),
+        ({"target_modules": ["layers.0", "layers.1"], "exclude_modules": r"visual\..*"}, True),
+        ({"target_modules": ["visual.layers.0", "visual.layers.1"]}, False),
+        ({"target_modules": ["layers.0", "layers.1"]}, True),  # the other tower's factors are zero, and left out
+    ],
+)
+def test_no_other_tower_is_adapted(tmp_path, config, text):
+    wrapped = get_peft_model(Towers(), LoraConfig(r=3, **config))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name and ("visual" not in name or not text):
+                parameter += 0.1 * torch.randn_like(parameter)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    lp.resize(tmp_path / "adapter", tmp_path / "new", rank=2)
+    written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())["target_modules"]
+    assert isinstance(written, str) == text
+    again = PeftModel.from_pretrained(Towers(), tmp_path / "new")
+    adapted = {name for name, module in again.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {f"{'' if text else 'visual.'}layers.{i}" for i in range(2)}
+
+
 def test_energy_ranks_are_the_least_and_written_as_patterns_that_peft_reads(tmp_path):
     base, adapter, _ = adapt(tmp_path, llama(), r=8, lora_alpha=16, target_modules="all-linear")
     result = lp.resize(adapter, tmp_path / "new", energy=0.8)
