@@ -8,6 +8,7 @@ import typer
 
 from lowrank_probe import interrupts
 from lowrank_probe.cli_shared import Json, Quiet, progress_bar, read_data, tell, tell_problems
+from lowrank_probe.words import some
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,9 +53,13 @@ def resize(
         print(found.to_json())  # noqa: T201
     else:
         print_resized(found)
-    skipped = found.facts["skipped"]
-    if skipped:
-        tell(f"note: left out because its B·A is zero: {skipped[0]} and {len(skipped) - 1} more", quiet)
+    for what, why in (
+        ("zero", "left out because its B·A is zero"),
+        ("without_rank", "left out because the budget gives it no rank"),
+        ("not_carried", "left out with its factors"),
+    ):
+        if found.facts[what]:
+            tell(f"note: {why}: {some(found.facts[what])}", quiet)
     tell(f"adapter: {found.path}", quiet)
 
 

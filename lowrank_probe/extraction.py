@@ -35,6 +35,7 @@ from lowrank_probe.runs import SCHEMA_VERSION
 from lowrank_probe.selection import select
 from lowrank_probe.targets import Selection
 from lowrank_probe.unfinished import Unfinished
+from lowrank_probe.words import some
 
 if TYPE_CHECKING:
     from lowrank_probe.calibration import Calibration
@@ -173,12 +174,12 @@ def _absent(selection: Selection) -> list[str]:
     """What to say of tensors of the base that the fine-tune lacks, and of new ones that are carried whole."""
     gone = [line["name"] for line in selection.matching.ledger if line["status"] == "only in base"]
     new = [one.name for one in selection.whole if one.why == "new module"]
-    told = [f"{_some(gone)} only in the base: an adapter cannot take it away"] if gone else []
-    return told + ([f"{_some(new)} not in the base: carried whole, and all of it counts as update"] if new else [])
+    told = [f"{_some_are(gone)} only in the base: an adapter cannot take it away"] if gone else []
+    return told + ([f"{_some_are(new)} not in the base: carried whole, and all of it counts as update"] if new else [])
 
 
-def _some(names: Sequence[str]) -> str:
-    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+def _some_are(names: Sequence[str]) -> str:
+    return f"{some(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _ranks(

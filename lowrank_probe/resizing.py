@@ -82,7 +82,9 @@ def resize(
     One of: rank, for every module; energy, the least ranks that keep this share of each ‖ΔW‖_F²; budget, ranks that
     keep the most energy within so many parameters of factors ("40M") or bytes of the file ("80MB"). max_rank and
     rank_multiple as in `allocation`; no rank exceeds the module's own. Scalings (alpha, rsLoRA, patterns) go into the
-    factors; all other tensors are carried unchanged. dtype: of the factors written: float32, bfloat16, float16.
+    factors; all other tensors are carried unchanged. A module of rank 0 is left out, and where a budget did that, its
+    bias within LoRA (`lora_bias`) too: both are listed in facts. dtype: of the factors written: float32, bfloat16,
+    float16.
 
     Writes a PEFT adapter to `out`, which must be free, whole or not at all. Raises `ProbeError` for what cannot be
     resized (DoRA and other variants, NaN, no update at all), `OutputError` where it cannot be written.
@@ -109,19 +111,25 @@ def resize(
             r = min(allotted.rank, unit[0].rank)
             if r == 0 and _is_parameter(unit[0], side.config):
                 r = 1  # the names of a module's other parameters depend on it
+            if r == 0 and budget is None and _lora_bias(unit[0]) in side.tensors:
+                r = 1  # its update is more than B·A, and PEFT reads it with factors only
             factors, row = _truncated(unit, cores, r, DTYPES[stored])
             rows.append(row | {"rule": "its own rank" if r < allotted.rank else allotted.rule})
             if r:
                 kept[unit[0]] = factors
         if not any(row["fro_norm"] for row in rows):
             raise ProbeError(f"{side.path}: B·A is zero in all of its {len(units)} modules; there is nothing to resize")
-        _write(aside, side, kept, {row["name"]: row["rank"] for row in rows}, others, stored)
+        dropped = [unit[0] for unit in units if unit[0] not in kept]
+        carried = _new_names(others, dropped)
+        _write(aside, side, kept, {row["name"]: row["rank"] for row in rows}, carried, stored)
     table = pd.DataFrame(rows, columns=list(RESIZED)).astype({"layer": "Int64"})
     facts = {
         "adapter": str(side.path), "rank": rank, "energy": energy, "budget": budget, "max_rank": max_rank,
         "rank_multiple": rank_multiple, "dtype": stored, "n_parameters": int(table["parameters"].sum()),
-        "n_bytes": (Path(out) / WEIGHTS).stat().st_size, "carried": others,
-        "skipped": [unit[0].name for unit in units if unit[0] not in kept],
+        "n_bytes": (Path(out) / WEIGHTS).stat().st_size, "carried": list(carried.values()),
+        "not_carried": [name for name in others if name not in carried],
+        "zero": [row["name"] for row in rows if row["rank"] == 0 and row["fro_norm"] == 0],
+        "without_rank": [row["name"] for row in rows if row["rank"] == 0 and row["fro_norm"] > 0],
     }  # fmt: skip
     return Resized(Path(out), table, facts)
 
@@ -142,6 +150,21 @@ def _cores(unit: Sequence[LoraModule], side: Checkpoint) -> list[Core]:
 def _is_parameter(module: LoraModule, config: Mapping[str, Any]) -> bool:
     """Whether it is a bare parameter (`target_parameters`), not a module's weight."""
     return any(f".{module.name}".endswith(f".{one}") for one in config.get("target_parameters") or ())
+
+
+def _lora_bias(module: LoraModule) -> str:
+    """The name that the bias of its lora_B would have (`lora_bias`)."""
+    return module.name_B.removesuffix("weight") + "bias"
+
+
+def _new_names(others: Sequence[str], dropped: Sequence[LoraModule]) -> dict[str, str]:
+    """Name of a tensor that is carried → its name beside the new factors: the bias of a module that is no longer
+    adapted is the base's own again, the one of its lora_B has no place.
+    """
+    lost = {_lora_bias(module) for module in dropped}
+    bare = {module.name_A.partition(".lora_")[0] for module in dropped}
+    unwrapped = {f"{module}.base_layer.bias": f"{module}.bias" for module in bare}
+    return {name: unwrapped.get(name, name) for name in others if name not in lost}
 
 
 def stored_dtype(dtype: str) -> str:
@@ -213,19 +236,19 @@ def _truncated(
 
 def _write(
     directory: Path, side: Checkpoint, kept: Mapping[LoraModule, tuple[Tensor, Tensor]], ranks: Mapping[str, int],
-    others: Sequence[str], dtype: str,
+    carried: Mapping[str, str], dtype: str,
 ) -> None:  # fmt: skip
-    """Weights, then what lies beside them, then the config."""
+    """Weights, then what lies beside them, then the config. carried: name → the name it gets."""
     infos: list[tuple[str, str, tuple[int, ...]]] = []
     tensors: list[Tensor | str] = []
     for module, factors in kept.items():
         for name, factor in zip((module.name_A, module.name_B), factors, strict=True):
             infos.append((name, dtype, tuple(factor.shape)))
             tensors.append(factor)
-    for name in others:
-        infos.append((name, side.tensors[name].dtype, side.tensors[name].shape))
+    for name, new in carried.items():
+        infos.append((new, side.tensors[name].dtype, side.tensors[name].shape))
         tensors.append(name)
-    scalings = {module.name_B.removesuffix("weight") + "bias": module.scaling for module in kept}
+    scalings = {_lora_bias(module): module.scaling for module in kept}
     write_file(
         directory / WEIGHTS, infos,
         (_carried(side, one, scalings.get(one)) if isinstance(one, str) else one for one in tensors), {"format": "pt"},

@@ -14,7 +14,7 @@ import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adapters import LORA, adapt, gpt2, llama
-from test_resizing import EXPERTS, mixtral
+from test_resizing import EXPERTS, mixtral, zeroed
 
 import lowrank_probe as lp
 from lowrank_probe import columns, sums
@@ -532,6 +532,17 @@ def test_a_run_beside_it_is_left_alone(tmp_path):
 def probe(*arguments):
     command = [sys.executable, "-m", "lowrank_probe", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_resize_says_why_a_module_is_left_out(tmp_path):
+    _, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj", "o_proj", "up_proj"])
+    zeroed(adapter, "layers.1.self_attn.q_proj")
+    done = probe("resize", adapter, "--budget", 60, "--out", tmp_path / "small")
+    assert done.returncode == 0
+    zero, rankless = done.stderr.splitlines()[:2]
+    assert zero == "note: left out because its B·A is zero: model.layers.1.self_attn.q_proj.weight"
+    assert rankless.startswith("note: left out because the budget gives it no rank: model.layers.")
+    assert rankless.endswith(" more")
 
 
 def test_the_commands(tmp_path):
