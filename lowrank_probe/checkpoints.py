@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,10 @@ from lowrank_probe.tensor_info import TORCH_DTYPES, Loader, Opened, TensorInfo
 
 # What a user may give as one side of a comparison: a path or hub id, a state dict, or a model.
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Any
+
+_TOKENIZER: Final = re.compile(
+    r"(?:tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template.*|.*\.model|.*\.spm)"
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class Checkpoint:
             if file.is_file() and not file.name.startswith(".") and file.name not in known
             and not file.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
         ]  # fmt: skip
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """Those of `other_files` that are a tokenizer's, with its chat template."""
+        return [file for file in self.other_files if _TOKENIZER.fullmatch(file.name)]
 
     def read(self, name: str, device: str | torch.device = "cpu", span: tuple[int, int] | None = None) -> Tensor:
         """One tensor in its stored dtype, float32 where that is quantized; not to be written to (it may be a user's).

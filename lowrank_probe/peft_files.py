@@ -7,7 +7,6 @@ Source: PEFT 0.21, `LoraConfig`, `set_peft_model_state_dict`, `ParamWrapper`, `M
 
 import math
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,9 +30,6 @@ from lowrank_probe.tensor_info import DTYPES
 _HEAD: Final = "lm_head"
 _PREFIX: Final = "base_model.model."
 _DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-_TOKENIZER: Final = re.compile(
-    r"(?:tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template.*|.*\.model|.*\.spm)"
-)
 
 Factors = Callable[[Target], tuple[Tensor, Tensor]]
 
@@ -105,7 +101,8 @@ def write_adapter(
         write_json(file, config)
         _check(file.parent, modules)
 
-    copied = _tokenizer(tuned.path) if selection.sizes else {}
+    files_of_tokenizer = tuned.tokenizer_files if selection.sizes else []
+    copied = {file.name: partial(shutil.copyfile, file) for file in files_of_tokenizer}
     return write_directory(
         root, {WEIGHTS: lambda file: write_file(file, infos, tensors(), metadata), **copied, **(files or {}),
                CONFIG: write_config},
@@ -183,12 +180,6 @@ def _task(config: Mapping[str, Any]) -> str | None:
         return "CAUSAL_LM"
     seq2seq = config.get("is_encoder_decoder") and architecture.endswith(("ForConditionalGeneration", "MTModel"))
     return "SEQ_2_SEQ_LM" if seq2seq else None
-
-
-def _tokenizer(path: Path) -> dict[str, Callable[[Path], Any]]:
-    files = sorted(path.iterdir()) if path.is_dir() else []
-    names = (file for file in files if file.is_file() and _TOKENIZER.fullmatch(file.name))
-    return {file.name: partial(shutil.copyfile, file) for file in names}
 
 
 def _check(directory: Path, modules: Sequence[tuple[Target, int]]) -> None:
