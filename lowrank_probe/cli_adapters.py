@@ -7,17 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank_probe import interrupts
-from lowrank_probe.cli_shared import Json, Quiet, progress_bar, read_data, tell, tell_problems
+from lowrank_probe.cli_shared import Json, Quiet, progress_bar, read_data, stored_word, tell, tell_problems
 from lowrank_probe.words import some
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-def _dtype(text: str | None) -> str | None:
-    if text not in (None, "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{text!r}: expected float32, bfloat16 or float16")
-    return text
 
 
 def resize(
@@ -31,7 +25,7 @@ def resize(
     max_rank: Annotated[int | None, typer.Option(min=1, help="No rank above this.")] = None,
     rank_multiple: Annotated[int, typer.Option(min=1, help="Ranks are multiples of this, rounded up.")] = 1,
     dtype: Annotated[
-        str, typer.Option(callback=_dtype, help="Of the factors written: float32, bfloat16, float16.")
+        str, typer.Option(callback=stored_word, help="Of the factors written: float32, bfloat16, float16.")
     ] = "float32",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -71,7 +65,8 @@ def merge(
         list[float] | None, typer.Option(help="Weight of an adapter, one each in their order. Default: 1.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(callback=_dtype, help="float32, bfloat16 or float16. Default: as the base is stored.")
+        str | None,
+        typer.Option(callback=stored_word, help="float32, bfloat16 or float16. Default: as the base is stored."),
     ] = None,
     verify: Annotated[
         bool, typer.Option(help="Compare the merged model with base + adapters through PEFT; exit 3 if it differs.")

@@ -18,6 +18,7 @@ from lowrank_probe.cli_shared import (
     progress_bar,
     read_data,
     stopped_line,
+    stored_word,
     tell,
     tell_problems,
 )
@@ -40,7 +41,9 @@ def extract(
         typer.Option(help="all-linear, everything, default, a layer type or a pattern; repeatable or a,b."),
     ] = None,
     servable: Annotated[bool, typer.Option(help="What servers take: one rank, LoRA on linear layers only.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of the stored factors: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(callback=stored_word, help="Of the stored factors: float32, bfloat16 or float16.")
+    ] = "float32",
     include: Annotated[list[str] | None, typer.Option(help="Only tensors that match (repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave out what matches: q_proj, layers.3, *mlp*.")] = None,
     layers: Annotated[str | None, typer.Option(help="Only these layers: 0-3 or 7.")] = None,

@@ -11,6 +11,7 @@ import typer
 
 from lowrank_probe import interrupts
 from lowrank_probe.errors import printable
+from lowrank_probe.options import STORED
 
 if TYPE_CHECKING:
     from lowrank_probe.verification import Verification
@@ -30,6 +31,13 @@ def _device(text: str) -> str:
 
 
 Device = Annotated[str, typer.Option("--device", callback=_device, help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+def stored_word(text: str | None) -> str | None:
+    """`--dtype`, checked while parsing."""
+    if text is not None and text not in STORED:
+        raise typer.BadParameter(f"{text!r}: expected one of {', '.join(STORED)}")
+    return text
 
 
 def layer_span(text: str | None) -> tuple[int, int] | None:

@@ -25,8 +25,8 @@ from lowrank_probe.extraction_ledger import curves, ledger_lines
 from lowrank_probe.extraction_runs import FOLDER, Extraction
 from lowrank_probe.extraction_summary import adapter_facts
 from lowrank_probe.extraction_work import Work
-from lowrank_probe.factorisation import DTYPES
 from lowrank_probe.facts import machine_facts, side_facts
+from lowrank_probe.narrowing import stored_dtype
 from lowrank_probe.options import Options
 from lowrank_probe.outputs import write_directory
 from lowrank_probe.peft_files import write_adapter
@@ -34,6 +34,7 @@ from lowrank_probe.rank_choice import RankChoice
 from lowrank_probe.runs import SCHEMA_VERSION
 from lowrank_probe.selection import select
 from lowrank_probe.targets import Selection
+from lowrank_probe.tensor_info import DTYPES
 from lowrank_probe.unfinished import Unfinished
 from lowrank_probe.words import some
 
@@ -67,8 +68,7 @@ def extract(
     Raises `UnchangedError` where nothing differs, `CheckpointError`, `MatchError`, `NumericsError`, `OutputError`.
     """
     choice = _rank_choice(ranks)
-    if dtype not in DTYPES:
-        raise ProbeError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    stored = DTYPES[stored_dtype(dtype)]
     if servable and len(choice.ranks) != 1:
         raise ProbeError("--servable makes an adapter of one rank: give it with --rank 16, no energy, auto or budget")
     where = choose_device(options.device)
@@ -104,13 +104,13 @@ def extract(
         torch.cuda.reset_peak_memory_stats(where.device)
     norms = selection.weigh(base_side, tuned_side)
     other_bytes = sum(one.n_bytes(tuned_side) for one in selection.whole)
-    allotted = _ranks(work, choice, DTYPES[dtype], on_progress, other_bytes)
+    allotted = _ranks(work, choice, stored, on_progress, other_bytes)
     moved = {target.name for target in work.targets if work.moved(target)}
     works = dict.fromkeys(allotted, work)
     if calibrator is not None and moved:
-        again = partial(_ranks, choice=choice, dtype=DTYPES[dtype], progress=on_progress, other_bytes=other_bytes)
+        again = partial(_ranks, choice=choice, dtype=stored, progress=on_progress, other_bytes=other_bytes)
         works, allotted, facts["calibration"] = calibrator.run(
-            work, selection, allotted, DTYPES[dtype], again if choice.budget and not choice.denoised else None,
+            work, selection, allotted, stored, again if choice.budget and not choice.denoised else None,
             on_progress,
         )  # fmt: skip
     kept = {
@@ -133,7 +133,7 @@ def extract(
         (Path(out) / label / CONFIG).unlink(missing_ok=True)  # of this run, killed while it wrote
         adapters[label] = write_adapter(
             Path(out) / label, carried[label], at, partial(works[label].cut, at), base_side, tuned_side,
-            dtype=DTYPES[dtype],
+            dtype=stored,
         )  # fmt: skip
     facts["seconds"] = time.perf_counter() - started
     if where.device.type == "cuda":

@@ -25,16 +25,14 @@ from lowrank_probe.columns import MERGED, OVERLAP
 from lowrank_probe.errors import CheckpointError, OutputError, ProbeError
 from lowrank_probe.layers import place
 from lowrank_probe.merge_sides import other_bases, tokenizer_files
+from lowrank_probe.narrowing import CODES, dtype_word, narrowed, stored_dtype
 from lowrank_probe.outputs import copy_into, whole_directory, write_json
 from lowrank_probe.overlaps import overlap_rows
-from lowrank_probe.resizing import stored_dtype
 from lowrank_probe.runs import SCHEMA_VERSION, plain
 from lowrank_probe.safetensors_files import write_file
 from lowrank_probe.sums import merged
 from lowrank_probe.tensor_info import DTYPES, WIDTHS
 
-_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-_WORDS: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _KEPT_FACTORS: Final = 8  # pairs of factors in memory: those of all experts of a layer lie in one
 
 
@@ -225,7 +223,7 @@ class _Job:
                     section["vocab_size"] = shape[0]
             for key in ("dtype", "torch_dtype"):
                 if self.dtype is not None and key in section:
-                    section[key] = _WORDS[self.dtype]
+                    section[key] = dtype_word(DTYPES[self.dtype])
         if old.is_file() and config == self.base.config:
             copy_into(directory, [old])
         else:
@@ -243,9 +241,6 @@ def _file_name(file: Path) -> str:
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor that is only copied, in another dtype where that is asked for."""
-    if dtype is None or tensor.dtype == dtype or tensor.dtype not in _NAMES:
+    if dtype is None or tensor.dtype == dtype or tensor.dtype not in CODES:
         return tensor
-    cast = tensor.to(dtype)
-    if bool((torch.isinf(cast) & torch.isfinite(tensor)).any()):
-        raise ProbeError(f"{name}: reaches {float(tensor.abs().max()):.3g}, beyond {dtype}; use --dtype bfloat16")
-    return cast
+    return narrowed(tensor, dtype, f"{name}: reaches")

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict
+from typing import Any, Final, TypedDict
 
 from lowrank_probe.errors import ProbeError
+
+# What `--dtype` may ask for, and what safetensors call it.
+STORED: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)

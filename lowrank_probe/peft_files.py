@@ -5,7 +5,6 @@ Every rank is written with alpha = rank, so that the scaling is 1 whatever a rea
 Source: PEFT 0.21, `LoraConfig`, `set_peft_model_state_dict`, `ParamWrapper`, `ModulesToSaveWrapper`.
 """
 
-import math
 import os
 import shutil
 from collections import Counter
@@ -22,29 +21,22 @@ from lowrank_probe.adapters import read_modules
 from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
 from lowrank_probe.errors import NumericsError, OutputError, ProbeError
 from lowrank_probe.layers import place, sort_key
+from lowrank_probe.narrowing import CODES, narrowed
 from lowrank_probe.outputs import write_directory, write_json
 from lowrank_probe.safetensors_files import write_file
 from lowrank_probe.targets import Selection, Target, Whole
-from lowrank_probe.tensor_info import DTYPES
 
 _HEAD: Final = "lm_head"
 _PREFIX: Final = "base_model.model."
-_DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 Factors = Callable[[Target], tuple[Tensor, Tensor]]
 
 
 def rounded(factor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The factor as it is stored. Raises `NumericsError` where an entry is not finite, or too large for the dtype."""
-    largest = float(factor.abs().max()) if factor.numel() else 0.0
-    if not math.isfinite(largest):
+    if not bool(torch.isfinite(factor).all()):
         raise NumericsError(f"{name}: its LoRA factors contain NaN or Inf")
-    if largest > torch.finfo(dtype).max:
-        raise NumericsError(
-            f"{name}: its LoRA factors reach {largest:.3g}, {str(dtype).removeprefix('torch.')} ends at "
-            f"{torch.finfo(dtype).max:g}; store them with --dtype bfloat16 or float32"
-        )
-    return factor.to(dtype)
+    return narrowed(factor, dtype, f"{name}: its LoRA factors reach")
 
 
 def write_adapter(
@@ -73,9 +65,7 @@ def write_adapter(
     config = _config(modules, whole, selection, base, tuned)
     infos: list[tuple[str, str, tuple[int, ...]]] = []
     for target, r in modules:
-        infos += [
-            (key, _DTYPE_NAMES[dtype], shape) for key, shape in zip(keys[target.name], _shapes(target, r), strict=True)
-        ]
+        infos += [(key, CODES[dtype], shape) for key, shape in zip(keys[target.name], _shapes(target, r), strict=True)]
     carried = [
         (f"{_PREFIX}{module}{'.base_layer' if one.is_bias else ''}.{leaf}", name)
         for one in whole

@@ -24,9 +24,10 @@ from lowrank_probe.adapters import LoraModule, read_factors, read_modules
 from lowrank_probe.allocation import Allotment, Unit
 from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
 from lowrank_probe.columns import RESIZED
-from lowrank_probe.errors import CheckpointError, NumericsError, ProbeError
+from lowrank_probe.errors import CheckpointError, ProbeError
 from lowrank_probe.factored import Core, distance
 from lowrank_probe.layers import place
+from lowrank_probe.narrowing import narrowed, stored_dtype
 from lowrank_probe.outputs import copy_into, whole_directory, write_json
 from lowrank_probe.runs import SCHEMA_VERSION, plain
 from lowrank_probe.safetensors_files import write_file
@@ -167,14 +168,6 @@ def _new_names(others: Sequence[str], dropped: Sequence[LoraModule]) -> dict[str
     return {name: unwrapped.get(name, name) for name in others if name not in lost}
 
 
-def stored_dtype(dtype: str) -> str:
-    """The safetensors name of a dtype for storage ("bfloat16" → "BF16"). Raises `ProbeError` for any other word."""
-    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-    if dtype not in names:
-        raise ProbeError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
-    return names[dtype]
-
-
 def _rule(
     rank: int | None, energy: float | None, budget: str | int | None, max_rank: int | None, rank_multiple: int,
     width: int, whole_bytes: int,
@@ -214,12 +207,11 @@ def _truncated(
     lost = rounding = square = 0.0
     for core in cores:
         exact = core.factors(r)
-        stored.append((exact[0].to(dtype), exact[1].to(dtype)))
+        told = f"{first.name}: its factors reach"
+        stored.append((narrowed(exact[0], dtype, told), narrowed(exact[1], dtype, told)))
         square += float((core.s**2).sum())
         lost += float((core.s[r:] ** 2).sum())
         rounding += distance(*exact, *stored[-1]) ** 2
-    if not math.isfinite(rounding):
-        raise NumericsError(f"{first.name}: its factors overflow {dtype}; choose --dtype float32 or bfloat16")
     where = place(first.name)
     row = {
         "name": first.name, "layer_type": where.layer_type, "layer": where.layer, "rows": first.shape[0],
@@ -260,7 +252,7 @@ def _write(
 def _carried(side: Checkpoint, name: str, scaling: float | None) -> Tensor:
     """A tensor as it is, but for lora_B's bias, to which peft applies the scaling that is in the factors now."""
     tensor = side.read_stored(name)
-    return tensor if scaling is None else (tensor.double() * scaling).to(tensor.dtype)
+    return tensor if scaling is None else narrowed(tensor.double() * scaling, tensor.dtype, f"{name}: reaches")
 
 
 def _config(side: Checkpoint, ranks: Mapping[LoraModule, int]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from lowrank_probe import running_models as running
 from lowrank_probe.distances import Distance, Measure
 from lowrank_probe.errors import OutputError
+from lowrank_probe.narrowing import dtype_word
 from lowrank_probe.outputs import why
 from lowrank_probe.running_models import CannotRun, Kind, Weighted
 from lowrank_probe.texts import prompts, token_sequences
@@ -164,5 +165,5 @@ def _judged(found: _Measured, ignored: Sequence[str], notes: Sequence[str], equa
             f"base+adapter is farther from the tuned model ({worn.distance:.3g}) than the base itself "
             f"({base.distance:.3g}): a wrong scaling or base, or too low a rank"
         )
-    storage = str(found.storage).removeprefix("torch.")
+    storage = dtype_word(found.storage)
     return Verification(found.measure, table, gap, storage, rounding, tolerance, tuple(problems), tuple(notes))
