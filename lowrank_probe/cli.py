@@ -250,7 +250,7 @@ def report(
 @app.command(epilog="Example: probe demo --open")
 def demo(
     out: Annotated[
-        Path | None, typer.Option("--out", help="Keep the pair and the run here. Default: the cache.")
+        Path | None, typer.Option("--out", "-o", help="Keep the pair and the run here. Default: the cache.")
     ] = None,
     seed: Seed = 0,
     as_json: Json = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank_probe import interrupts
-from lowrank_probe.cli_shared import Json, Quiet, progress_bar, read_data, stored_word, tell, tell_problems
+from lowrank_probe.cli_shared import Device, Json, Quiet, progress_bar, read_data, stored_word, tell, tell_problems
 from lowrank_probe.words import some
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def resize(
     adapter: Annotated[str, typer.Argument(help="PEFT LoRA adapter: a directory or a hub id.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory of the new adapter; it must not exist, or be empty.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new adapter; must be new or empty.")],
     rank: Annotated[int | None, typer.Option(min=1, help="This rank for every module.")] = None,
     energy: Annotated[float | None, typer.Option(help="The least ranks that keep this share of each ‖ΔW‖².")] = None,
     budget: Annotated[
@@ -60,18 +60,19 @@ def resize(
 def merge(
     base: Annotated[str, typer.Argument(help="Base model: directory, file or hub id.")],
     adapters: Annotated[list[str], typer.Argument(help="PEFT LoRA adapters trained on it.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory of the merged model; it must not exist, or be empty.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the merged model; must be new or empty.")],
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of an adapter, one each in their order. Default: 1.")
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(callback=stored_word, help="float32, bfloat16 or float16. Default: as the base is stored."),
+        typer.Option(callback=stored_word, help="float32, bfloat16, float16. Default: as the base is stored."),
     ] = None,
     verify: Annotated[
         bool, typer.Option(help="Compare the merged model with base + adapters through PEFT; exit 3 if it differs.")
     ] = False,
     data: Annotated[Path | None, typer.Option(help="Text or jsonl for --verify. Default: built-in prompts.")] = None,
+    device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -81,11 +82,15 @@ def merge(
     """
     if weight and len(weight) != len(adapters):
         raise typer.BadParameter(f"{len(weight)} for {len(adapters)} adapters; one each", param_hint="--weight")
+    if device != "auto" and not verify:
+        raise typer.BadParameter("goes with --verify: merging itself is done on the CPU", param_hint="--device")
     with interrupts.ending_at_once():
         from lowrank_probe import merging
         from lowrank_probe.adapter_terminal import print_merged, print_overlap
+        from lowrank_probe.devices import choose_device
 
     texts = read_data(data, verify)
+    where = choose_device(device).device if verify else None  # before the work rather than after it
 
     def on_overlap(overlap: "pd.DataFrame") -> None:
         if not as_json:
@@ -96,11 +101,11 @@ def merge(
             base, adapters, out, weights=weight or None, dtype=dtype, on_overlap=on_overlap, on_progress=on_progress
         )
     check = None
-    if verify:
+    if where is not None:
         from lowrank_probe.verification import verify_merge
 
         weighted = list(zip(adapters, weight or [1.0] * len(adapters), strict=True))
-        check = verify_merge(base, weighted, found.path, texts)
+        check = verify_merge(base, weighted, found.path, texts, where)
     if as_json:
         told = json.loads(found.to_json()) | ({"verification": json.loads(check.to_json())} if check else {})
         print(json.dumps(told, ensure_ascii=False))  # noqa: T201

@@ -77,12 +77,12 @@ def extract(
         ranks=ranks, energy=energy, auto=auto, budget=allocation.parse_budget(budget) if budget else None,
         denoised=denoised, max_rank=max_rank, rank_multiple=rank_multiple,
     )  # fmt: skip
-    wanted = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
+    chosen = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
     options = Options(include=include or (), exclude=exclude or (), layers=span, device=device, seed=seed)
     with progress_bar(quiet) as on_progress:
         try:
             found = extraction.extract(
-                base, tuned, out, ranks=choice, wanted=wanted, servable=servable, dtype=dtype, options=options,
+                base, tuned, out, ranks=choice, targets=chosen, servable=servable, dtype=dtype, options=options,
                 calibration=_calibration(calibration), on_progress=on_progress,
             )  # fmt: skip
         except KeyboardInterrupt:

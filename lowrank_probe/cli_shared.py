@@ -16,7 +16,7 @@ from lowrank_probe.options import STORED
 if TYPE_CHECKING:
     from lowrank_probe.verification import Verification
 
-Out = Annotated[Path | None, typer.Option("--out", help="Run directory. Default: probe-runs/<tuned>-<time>/.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory. Default: probe-runs/<tuned>-<time>/.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]

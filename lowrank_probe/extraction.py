@@ -50,7 +50,7 @@ def extract(
     out: str | Path,
     *,
     ranks: RankChoice | int | Sequence[int] | str = 16,
-    wanted: Sequence[str] = ("all-linear",),
+    targets: Sequence[str] = ("all-linear",),
     servable: bool = False,
     dtype: str = "float32",
     options: Options = Options(),  # noqa: B008 - frozen
@@ -59,7 +59,7 @@ def extract(
 ) -> Extraction:
     """Write the truncated-SVD LoRA of ΔW = W_tuned − W_base as PEFT adapters into `out`.
 
-    ranks: a rank, several (one adapter each, `out/r4/`, `out/r8/`, …), "auto", or a `RankChoice`. wanted: what is
+    ranks: a rank, several (one adapter each, `out/r4/`, `out/r8/`, …), "auto", or a `RankChoice`. targets: what is
     adapted, as `selection.select`. servable: one rank, LoRA on linear layers only. dtype: of the stored factors.
     options: include, exclude, layers, device, seed. calibration: a text on whose inputs the factors are to be best,
     where that brings base + adapter nearer to the fine-tune on other text (`calibration`); a budget then goes by the
@@ -76,14 +76,14 @@ def extract(
     if tuned_side.is_adapter:
         raise ProbeError(f"{tuned_side.path}: is an adapter already; probe resize changes its rank")
     selection = select(
-        base_side, tuned_side, wanted, include=options.include, exclude=options.exclude, layers=options.layers,
+        base_side, tuned_side, targets, include=options.include, exclude=options.exclude, layers=options.layers,
         servable=servable,
     )  # fmt: skip
     choice, notes = _one_rank(choice, selection) if servable else (choice, [])
     notes += _absent(selection)
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "status": "complete", "base": side_facts(base_side),
-        "tuned": side_facts(tuned_side), "targets": list(wanted), "servable": servable, "dtype": dtype,
+        "tuned": side_facts(tuned_side), "targets": list(targets), "servable": servable, "dtype": dtype,
         "vocabulary": selection.sizes,
         "ranks": choice.facts(), "options": options.facts(),
         "notes": [*selection.notes, *notes, *filter(None, [where.note])], **machine_facts(where),

@@ -569,6 +569,8 @@ def test_the_commands(tmp_path):
         ("resize", adapter, "--out", tmp_path / "x", "--energy", 2),
         ("resize", adapter, "--rank", 2),
         ("resize", adapter, "--rank", 2, "--out", tmp_path / "x", "--dtype", "int8"),
+        ("extract", base, base, "--dtype", "int8", "--out", tmp_path / "x"),
+        ("merge", base, adapter, "--out", tmp_path / "x", "--device", "cpu"),
         ("merge", base, adapter, "--out", tmp_path / "x", "--weight", 1, "--weight", 2),
         ("merge", base, "--out", tmp_path / "x"),
     ):
