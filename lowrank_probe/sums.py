@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lowrank_probe.changes import Change
 from lowrank_probe.errors import NumericsError
+from lowrank_probe.float64 import EPS64, row_chunks
 from lowrank_probe.narrowing import beyond
-from lowrank_probe.svd import EPS64, row_chunks
 
 N_PROBES: Final = 2
 Factors = Callable[[Change], tuple[Tensor, Tensor]]

@@ -563,6 +563,9 @@ def test_the_commands(tmp_path):
     done = probe("merge", base, adapter, "--out", tmp_path / "again")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"error: {tmp_path / 'again'}: is not empty; choose another --out\n"
+    done = probe("merge", base, adapter, "-o", tmp_path / "x", "--verify", "--device", "cuda:99")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: --device cuda:99: found ")
     for wrong in (
         ("resize", adapter, "--out", tmp_path / "x"),
         ("resize", adapter, "--out", tmp_path / "x", "--rank", 2, "--energy", 0.5),
