@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank_probe import interrupts
-from lowrank_probe.cli_shared import Device, Json, Quiet, progress_bar, read_data, stored_word, tell, tell_problems
+from lowrank_probe.cli_shared import (
+    Data,
+    Device,
+    Json,
+    Quiet,
+    progress_bar,
+    read_data,
+    stored_word,
+    tell,
+    tell_problems,
+)
 from lowrank_probe.words import some
 
 if TYPE_CHECKING:
@@ -71,7 +81,7 @@ def merge(
     verify: Annotated[
         bool, typer.Option(help="Compare the merged model with base + adapters through PEFT; exit 3 if it differs.")
     ] = False,
-    data: Annotated[Path | None, typer.Option(help="Text or jsonl for --verify. Default: built-in prompts.")] = None,
+    data: Data = None,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,

@@ -10,8 +10,12 @@ import typer
 
 from lowrank_probe import interrupts
 from lowrank_probe.cli_shared import (
+    Data,
     Device,
+    Exclude,
+    Include,
     Json,
+    Layers,
     Quiet,
     Seed,
     layer_span,
@@ -44,13 +48,13 @@ def extract(
     dtype: Annotated[
         str, typer.Option(callback=stored_word, help="Of the stored factors: float32, bfloat16 or float16.")
     ] = "float32",
-    include: Annotated[list[str] | None, typer.Option(help="Only tensors that match (repeatable).")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Leave out what matches: q_proj, layers.3, *mlp*.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Only these layers: 0-3 or 7.")] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    layers: Layers = None,
     verify: Annotated[
         bool, typer.Option(help="Compare base + adapter with the tuned model through PEFT; exit 3 if merging differs.")
     ] = False,
-    data: Annotated[Path | None, typer.Option(help="Text or jsonl for --verify. Default: built-in prompts.")] = None,
+    data: Data = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text (.txt, .jsonl) on whose activations the factors are to be best.")
     ] = None,

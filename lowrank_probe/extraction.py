@@ -6,7 +6,7 @@ Every finished matrix is kept at once (`unfinished`), so that a run that was kil
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from lowrank_probe.extraction_summary import adapter_facts
 from lowrank_probe.extraction_work import Work
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.narrowing import stored_dtype
-from lowrank_probe.options import Options
+from lowrank_probe.options import Options, Progress
 from lowrank_probe.outputs import write_directory
 from lowrank_probe.peft_files import write_adapter
 from lowrank_probe.rank_choice import RankChoice
@@ -40,8 +40,6 @@ from lowrank_probe.words import some
 
 if TYPE_CHECKING:
     from lowrank_probe.calibration import Calibration
-
-Progress = Callable[[str, int, int], None]
 
 
 def extract(

@@ -26,6 +26,7 @@ from lowrank_probe.errors import CheckpointError, OutputError, ProbeError
 from lowrank_probe.layers import place
 from lowrank_probe.merge_sides import other_bases, tokenizer_files
 from lowrank_probe.narrowing import CODES, dtype_word, narrowed, stored_dtype
+from lowrank_probe.options import Progress
 from lowrank_probe.outputs import copy_into, whole_directory, write_json
 from lowrank_probe.overlaps import overlap_rows
 from lowrank_probe.runs import SCHEMA_VERSION, plain
@@ -66,7 +67,7 @@ def merge(
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
     on_overlap: Callable[[pd.DataFrame], Any] | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Merged:
     """Write base + Σ w·scaling·B·A as a model of its own: shards, index, dtypes and config of the base.
 
@@ -125,7 +126,7 @@ class _Job:
 
     def __init__(
         self, base: Checkpoint, planned: Plan, tokenizer: Sequence[Path], dtype: str | None,
-        on_progress: Callable[[str, int, int], None] | None,
+        on_progress: Progress | None,
     ) -> None:  # fmt: skip
         self.base, self.planned, self.tokenizer, self.dtype = base, planned, tokenizer, dtype
         self.on_progress = on_progress

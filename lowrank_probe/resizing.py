@@ -28,6 +28,7 @@ from lowrank_probe.errors import CheckpointError, ProbeError
 from lowrank_probe.factored import Core, distance
 from lowrank_probe.layers import place
 from lowrank_probe.narrowing import narrowed, stored_dtype
+from lowrank_probe.options import Progress
 from lowrank_probe.outputs import copy_into, whole_directory, write_json
 from lowrank_probe.runs import SCHEMA_VERSION, plain
 from lowrank_probe.safetensors_files import write_file
@@ -76,7 +77,7 @@ def resize(
     max_rank: int | None = None,
     rank_multiple: int = 1,
     dtype: str = "float32",
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Resized:
     """The best adapter of other ranks: for every module the truncated SVD of its ΔW = scaling·B·A, in float64.
 

@@ -5,7 +5,6 @@ with the adapter merged (in float32, then rounded to the dtype in which a merged
 that is needed again lie in temporary files, at most `STORED_BYTES` a state.
 """
 
-import gc
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -120,7 +119,7 @@ def _measure(
     for i, values in states(model):
         keep("tuned", i, values)
     del model
-    _free(device)
+    running.free(device)
     model, lacking = running.load(base, kind, device)
     if lacking:
         raise CannotRun(f"{base}: {kind.cls.__name__} needs {lacking[0]}, which the files lack")
@@ -143,12 +142,6 @@ def _measure(
         rounding.add(kept("merged", i) if exact else values, values)
     a, b, c = from_tuned
     return _Measured(measure, (a, b, c), gap, rounding, storage, missing), ignored
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _judged(found: _Measured, ignored: Sequence[str], notes: Sequence[str], equal: bool) -> Verification:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import adapting
 import numpy as np
 import pytest
 import torch
@@ -25,12 +26,7 @@ TOKENS = torch.arange(1, 13)[None]
 
 def bert():
     torch.manual_seed(0)
-    return hf.BertForMaskedLM(
-        hf.BertConfig(
-            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=32,
-        )
-    )  # fmt: skip
+    return adapting.bert()
 
 
 def logits(model, tokens=TOKENS):
@@ -138,12 +134,7 @@ def test_a_stack_of_experts_in_one_tensor_also_where_it_is_square(tmp_path, mode
 
 
 def tied_llama():
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
-    )  # fmt: skip
-    return hf.LlamaForCausalLM(config)
+    return llama(num_hidden_layers=1, tie_word_embeddings=True)
 
 
 TIED = {
