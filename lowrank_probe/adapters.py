@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from lowrank_probe.adapter_format import CONFIG
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import CheckpointError, NumericsError
 from lowrank_probe.layers import place, sort_key
@@ -104,7 +105,7 @@ def read_modules(adapter: Checkpoint) -> tuple[list[LoraModule], list[str]]:
     factors that do not fit each other, a rank that the config contradicts.
     """
     config = adapter.config
-    where = adapter.path / "adapter_config.json"
+    where = adapter.path / CONFIG
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{where}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
     for setting, what in _REFUSED.items():
@@ -141,7 +142,7 @@ def _parameters(adapter: Checkpoint, modules: list[str]) -> dict[str, str]:
     """
     listed = adapter.config.get("target_parameters") or ()
     if not isinstance(listed, list | tuple) or not all(isinstance(one, str) for one in listed):
-        raise CheckpointError(f"{adapter.path / 'adapter_config.json'}: target_parameters is no list of names")
+        raise CheckpointError(f"{adapter.path / CONFIG}: target_parameters is no list of names")
     depths: dict[str, list[str]] = {}
     for module in modules:
         bare = re.sub(r"(?:\.base_layer)+$", "", module)
@@ -189,7 +190,7 @@ def _modules(
     if A[0] != B[1]:
         raise CheckpointError(f"{adapter.path}: {module}: lora_A {A} and lora_B {B} do not share a rank (damaged?)")
     named = parameter or module
-    where = adapter.path / "adapter_config.json"
+    where = adapter.path / CONFIG
     expected = _number(where, "r", "rank_pattern", adapter.config, named)
     rank, copies = A[0], 1
     if parameter is not None and expected and A[0] % int(expected) == 0:

@@ -22,7 +22,8 @@ from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.extraction_work import Piece, Work
 from lowrank_probe.moments import LIMIT_BYTES, SEEN, Moments, collect
-from lowrank_probe.ridge_choice import Candidate, Compared, Progress, compare, find_measure, free
+from lowrank_probe.options import Progress
+from lowrank_probe.ridge_choice import Candidate, Compared, compare, find_measure
 from lowrank_probe.running_models import CannotRun, Kind
 from lowrank_probe.targets import Selection
 from lowrank_probe.weighting import Weighting
@@ -114,7 +115,7 @@ class Calibrator:
         if all(moments.has(piece) for piece in pieces if piece.target.kind in SEEN):
             return moments
         self._collect(pieces, moments, progress)
-        free(self.device)
+        running.free(self.device)
         return moments
 
     def _collect(self, pieces: Sequence[Piece], moments: Moments, progress: Progress | None) -> None:

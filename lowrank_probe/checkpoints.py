@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_probe import hub, quantized
+from lowrank_probe.adapter_format import CONFIG, WEIGHTS
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.gguf_files import open_gguf
 from lowrank_probe.memory import open_memory
@@ -21,6 +23,10 @@ from lowrank_probe.tensor_info import TORCH_DTYPES, Loader, Opened, TensorInfo
 
 # What a user may give as one side of a comparison: a path or hub id, a state dict, or a model.
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Any
+
+_TOKENIZER: Final = re.compile(
+    r"(?:tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template.*|.*\.model|.*\.spm)"
+)
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,17 @@ class Checkpoint:
         """What lies beside the weights and the config in its directory: tokenizer, chat template, licence, …"""
         if not self.path.is_dir():
             return []
-        known = ("config.json", "adapter_config.json")
+        known = ("config.json", CONFIG)
         return [
             file for file in sorted(self.path.iterdir())
             if file.is_file() and not file.name.startswith(".") and file.name not in known
             and not file.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
         ]  # fmt: skip
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """Those of `other_files` that are a tokenizer's, with its chat template."""
+        return [file for file in self.other_files if _TOKENIZER.fullmatch(file.name)]
 
     def read(self, name: str, device: str | torch.device = "cpu", span: tuple[int, int] | None = None) -> Tensor:
         """One tensor in its stored dtype, float32 where that is quantized; not to be written to (it may be a user's).
@@ -210,12 +221,12 @@ def _open_file(file: Path) -> Checkpoint:
 
 
 def _open_directory(root: Path) -> Checkpoint:
-    if (root / "adapter_config.json").exists():
-        config = read_json(root / "adapter_config.json")
-        for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    if (root / CONFIG).exists():
+        config = read_json(root / CONFIG)
+        for name in (WEIGHTS, "adapter_model.bin"):
             if (root / name).exists():
                 return replace(_open_file(root / name), path=root, config=config, is_adapter=True)
-        raise CheckpointError(f"{root}: has adapter_config.json but no adapter_model.safetensors")
+        raise CheckpointError(f"{root}: has {CONFIG} but no {WEIGHTS}")
     config = read_json(root / "config.json") if (root / "config.json").exists() else {}
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (root / f"{stem}.index.json").exists():

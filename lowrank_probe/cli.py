@@ -21,8 +21,11 @@ from lowrank_probe import cli_adapters, interrupts
 from lowrank_probe.cli_extract import extract
 from lowrank_probe.cli_shared import (
     Device,
+    Exclude,
     Figures,
+    Include,
     Json,
+    Layers,
     Open,
     Out,
     Quiet,
@@ -79,9 +82,9 @@ def spectrum(
         ),
     ] = None,
     out: Out = None,
-    include: Annotated[list[str] | None, typer.Option(help="Only tensors that match (repeatable).")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Leave out what matches: q_proj, layers.3, *mlp*.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Only these layers: 0-3 or 7.")] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    layers: Layers = None,
     split: Annotated[bool, typer.Option(help="Take fused qkv and gate-up apart where their layout is known.")] = True,
     top: Annotated[int | None, typer.Option(min=1, help="Only the K largest singular values, certified.")] = None,
     exact_tail: Annotated[bool, typer.Option(help="float64 SVD of each matrix: an accurate tail, slower.")] = False,
@@ -250,7 +253,7 @@ def report(
 @app.command(epilog="Example: probe demo --open")
 def demo(
     out: Annotated[
-        Path | None, typer.Option("--out", help="Keep the pair and the run here. Default: the cache.")
+        Path | None, typer.Option("--out", "-o", help="Keep the pair and the run here. Default: the cache.")
     ] = None,
     seed: Seed = 0,
     as_json: Json = False,

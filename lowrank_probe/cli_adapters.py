@@ -7,21 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank_probe import interrupts
-from lowrank_probe.cli_shared import Json, Quiet, progress_bar, read_data, tell, tell_problems
+from lowrank_probe.cli_shared import (
+    Data,
+    Device,
+    Json,
+    Quiet,
+    progress_bar,
+    read_data,
+    stored_word,
+    tell,
+    tell_problems,
+)
+from lowrank_probe.words import some
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def _dtype(text: str | None) -> str | None:
-    if text not in (None, "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{text!r}: expected float32, bfloat16 or float16")
-    return text
-
-
 def resize(
     adapter: Annotated[str, typer.Argument(help="PEFT LoRA adapter: a directory or a hub id.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory of the new adapter; it must not exist, or be empty.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new adapter; must be new or empty.")],
     rank: Annotated[int | None, typer.Option(min=1, help="This rank for every module.")] = None,
     energy: Annotated[float | None, typer.Option(help="The least ranks that keep this share of each ‖ΔW‖².")] = None,
     budget: Annotated[
@@ -30,7 +35,7 @@ def resize(
     max_rank: Annotated[int | None, typer.Option(min=1, help="No rank above this.")] = None,
     rank_multiple: Annotated[int, typer.Option(min=1, help="Ranks are multiples of this, rounded up.")] = 1,
     dtype: Annotated[
-        str, typer.Option(callback=_dtype, help="Of the factors written: float32, bfloat16, float16.")
+        str, typer.Option(callback=stored_word, help="Of the factors written: float32, bfloat16, float16.")
     ] = "float32",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -52,26 +57,32 @@ def resize(
         print(found.to_json())  # noqa: T201
     else:
         print_resized(found)
-    skipped = found.facts["skipped"]
-    if skipped:
-        tell(f"note: left out because its B·A is zero: {skipped[0]} and {len(skipped) - 1} more", quiet)
+    for what, why in (
+        ("zero", "left out because its B·A is zero"),
+        ("without_rank", "left out because the budget gives it no rank"),
+        ("not_carried", "left out with its factors"),
+    ):
+        if found.facts[what]:
+            tell(f"note: {why}: {some(found.facts[what])}", quiet)
     tell(f"adapter: {found.path}", quiet)
 
 
 def merge(
     base: Annotated[str, typer.Argument(help="Base model: directory, file or hub id.")],
     adapters: Annotated[list[str], typer.Argument(help="PEFT LoRA adapters trained on it.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory of the merged model; it must not exist, or be empty.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the merged model; must be new or empty.")],
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of an adapter, one each in their order. Default: 1.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(callback=_dtype, help="float32, bfloat16 or float16. Default: as the base is stored.")
+        str | None,
+        typer.Option(callback=stored_word, help="float32, bfloat16, float16. Default: as the base is stored."),
     ] = None,
     verify: Annotated[
         bool, typer.Option(help="Compare the merged model with base + adapters through PEFT; exit 3 if it differs.")
     ] = False,
-    data: Annotated[Path | None, typer.Option(help="Text or jsonl for --verify. Default: built-in prompts.")] = None,
+    data: Data = None,
+    device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -81,11 +92,15 @@ def merge(
     """
     if weight and len(weight) != len(adapters):
         raise typer.BadParameter(f"{len(weight)} for {len(adapters)} adapters; one each", param_hint="--weight")
+    if device != "auto" and not verify:
+        raise typer.BadParameter("goes with --verify: merging itself is done on the CPU", param_hint="--device")
     with interrupts.ending_at_once():
         from lowrank_probe import merging
         from lowrank_probe.adapter_terminal import print_merged, print_overlap
+        from lowrank_probe.devices import choose_device
 
     texts = read_data(data, verify)
+    where = choose_device(device).device if verify else None  # before the work rather than after it
 
     def on_overlap(overlap: "pd.DataFrame") -> None:
         if not as_json:
@@ -96,11 +111,11 @@ def merge(
             base, adapters, out, weights=weight or None, dtype=dtype, on_overlap=on_overlap, on_progress=on_progress
         )
     check = None
-    if verify:
+    if where is not None:
         from lowrank_probe.verification import verify_merge
 
         weighted = list(zip(adapters, weight or [1.0] * len(adapters), strict=True))
-        check = verify_merge(base, weighted, found.path, texts)
+        check = verify_merge(base, weighted, found.path, texts, where)
     if as_json:
         told = json.loads(found.to_json()) | ({"verification": json.loads(check.to_json())} if check else {})
         print(json.dumps(told, ensure_ascii=False))  # noqa: T201

@@ -10,14 +10,19 @@ import typer
 
 from lowrank_probe import interrupts
 from lowrank_probe.cli_shared import (
+    Data,
     Device,
+    Exclude,
+    Include,
     Json,
+    Layers,
     Quiet,
     Seed,
     layer_span,
     progress_bar,
     read_data,
     stopped_line,
+    stored_word,
     tell,
     tell_problems,
 )
@@ -40,14 +45,16 @@ def extract(
         typer.Option(help="all-linear, everything, default, a layer type or a pattern; repeatable or a,b."),
     ] = None,
     servable: Annotated[bool, typer.Option(help="What servers take: one rank, LoRA on linear layers only.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of the stored factors: float32, bfloat16 or float16.")] = "float32",
-    include: Annotated[list[str] | None, typer.Option(help="Only tensors that match (repeatable).")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Leave out what matches: q_proj, layers.3, *mlp*.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Only these layers: 0-3 or 7.")] = None,
+    dtype: Annotated[
+        str, typer.Option(callback=stored_word, help="Of the stored factors: float32, bfloat16 or float16.")
+    ] = "float32",
+    include: Include = None,
+    exclude: Exclude = None,
+    layers: Layers = None,
     verify: Annotated[
         bool, typer.Option(help="Compare base + adapter with the tuned model through PEFT; exit 3 if merging differs.")
     ] = False,
-    data: Annotated[Path | None, typer.Option(help="Text or jsonl for --verify. Default: built-in prompts.")] = None,
+    data: Data = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text (.txt, .jsonl) on whose activations the factors are to be best.")
     ] = None,
@@ -74,12 +81,12 @@ def extract(
         ranks=ranks, energy=energy, auto=auto, budget=allocation.parse_budget(budget) if budget else None,
         denoised=denoised, max_rank=max_rank, rank_multiple=rank_multiple,
     )  # fmt: skip
-    wanted = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
+    chosen = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
     options = Options(include=include or (), exclude=exclude or (), layers=span, device=device, seed=seed)
     with progress_bar(quiet) as on_progress:
         try:
             found = extraction.extract(
-                base, tuned, out, ranks=choice, wanted=wanted, servable=servable, dtype=dtype, options=options,
+                base, tuned, out, ranks=choice, targets=chosen, servable=servable, dtype=dtype, options=options,
                 calibration=_calibration(calibration), on_progress=on_progress,
             )  # fmt: skip
         except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,15 +11,22 @@ import typer
 
 from lowrank_probe import interrupts
 from lowrank_probe.errors import printable
+from lowrank_probe.options import STORED, Progress
 
 if TYPE_CHECKING:
     from lowrank_probe.verification import Verification
 
-Out = Annotated[Path | None, typer.Option("--out", help="Run directory. Default: probe-runs/<tuned>-<time>/.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory. Default: probe-runs/<tuned>-<time>/.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
+Include = Annotated[list[str] | None, typer.Option("--include", help="Only tensors that match (repeatable).")]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", help="Leave out what matches: q_proj, layers.3, *mlp*.")
+]
+Layers = Annotated[str | None, typer.Option("--layers", help="Only these layers: 0-3 or 7.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Text or jsonl for --verify. Default: built-in prompts.")]
 Figures = Annotated[Path | None, typer.Option("--figures", help="Also write every figure there, as SVG and PNG.")]
 
 
@@ -30,6 +37,13 @@ def _device(text: str) -> str:
 
 
 Device = Annotated[str, typer.Option("--device", callback=_device, help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+def stored_word(text: str | None) -> str | None:
+    """`--dtype`, checked while parsing."""
+    if text is not None and text not in STORED:
+        raise typer.BadParameter(f"{text!r}: expected one of {', '.join(STORED)}")
+    return text
 
 
 def layer_span(text: str | None) -> tuple[int, int] | None:
@@ -49,17 +63,18 @@ def tell(text: str, quiet: bool) -> None:
 
 
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+def progress_bar(quiet: bool) -> Iterator[Progress | None]:
     """A callback for (what is finished, done, total) that moves a bar on a terminal; None where there is none."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("reading headers", total=None)
 
         def advance(name: str, done: int, total: int) -> None:

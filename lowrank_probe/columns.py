@@ -22,11 +22,24 @@ _MP: Final = "Marchenko & Pastur 1967"
 _BN: Final = "Benaych-Georges & Nadakuditi 2012"
 _BBP: Final = "Baik, Ben Arous & Péché 2005"
 
-TABLE: Final[dict[str, Column]] = {
-    "name": Column("tensor name, as in the base"),
+# Columns that several tables have.
+_TENSOR: Final = Column("tensor name, as in the base")
+_PLACE: Final = {
     "layer_type": Column("q, k, v, o, gate, up, down, embedding, … from the name"),
     "layer": Column("layer number; missing outside the blocks"),
+}
+_IN_STACK: Final = _PLACE | {
     "stack": Column('the tower ("vision", "audio", "text"), or "encoder", "decoder"; "" where a model has one stack'),
+}
+_ADAPTER: Final = Column('which adapter: "" where there is one, else "r4", "r8", …')
+_BEFORE_ROUNDING: Final = Column("that of the truncated SVD before its factors are rounded to be stored")
+_NORM_OF_COPIES: Final = Column("‖ΔW‖_F over the copies")
+_RELATIVE: Final = Column("‖ΔW‖_F / ‖W_base‖_F")
+_WHY: Final = Column("why, in words")
+
+TABLE: Final[dict[str, Column]] = {
+    "name": _TENSOR,
+    **_IN_STACK,
     "rows": Column("m, output features"),
     "cols": Column("n, input features"),
     "base_dtype": Column("dtype of the base as stored"),
@@ -40,7 +53,7 @@ TABLE: Final[dict[str, Column]] = {
     "energy_error": Column("certified error of every energy fraction"),
     "fro_norm": Column("‖ΔW‖_F, from the entries in float64"),
     "base_norm": Column("‖W_base‖_F"),
-    "relative_update": Column("‖ΔW‖_F / ‖W_base‖_F"),
+    "relative_update": _RELATIVE,
     "cosine": Column("⟨W_base, W_tuned⟩ / (‖W_base‖‖W_tuned‖); ≈ 0 for unrelated models"),
     "spectral_norm": Column("σ₁"),
     "nuclear_norm": Column("Σσ"),
@@ -137,26 +150,23 @@ LEDGER: Final[dict[str, Column]] = {
         "not a weight; "
         "pending in an interrupted run"
     ),
-    "layer_type": Column("layer type from the name"),
-    "layer": Column("layer number"),
+    **_PLACE,
     "base_shape": Column("shape in the base"),
     "tuned_shape": Column("shape in the tuned side"),
     "base_dtype": Column("dtype in the base"),
     "tuned_dtype": Column("dtype in the tuned side"),
     "fro_norm": Column("‖ΔW‖_F where both sides have it"),
-    "relative_update": Column("‖ΔW‖_F / ‖W_base‖_F"),
-    "note": Column("why, in words"),
+    "relative_update": _RELATIVE,
+    "note": _WHY,
 }
 
 # Of an extraction: one row an adapter and unit, and one for whatever is carried whole or not at all.
 EXTRACTION: Final[dict[str, Column]] = {
-    "adapter": Column('which adapter: "" where there is one, else "r4", "r8", …'),
+    "adapter": _ADAPTER,
     "name": Column("module or parameter as PEFT names it, or the tensor that is not carried"),
     "status": Column('"adapted", "rank 0" (nothing kept), "carried whole", "not carried" or "unchanged"'),
     "kind": Column('"linear", "conv1d", "embedding", "conv2d" or "experts"'),
-    "layer_type": Column("layer type from the name"),
-    "layer": Column("layer number; missing outside the blocks"),
-    "stack": Column('"encoder", "decoder" or ""'),
+    **_IN_STACK,
     "rows": Column("m, output features of one copy"),
     "cols": Column("n, input features of one copy"),
     "copies": Column("experts that share the rank; 1 for a single matrix"),
@@ -165,27 +175,27 @@ EXTRACTION: Final[dict[str, Column]] = {
         "what the rank came from: fixed, energy, budget, signal_rank, r90, half break-even, or what capped it"
     ),
     "parameters": Column("copies·r·(m + n), or the entries of what is carried whole"),
-    "fro_norm": Column("‖ΔW‖_F over the copies"),
-    "relative_update": Column("‖ΔW‖_F / ‖W_base‖_F"),
+    "fro_norm": _NORM_OF_COPIES,
+    "relative_update": _RELATIVE,
     "share": Column("‖ΔW‖_F² of all that changed"),
     "energy": Column("1 − ‖ΔW − BA‖_F² / ‖ΔW‖_F² of the stored factors", source=_EY),
     "relative_error": Column("‖ΔW − BA‖_F / ‖ΔW‖_F of the stored factors"),
     "optimal_error_low": Column(
         "no matrix of this rank has a smaller one: √(1 − Σ_{i≤r} upper σᵢ² / ‖ΔW‖_F²)", source=_EY
     ),
-    "optimal_error_high": Column("that of the truncated SVD before its factors are rounded to be stored"),
+    "optimal_error_high": _BEFORE_ROUNDING,
     "weighted_error": Column(
         "‖Kᵀ(ΔW − BA)L‖_F / ‖KᵀΔWL‖_F of the stored factors, LLᵀ = Σxxᵀ + λ̄I, KKᵀ = Σggᵀ + γ̄I or I, of the inputs "
         "x and output gradients g on the calibration text; missing without one, or for the plain SVD"
     ),
     "weighted_optimal_error": Column("no matrix of this rank has a smaller one (of KᵀΔWL)", source=_EY),
     "method": Column("eigh of the Gram matrix, or certified block Krylov"),
-    "note": Column("why, in words"),
+    "note": _WHY,
 }
 
 # Of an extraction, by layer type; sums and means over its matrices are of squares.
 EXTRACTION_SUMMARY: Final[dict[str, Column]] = {
-    "adapter": Column('which adapter: "" where there is one, else "r4", "r8", …'),
+    "adapter": _ADAPTER,
     "layer_type": Column("layer type, with its stack where it is in several"),
     "n_adapted": Column("modules and parameters that LoRA adapts"),
     "rank_low": Column("the least of their ranks"),
@@ -194,7 +204,7 @@ EXTRACTION_SUMMARY: Final[dict[str, Column]] = {
     "energy": Column("1 − Σ‖ΔW − BA‖_F² / Σ‖ΔW‖_F² of the stored factors, over what is adapted", source=_EY),
     "relative_error": Column("√(Σ‖ΔW − BA‖_F² / Σ‖ΔW‖_F²) of the stored factors"),
     "optimal_error_low": Column("no matrices of these ranks have a smaller one", source=_EY),
-    "optimal_error_high": Column("that of the truncated SVD before its factors are rounded to be stored"),
+    "optimal_error_high": _BEFORE_ROUNDING,
     "share": Column("‖ΔW‖_F² of all that changed"),
     "carried": Column("the part of it that the factors carry"),
     "truncated": Column("the part that their ranks cut away"),
@@ -206,21 +216,17 @@ EXTRACTION_SUMMARY: Final[dict[str, Column]] = {
 # Energy against rank of an extraction's targets.
 CURVES: Final[dict[str, Column]] = {
     "name": Column("module or parameter as PEFT names it"),
-    "layer_type": Column("layer type from the name"),
-    "layer": Column("layer number; missing outside the blocks"),
-    "stack": Column('"encoder", "decoder" or ""'),
+    **_IN_STACK,
     "rank": Column("r, up to the largest rank that was factorised"),
-    "fro_norm": Column("‖ΔW‖_F over the copies"),
+    "fro_norm": _NORM_OF_COPIES,
     "energy": Column("1 − ‖ΔW − BA‖_F² / ‖ΔW‖_F² of the stored factors cut to r", source=_EY),
     "energy_upper": Column("no matrix of rank r keeps more", source=_EY),
 }
 
 # Of a trajectory.
 SIMILARITY: Final[dict[str, Column]] = {
-    "name": Column("tensor name, as in the base"),
-    "layer_type": Column("layer type from the name"),
-    "layer": Column("layer number; missing outside the blocks"),
-    "stack": Column('the tower ("vision", "audio", "text"), or "encoder", "decoder"; "" where a model has one stack'),
+    "name": _TENSOR,
+    **_IN_STACK,
     "step_a": Column("label of step A"),
     "step_b": Column("label of step B"),
     "i": Column("directions taken of A"),
@@ -241,10 +247,8 @@ SIMILARITY: Final[dict[str, Column]] = {
 }
 
 AMPLIFICATION: Final[dict[str, Column]] = {
-    "name": Column("tensor name, as in the base"),
-    "layer_type": Column("layer type from the name"),
-    "layer": Column("layer number; missing outside the blocks"),
-    "stack": Column('the tower ("vision", "audio", "text"), or "encoder", "decoder"; "" where a model has one stack'),
+    "name": _TENSOR,
+    **_IN_STACK,
     "step": Column("label of the step"),
     "r": Column("number of directions"),
     "fro_norm": Column("‖ΔW‖_F"),
@@ -260,13 +264,12 @@ AMPLIFICATION: Final[dict[str, Column]] = {
 # Of an adapter at other ranks.
 RESIZED: Final[dict[str, Column]] = {
     "name": Column("name of the base tensor that is adapted"),
-    "layer_type": Column("layer type from the name"),
-    "layer": Column("layer number; missing outside the blocks"),
+    **_PLACE,
     "rows": Column("m, output features"),
     "cols": Column("n, input features; of a convolution in·kernel"),
     "copies": Column("E, the matrices that share the rank: 1, or the experts of a parameter"),
     "rank_before": Column("R, the rank it had"),
-    "rank": Column("r, the rank it has now; 0: ΔW = 0, so it was left out"),
+    "rank": Column("r, the rank it has now; 0: left out, because ΔW = 0 or by the budget"),
     "rule": Column('what bound the rank: "fixed", "energy", "budget", "max_rank", "its own rank", …'),
     "parameters": Column("E·r·(m + n)"),
     "fro_norm": Column("‖ΔW‖_F of the adapter as it was, ΔW = scaling·B·A"),
@@ -277,9 +280,8 @@ RESIZED: Final[dict[str, Column]] = {
 
 # Of a merged model.
 MERGED: Final[dict[str, Column]] = {
-    "name": Column("tensor name, as in the base"),
-    "layer_type": Column("layer type from the name"),
-    "layer": Column("layer number; missing outside the blocks"),
+    "name": _TENSOR,
+    **_PLACE,
     "shape": Column("shape as stored"),
     "dtype": Column("dtype as stored"),
     "change": Column('"lora", "whole" (replaced), "rows" (of tokens), "bias", joined by +; "" copied as it is'),
@@ -296,8 +298,7 @@ MERGED: Final[dict[str, Column]] = {
 
 OVERLAP: Final[dict[str, Column]] = {
     "name": Column("tensor name, as in the base; [3]: expert 3"),
-    "layer_type": Column("layer type from the name"),
-    "layer": Column("layer number; missing outside the blocks"),
+    **_PLACE,
     "adapter_a": Column("number of adapter A, from 1"),
     "adapter_b": Column("number of adapter B"),
     "rank_a": Column("rank of A's ΔW, numerically"),

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import NumericsError
+from lowrank_probe.float64 import row_chunks
 from lowrank_probe.layers import Place
 from lowrank_probe.layouts import Part
 from lowrank_probe.ledger import ledger_line
 from lowrank_probe.matching import Pair
-from lowrank_probe.svd import row_chunks
 
 
 @dataclass(frozen=True)

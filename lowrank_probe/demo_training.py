@@ -5,7 +5,7 @@ longer to start than a tenth of this training takes; and forty lines are easier 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +14,7 @@ from typing import Any, Final
 import torch
 
 from lowrank_probe.demo_text import read_code, read_prose
-
-Progress = Callable[[str, int, int], None]
+from lowrank_probe.options import Progress
 
 END: Final = "<|endoftext|>"
 

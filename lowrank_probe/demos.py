@@ -16,8 +16,9 @@ from pathlib import Path
 from platform import python_version
 from typing import TYPE_CHECKING, Any, Final
 
-from lowrank_probe.demo_training import Progress, Recipe, train_both
+from lowrank_probe.demo_training import Recipe, train_both
 from lowrank_probe.errors import OutputError
+from lowrank_probe.options import Progress
 from lowrank_probe.outputs import ANOTHER_OUT, made, why
 
 if TYPE_CHECKING:

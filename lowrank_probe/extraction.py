@@ -6,7 +6,7 @@ Every finished matrix is kept at once (`unfinished`), so that a run that was kil
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
+from lowrank_probe.adapter_format import CONFIG, WEIGHTS
 from lowrank_probe.allocation import Allotment
 from lowrank_probe.checkpoints import Source, open_checkpoint
 from lowrank_probe.columns import CURVES, EXTRACTION
@@ -24,21 +25,21 @@ from lowrank_probe.extraction_ledger import curves, ledger_lines
 from lowrank_probe.extraction_runs import FOLDER, Extraction
 from lowrank_probe.extraction_summary import adapter_facts
 from lowrank_probe.extraction_work import Work
-from lowrank_probe.factorisation import DTYPES
 from lowrank_probe.facts import machine_facts, side_facts
-from lowrank_probe.options import Options
+from lowrank_probe.narrowing import stored_dtype
+from lowrank_probe.options import Options, Progress
 from lowrank_probe.outputs import write_directory
-from lowrank_probe.peft_files import CONFIG, write_adapter
+from lowrank_probe.peft_files import write_adapter
 from lowrank_probe.rank_choice import RankChoice
 from lowrank_probe.runs import SCHEMA_VERSION
 from lowrank_probe.selection import select
 from lowrank_probe.targets import Selection
+from lowrank_probe.tensor_info import DTYPES
 from lowrank_probe.unfinished import Unfinished
+from lowrank_probe.words import some
 
 if TYPE_CHECKING:
     from lowrank_probe.calibration import Calibration
-
-Progress = Callable[[str, int, int], None]
 
 
 def extract(
@@ -47,7 +48,7 @@ def extract(
     out: str | Path,
     *,
     ranks: RankChoice | int | Sequence[int] | str = 16,
-    wanted: Sequence[str] = ("all-linear",),
+    targets: Sequence[str] = ("all-linear",),
     servable: bool = False,
     dtype: str = "float32",
     options: Options = Options(),  # noqa: B008 - frozen
@@ -56,7 +57,7 @@ def extract(
 ) -> Extraction:
     """Write the truncated-SVD LoRA of ΔW = W_tuned − W_base as PEFT adapters into `out`.
 
-    ranks: a rank, several (one adapter each, `out/r4/`, `out/r8/`, …), "auto", or a `RankChoice`. wanted: what is
+    ranks: a rank, several (one adapter each, `out/r4/`, `out/r8/`, …), "auto", or a `RankChoice`. targets: what is
     adapted, as `selection.select`. servable: one rank, LoRA on linear layers only. dtype: of the stored factors.
     options: include, exclude, layers, device, seed. calibration: a text on whose inputs the factors are to be best,
     where that brings base + adapter nearer to the fine-tune on other text (`calibration`); a budget then goes by the
@@ -65,8 +66,7 @@ def extract(
     Raises `UnchangedError` where nothing differs, `CheckpointError`, `MatchError`, `NumericsError`, `OutputError`.
     """
     choice = _rank_choice(ranks)
-    if dtype not in DTYPES:
-        raise ProbeError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    stored = DTYPES[stored_dtype(dtype)]
     if servable and len(choice.ranks) != 1:
         raise ProbeError("--servable makes an adapter of one rank: give it with --rank 16, no energy, auto or budget")
     where = choose_device(options.device)
@@ -74,14 +74,14 @@ def extract(
     if tuned_side.is_adapter:
         raise ProbeError(f"{tuned_side.path}: is an adapter already; probe resize changes its rank")
     selection = select(
-        base_side, tuned_side, wanted, include=options.include, exclude=options.exclude, layers=options.layers,
+        base_side, tuned_side, targets, include=options.include, exclude=options.exclude, layers=options.layers,
         servable=servable,
     )  # fmt: skip
     choice, notes = _one_rank(choice, selection) if servable else (choice, [])
     notes += _absent(selection)
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "status": "complete", "base": side_facts(base_side),
-        "tuned": side_facts(tuned_side), "targets": list(wanted), "servable": servable, "dtype": dtype,
+        "tuned": side_facts(tuned_side), "targets": list(targets), "servable": servable, "dtype": dtype,
         "vocabulary": selection.sizes,
         "ranks": choice.facts(), "options": options.facts(),
         "notes": [*selection.notes, *notes, *filter(None, [where.note])], **machine_facts(where),
@@ -102,13 +102,13 @@ def extract(
         torch.cuda.reset_peak_memory_stats(where.device)
     norms = selection.weigh(base_side, tuned_side)
     other_bytes = sum(one.n_bytes(tuned_side) for one in selection.whole)
-    allotted = _ranks(work, choice, DTYPES[dtype], on_progress, other_bytes)
+    allotted = _ranks(work, choice, stored, on_progress, other_bytes)
     moved = {target.name for target in work.targets if work.moved(target)}
     works = dict.fromkeys(allotted, work)
     if calibrator is not None and moved:
-        again = partial(_ranks, choice=choice, dtype=DTYPES[dtype], progress=on_progress, other_bytes=other_bytes)
+        again = partial(_ranks, choice=choice, dtype=stored, progress=on_progress, other_bytes=other_bytes)
         works, allotted, facts["calibration"] = calibrator.run(
-            work, selection, allotted, DTYPES[dtype], again if choice.budget and not choice.denoised else None,
+            work, selection, allotted, stored, again if choice.budget and not choice.denoised else None,
             on_progress,
         )  # fmt: skip
     kept = {
@@ -131,13 +131,13 @@ def extract(
         (Path(out) / label / CONFIG).unlink(missing_ok=True)  # of this run, killed while it wrote
         adapters[label] = write_adapter(
             Path(out) / label, carried[label], at, partial(works[label].cut, at), base_side, tuned_side,
-            dtype=DTYPES[dtype],
+            dtype=stored,
         )  # fmt: skip
     facts["seconds"] = time.perf_counter() - started
     if where.device.type == "cuda":
         facts["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(where.device)
     facts["adapters"] = {
-        label: adapter_facts(ledger, label) | {"n_bytes": (path / "adapter_model.safetensors").stat().st_size}
+        label: adapter_facts(ledger, label) | {"n_bytes": (path / WEIGHTS).stat().st_size}
         for label, path in adapters.items()
     }
     found = Extraction(ledger, pd.DataFrame(curves(work), columns=list(CURVES)), adapters, facts)
@@ -172,12 +172,12 @@ def _absent(selection: Selection) -> list[str]:
     """What to say of tensors of the base that the fine-tune lacks, and of new ones that are carried whole."""
     gone = [line["name"] for line in selection.matching.ledger if line["status"] == "only in base"]
     new = [one.name for one in selection.whole if one.why == "new module"]
-    told = [f"{_some(gone)} only in the base: an adapter cannot take it away"] if gone else []
-    return told + ([f"{_some(new)} not in the base: carried whole, and all of it counts as update"] if new else [])
+    told = [f"{_some_are(gone)} only in the base: an adapter cannot take it away"] if gone else []
+    return told + ([f"{_some_are(new)} not in the base: carried whole, and all of it counts as update"] if new else [])
 
 
-def _some(names: Sequence[str]) -> str:
-    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+def _some_are(names: Sequence[str]) -> str:
+    return f"{some(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _ranks(

@@ -21,7 +21,7 @@ from lowrank_probe.errors import NumericsError
 from lowrank_probe.factorisation import factorise
 from lowrank_probe.matching import Pair
 from lowrank_probe.metrics import Values
-from lowrank_probe.options import Options
+from lowrank_probe.options import Options, Progress
 from lowrank_probe.rows import Settings, analyse
 from lowrank_probe.scheduling import interruptible, run_jobs
 from lowrank_probe.svd import full_spectrum
@@ -29,7 +29,6 @@ from lowrank_probe.targets import Target, difference_norm
 from lowrank_probe.unfinished import Unfinished
 from lowrank_probe.weighting import Weighting
 
-Progress = Callable[[str, int, int], None]
 Left = tuple[Pair | None, dict[str, Any]]
 # Matrices held on a GPU at once, in multiples of what the largest one takes.
 IN_FLIGHT: Final = 2.1
@@ -84,7 +83,7 @@ class Work:
     def pieces(self) -> Iterator[Piece]:
         return (piece for target in self.targets for piece in pieces_of(target))
 
-    def spectra(self, progress: "Progress | None") -> None:
+    def spectra(self, progress: Progress | None) -> None:
         """The singular values of every piece; `noise`: also what storage did to it, and the values without that."""
         settings = Settings(self.device, self.options).with_turns()
 
@@ -113,7 +112,7 @@ class Work:
 
         self._run(self.spectrum, None, compute, progress, keep_sides=self.noise)
 
-    def factors(self, ranks: Mapping[str, int], dtype: torch.dtype, progress: "Progress | None") -> None:
+    def factors(self, ranks: Mapping[str, int], dtype: torch.dtype, progress: Progress | None) -> None:
         """The factors of every piece at its target's rank (0: none)."""
 
         def compute(piece: Piece, delta: Delta | None) -> Piece:
@@ -196,7 +195,7 @@ class Work:
         what: str,
         ranks: Mapping[str, int] | None,
         compute: Callable[[Piece, Delta | None], Piece],
-        progress: "Progress | None",
+        progress: Progress | None,
         keep_sides: bool = False,
     ) -> None:
         def load(piece: Piece) -> Delta | None:
@@ -241,13 +240,13 @@ class Work:
                 fact["fro_norm"] if fact.get("denoised_fro_norm") is None else fact["denoised_fro_norm"]
                 for fact in facts
             ]
-            found["denoised"] = _stacked([self._values(key, k, "denoised") for key in keys])
+            found["denoised"] = _by_copy([self._values(key, k, "denoised") for key in keys])
             found["denoised_fro_norm"] = math.sqrt(sum(norm**2 for norm in clean))
         for rank, name in (("signal_rank", "signal_rank"), ("r90", "r90_denoised")):
             known = [fact[name] for fact in facts if fact.get(name) is not None]
             found[rank] = float(max(known)) if known else math.nan
         return Unit(
-            target.name, target.shape, _stacked([self._values(key, k, "values") for key in keys]), math.sqrt(square),
+            target.name, target.shape, _by_copy([self._values(key, k, "values") for key in keys]), math.sqrt(square),
             copies=target.copies, **found,
         )  # fmt: skip
 
@@ -261,7 +260,7 @@ class Work:
         s = [np.zeros(r) if one is None else np.sqrt(np.maximum(np.diff(one[:r], prepend=0.0), 0.0)) for one in kept]
         s = [np.minimum.accumulate(one) for one in s]  # differences of sums are a rounding off
         whole = r == min(target.shape)
-        return Unit(target.name, target.shape, _stacked(s), math.sqrt(square), copies=target.copies, whole=whole)
+        return Unit(target.name, target.shape, _by_copy(s), math.sqrt(square), copies=target.copies, whole=whole)
 
     def _values(self, key: str, k: int, name: str) -> Values:
         """(k,) singular values kept under a key; zeros for a copy that did not move."""
@@ -272,5 +271,5 @@ class Work:
         return np.pad(values, (0, k - len(values)))
 
 
-def _stacked(values: Sequence[Values]) -> Values:
+def _by_copy(values: Sequence[Values]) -> Values:
     return values[0] if len(values) == 1 else np.stack(values)

@@ -5,19 +5,16 @@ Legend: m out, n in, r rank; B (m, r), A (r, n), ΔW ≈ B·A (scaling 1). Cut t
 
 import math
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lowrank_probe import svd
-from lowrank_probe.errors import NumericsError
 from lowrank_probe.metrics import Values
+from lowrank_probe.narrowing import narrowed
 from lowrank_probe.truncation import truncate
 from lowrank_probe.weighting import Roots
-
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,7 @@ def factorise(
     nothing = (lengths[0] == 0) | (lengths[1] == 0)
     balance = torch.where(nothing, 1.0, lengths[1] / torch.where(nothing, 1.0, lengths[0])).sqrt()
     long_B, long_A = torch.where(nothing, 0.0, long_B * balance), long_A / balance[:, None]
-    B, A = long_B.to(dtype), long_A.to(dtype)
-    if not bool(torch.isfinite(B).all() and torch.isfinite(A).all()):
-        largest = max(float(long_B.abs().max()), float(long_A.abs().max()))
-        beyond = str(dtype).removeprefix("torch.")
-        raise NumericsError(
-            f"{name}: its factors reach {largest:.3g}, beyond {beyond}; use --dtype float32 or bfloat16"
-        )
+    B, A = (narrowed(factor, dtype, f"{name}: its factors reach") for factor in (long_B, long_A))
     B64, A64 = B.double(), A.double()
     stored = _errors(dense, fro_norm, B64, A64)
     kept, upper = np.cumsum(found.s.cpu().numpy() ** 2), np.cumsum(found.upper)

@@ -7,14 +7,12 @@ The sentences themselves: `kind_entries` (what the entries show), `kind_spectra`
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import pandas as pd
 
 from lowrank_probe.layers import sort_key
-
-# A kind holds for a layer type where this share of its matrices has it, as for verdicts.
-SHARE: Final = 0.75
+from lowrank_probe.verdicts import SHARE
 
 
 @dataclass(frozen=True)

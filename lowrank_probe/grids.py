@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowrank_probe.svd import row_chunks
+from lowrank_probe.float64 import row_chunks
 
 Lines = NDArray[Any]
 Ends = tuple[float, float]

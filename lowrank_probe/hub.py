@@ -4,16 +4,17 @@ import re
 from pathlib import Path
 from typing import Final
 
+from lowrank_probe.adapter_format import CONFIG, WEIGHTS
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.outputs import why
 
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
 _ADDRESS: Final = re.compile(r"https?://[^/]+/([\w.-]+/[\w.-]+)(?:/(?:tree|resolve|blob)/([\w.-]+))?")
-_CONFIGS: Final = ("config.json", "adapter_config.json")
+_CONFIGS: Final = ("config.json", CONFIG)
 # In this order: pickles only where a repository has no safetensors. A model's own shards, not copies in other formats
 # (`consolidated.*`) that lie beside them.
 _WEIGHTS: Final = (
-    ("model.safetensors", "model*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
+    ("model.safetensors", "model*-of-*.safetensors", "model.safetensors.index.json", WEIGHTS),
     ("pytorch_model.bin", "pytorch_model*-of-*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"),
 )
 

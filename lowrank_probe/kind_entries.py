@@ -10,7 +10,8 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from lowrank_probe.findings import SHARE, Finding, digits, listed, percent, scope_of, where
+from lowrank_probe.findings import Finding, digits, listed, percent, scope_of, where
+from lowrank_probe.verdicts import SHARE
 
 
 def say_unrelated(table: pd.DataFrame) -> Finding:

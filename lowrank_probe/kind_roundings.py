@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from lowrank_probe.findings import SHARE, Finding, digits, listed, percent, scope_of, types_of, where
+from lowrank_probe.findings import Finding, digits, listed, percent, scope_of, types_of, where
 from lowrank_probe.kind_spectra import ENOUGH_MATRICES, GAP, LOW_PART, SPREAD
 from lowrank_probe.metrics import SIGNAL_FACTOR
+from lowrank_probe.verdicts import SHARE
 
 if TYPE_CHECKING:
     from lowrank_probe.runs import Result

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from lowrank_probe.findings import SHARE, Finding, digits, listed, types_of
+from lowrank_probe.findings import Finding, digits, listed, types_of
+from lowrank_probe.verdicts import SHARE
 
 if TYPE_CHECKING:
     from lowrank_probe.runs import Result

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Independent weights have cosine 0 ± 1/√(mn), ±0.05 at 400 entries; the real fine-tunes tried have 0.6 and more, but
 # for a pooler that was never trained in its base.
+# A matrix below it, and a pair of checkpoints whose median is, are no fine-tune of the other.
 UNRELATED: Final = 0.1
 UNRELATED_ENTRIES: Final = 400
 # Pruning: this share of the weights became 0, and they carry most of ‖ΔW‖². A 4-bit copy also zeroes 10 to 15 % of its

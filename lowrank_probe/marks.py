@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from lowrank_probe.float64 import row_chunks
 from lowrank_probe.grids import find_grid
 from lowrank_probe.roundings import find_rounding
-from lowrank_probe.svd import row_chunks
 
 if TYPE_CHECKING:
     from lowrank_probe.deltas import Delta

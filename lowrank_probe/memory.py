@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_probe.errors import CheckpointError
+from lowrank_probe.narrowing import dtype_word
 from lowrank_probe.tensor_info import TORCH_DTYPES, Loader, Opened, TensorInfo
 
 _DTYPE_NAMES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {
@@ -61,7 +62,7 @@ def tensors_in_memory(tensors: Mapping[Any, Any], where: Path) -> Opened:
             raise CheckpointError(f"{where}: {name} is stored as {layout}, expected a dense tensor: use its to_dense()")
         if tensor.is_meta:
             raise CheckpointError(f"{where}: {name} is on the meta device and has no values; load the weights first")
-        dtype = _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        dtype = _DTYPE_NAMES.get(tensor.dtype, dtype_word(tensor.dtype))
         infos[name] = TensorInfo(name, tuple(tensor.shape), dtype, where, 0, tensor.numel() * tensor.itemsize)
         loaders[name] = _loader(tensor)
     return infos, loaders

@@ -24,16 +24,16 @@ from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint, read_
 from lowrank_probe.columns import MERGED, OVERLAP
 from lowrank_probe.errors import CheckpointError, OutputError, ProbeError
 from lowrank_probe.layers import place
-from lowrank_probe.outputs import copy_into, whole_directory
+from lowrank_probe.merge_sides import other_bases, tokenizer_files
+from lowrank_probe.narrowing import CODES, dtype_word, narrowed, stored_dtype
+from lowrank_probe.options import Progress
+from lowrank_probe.outputs import copy_into, whole_directory, write_json
 from lowrank_probe.overlaps import overlap_rows
-from lowrank_probe.resizing import stored_dtype
 from lowrank_probe.runs import SCHEMA_VERSION, plain
 from lowrank_probe.safetensors_files import write_file
 from lowrank_probe.sums import merged
 from lowrank_probe.tensor_info import DTYPES, WIDTHS
 
-_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-_WORDS: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _KEPT_FACTORS: Final = 8  # pairs of factors in memory: those of all experts of a layer lie in one
 
 
@@ -67,15 +67,18 @@ def merge(
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
     on_overlap: Callable[[pd.DataFrame], Any] | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Merged:
-    """Write base + Σ w·scaling·B·A as a model of its own: shards, index, dtypes, tokenizer and config of the base.
+    """Write base + Σ w·scaling·B·A as a model of its own: shards, index, dtypes and config of the base.
 
     weights: one an adapter, default 1. A tensor that an adapter holds whole (`modules_to_save`, a bias) counts as
     T − W: with weight 1 it replaces the base's. dtype: for all floating-point tensors: float32, bfloat16, float16;
     default: as each is. Sums in float64, rounded at the end; each changed tensor is checked on the way by random
     vectors that never see the product B·A. The adapters are only read. on_overlap: gets the overlap of
     several adapters before they are summed.
+
+    Of an adapter's files only tokenizer and chat template go along, where the base has none or others; all else is
+    the base's. An adapter that names another base is told in `facts["notes"]`.
 
     `out` must be free; it is there whole or not at all. Raises `MatchError` naming tensor and adapter for another
     base's adapter, `CheckpointError` for DoRA and other variants and for quantized bases, `NumericsError` for NaN and
@@ -99,7 +102,9 @@ def merge(
         )
     opened = [open_checkpoint(path) for path in paths]
     planned = plan(side, opened, factors_of)
-    job = _Job(side, planned, target, on_progress)
+    tokenizer, notes = tokenizer_files(side, opened, planned.tokenizer)
+    notes = [*planned.notes, *notes, *other_bases(side, opened)]
+    job = _Job(side, planned, tokenizer, target, on_progress)
     with whole_directory(Path(out)) as aside:
         overlap = pd.DataFrame(columns=list(OVERLAP))
         if len(opened) > 1:
@@ -110,7 +115,7 @@ def merge(
         table = job.write(aside)
     facts = {
         "base": str(side.path), "adapters": [str(adapter.path) for adapter in opened], "weights": factors_of,
-        "dtype": target, "untied": planned.untied, "n_bytes": sum(job.sizes.values()), "notes": planned.notes,
+        "dtype": target, "untied": planned.untied, "n_bytes": sum(job.sizes.values()), "notes": notes,
         "max_check": float(table["check"].max()), "n_changed": int(table["change"].ne("").sum()),
     }  # fmt: skip
     return Merged(Path(out), table, overlap, facts)
@@ -120,9 +125,11 @@ class _Job:
     """Writes the planned model, file by file."""
 
     def __init__(
-        self, base: Checkpoint, planned: Plan, dtype: str | None, on_progress: Callable[[str, int, int], None] | None
-    ) -> None:
-        self.base, self.planned, self.dtype, self.on_progress = base, planned, dtype, on_progress
+        self, base: Checkpoint, planned: Plan, tokenizer: Sequence[Path], dtype: str | None,
+        on_progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.base, self.planned, self.tokenizer, self.dtype = base, planned, tokenizer, dtype
+        self.on_progress = on_progress
         self.rows: list[dict[str, Any]] = []
         self.sizes: dict[str, int] = {}  # bytes of the tensors of each file
         self._read: OrderedDict[tuple[int, str], tuple[Tensor, Tensor]] = OrderedDict()
@@ -152,9 +159,7 @@ class _Job:
             write_file(directory / file, infos, self._tensors(file, infos), {"format": "pt"})
         total = sum(map(len, files.values()))
         self._write_index(directory, files)
-        if self.planned.tokenizer is not None:
-            copy_into(directory, [f for f in self.planned.tokenizer.other_files if f.name != "README.md"])
-        copy_into(directory, self.base.other_files)
+        copy_into(directory, [*self.tokenizer, *self.base.other_files])
         self._write_config(directory)
         written = open_checkpoint(directory if (directory / "config.json").exists() else directory / next(iter(files)))
         if len(written.tensors) != total:
@@ -201,7 +206,7 @@ class _Job:
         index = read_json(old) if old is not None else {}
         index["metadata"] = {**(index.get("metadata") or {}), "total_size": sum(self.sizes.values())}
         index["weight_map"] = {name: file for file, names in files.items() for name in names}
-        _write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / "model.safetensors.index.json", index)
 
     def _write_config(self, directory: Path) -> None:
         """The base's config, as it is where nothing in it changed."""
@@ -219,11 +224,11 @@ class _Job:
                     section["vocab_size"] = shape[0]
             for key in ("dtype", "torch_dtype"):
                 if self.dtype is not None and key in section:
-                    section[key] = _WORDS[self.dtype]
+                    section[key] = dtype_word(DTYPES[self.dtype])
         if old.is_file() and config == self.base.config:
             copy_into(directory, [old])
         else:
-            _write_json(directory / "config.json", config)
+            write_json(directory / "config.json", config)
 
 
 def _file_name(file: Path) -> str:
@@ -237,13 +242,6 @@ def _file_name(file: Path) -> str:
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor that is only copied, in another dtype where that is asked for."""
-    if dtype is None or tensor.dtype == dtype or tensor.dtype not in _NAMES:
+    if dtype is None or tensor.dtype == dtype or tensor.dtype not in CODES:
         return tensor
-    cast = tensor.to(dtype)
-    if bool((torch.isinf(cast) & torch.isfinite(tensor)).any()):
-        raise ProbeError(f"{name}: reaches {float(tensor.abs().max()):.3g}, beyond {dtype}; use --dtype bfloat16")
-    return cast
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return narrowed(tensor, dtype, f"{name}: reaches")

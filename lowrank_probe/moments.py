@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from lowrank_probe.errors import OutputError
 from lowrank_probe.model_weights import view_of
+from lowrank_probe.options import Progress
 from lowrank_probe.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from lowrank_probe.extraction_work import Piece
 
-Progress = Callable[[str, int, int], None]
 # The kinds whose product with their input is seen; a table has no input rows, a convolution's overlap.
 SEEN: Final = ("linear", "conv1d", "parameter")
 # Where x and W are among the arguments of the functions that multiply them.

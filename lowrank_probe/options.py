@@ -1,10 +1,15 @@
 """`Options`: which tensors are looked at, and how; the same for `spectrum` and `trajectory`. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict
+from typing import Any, Final, TypedDict
 
 from lowrank_probe.errors import ProbeError
+
+# Called with (what is finished, done, total).
+Progress = Callable[[str, int, int], None]
+# What `--dtype` may ask for, and what safetensors call it.
+STORED: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)

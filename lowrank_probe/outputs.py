@@ -3,11 +3,12 @@
 import errno
 import glob
 import itertools
+import json
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -125,6 +126,11 @@ def whole_directory(root: Path) -> Iterator[Path]:
         except OSError as error:
             where = Path(error.filename).name if isinstance(error.filename, str) else "it"
             raise OutputError(f"{root}: cannot write {where}: {why(error)}") from None
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """One JSON object, laid out as PEFT and transformers write their configs."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_into(directory: Path, files: Iterable[Path]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowrank_probe import metrics, svd
 from lowrank_probe.changes import Change
+from lowrank_probe.float64 import CHUNK_ENTRIES
 from lowrank_probe.layers import place
 from lowrank_probe.subspaces import random_directions, random_similarity, similarity
 
@@ -87,7 +88,7 @@ def _sign_conflict(a: _Update, b: _Update) -> float:
     """Share of the entries that both change at which the two have opposite signs; a few rows at a time."""
     both = opposite = 0
     A_a, A_b = a.A.float(), b.A.float()
-    rows = max(1, svd.CHUNK_ENTRIES // A_a.shape[1])
+    rows = max(1, CHUNK_ENTRIES // A_a.shape[1])
     for B_a, B_b in zip(torch.split(a.B.float(), rows), torch.split(b.B.float(), rows), strict=True):
         x, y = torch.sign(B_a @ A_a), torch.sign(B_b @ A_b)
         product = x * y

@@ -5,10 +5,7 @@ Every rank is written with alpha = rank, so that the scaling is 1 whatever a rea
 Source: PEFT 0.21, `LoraConfig`, `set_peft_model_state_dict`, `ParamWrapper`, `ModulesToSaveWrapper`.
 """
 
-import json
-import math
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,38 +16,27 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from lowrank_probe.adapter_format import CONFIG, WEIGHTS, packed, ranks_and_patterns, target_modules
 from lowrank_probe.adapters import read_modules
 from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
 from lowrank_probe.errors import NumericsError, OutputError, ProbeError
 from lowrank_probe.layers import place, sort_key
-from lowrank_probe.outputs import write_directory
+from lowrank_probe.narrowing import CODES, narrowed
+from lowrank_probe.outputs import write_directory, write_json
 from lowrank_probe.safetensors_files import write_file
 from lowrank_probe.targets import Selection, Target, Whole
-from lowrank_probe.tensor_info import DTYPES
 
-WEIGHTS: Final = "adapter_model.safetensors"
-CONFIG: Final = "adapter_config.json"
 _HEAD: Final = "lm_head"
 _PREFIX: Final = "base_model.model."
-_DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-_TOKENIZER: Final = re.compile(
-    r"(?:tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template.*|.*\.model|.*\.spm)"
-)
 
 Factors = Callable[[Target], tuple[Tensor, Tensor]]
 
 
 def rounded(factor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The factor as it is stored. Raises `NumericsError` where an entry is not finite, or too large for the dtype."""
-    largest = float(factor.abs().max()) if factor.numel() else 0.0
-    if not math.isfinite(largest):
+    if not bool(torch.isfinite(factor).all()):
         raise NumericsError(f"{name}: its LoRA factors contain NaN or Inf")
-    if largest > torch.finfo(dtype).max:
-        raise NumericsError(
-            f"{name}: its LoRA factors reach {largest:.3g}, {str(dtype).removeprefix('torch.')} ends at "
-            f"{torch.finfo(dtype).max:g}; store them with --dtype bfloat16 or float32"
-        )
-    return factor.to(dtype)
+    return narrowed(factor, dtype, f"{name}: its LoRA factors reach")
 
 
 def write_adapter(
@@ -79,9 +65,7 @@ def write_adapter(
     config = _config(modules, whole, selection, base, tuned)
     infos: list[tuple[str, str, tuple[int, ...]]] = []
     for target, r in modules:
-        infos += [
-            (key, _DTYPE_NAMES[dtype], shape) for key, shape in zip(keys[target.name], _shapes(target, r), strict=True)
-        ]
+        infos += [(key, CODES[dtype], shape) for key, shape in zip(keys[target.name], _shapes(target, r), strict=True)]
     carried = [
         (f"{_PREFIX}{module}{'.base_layer' if one.is_bias else ''}.{leaf}", name)
         for one in whole
@@ -104,10 +88,11 @@ def write_adapter(
         metadata |= {"base_vocabulary": str(selection.sizes[0]), "tuned_vocabulary": str(selection.sizes[1])}
 
     def write_config(file: Path) -> None:
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(file, config)
         _check(file.parent, modules)
 
-    copied = _tokenizer(tuned.path) if selection.sizes else {}
+    files_of_tokenizer = tuned.tokenizer_files if selection.sizes else []
+    copied = {file.name: partial(shutil.copyfile, file) for file in files_of_tokenizer}
     return write_directory(
         root, {WEIGHTS: lambda file: write_file(file, infos, tensors(), metadata), **copied, **(files or {}),
                CONFIG: write_config},
@@ -142,33 +127,23 @@ def _keys(targets: Sequence[Target], order: Sequence[str]) -> dict[str, tuple[st
 def _shapes(target: Target, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of lora_A and lora_B in the file."""
     m, n = target.shape
-    if target.kind == "embedding":
-        return (r, m), (n, r)
-    if target.kind == "conv":
-        kernel = target.stored[2:]
-        return (r, target.stored[1], *kernel), (m, r, *(1 for _ in kernel))
-    return (target.copies * r, n), (m, r * target.copies)
+    B, A = (torch.empty(target.copies, *shape, device="meta") for shape in ((m, r), (r, n)))
+    lora_A, lora_B = _packed(target, B, A)
+    return tuple(lora_A.shape), tuple(lora_B.shape)
 
 
 def _packed(target: Target, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """lora_A and lora_B as PEFT stores them."""
-    r = A.shape[-2]
-    A_shape, B_shape = _shapes(target, r)
-    if target.kind == "embedding":
-        return B.reshape(target.shape[0], r).T, A.reshape(r, target.shape[1]).T
-    if target.copies > 1:  # the expert slowest in A, fastest in B
-        B = B.permute(1, 2, 0)
-    return A.reshape(A_shape), B.reshape(B_shape)
+    kernel = target.stored[2:] if target.kind == "conv" else ()
+    return packed(B, A, embedding=target.kind == "embedding", kernel=kernel)
 
 
 def _config(
     modules: Sequence[tuple[Target, int]], whole: Sequence[Whole], selection: Selection, base: Checkpoint,
     tuned: Checkpoint,
 ) -> dict[str, Any]:  # fmt: skip
-    # PEFT warns of a pattern that matches no module, and forgets the parameters there: they get the common rank.
-    common = Counter(r for target, r in modules if target.by_parameter) or Counter(r for _, r in modules)
-    default = common.most_common(1)[0][0]
-    pattern = {f"^{re.escape(target.name)}": r for target, r in modules if r != default}
+    by_module = {target.name: r for target, r in modules if not target.by_parameter}
+    by_parameter = {target.name: r for target, r in modules if target.by_parameter}
     saved = [module for one in whole if not one.is_bias for module in (one.module, *one.partners)]
     # PEFT ties only what bears this name, and ties it as a Linear without a bias.
     ties = [list(one.partners) for one in whole if one.partners] + [[_HEAD] for target, _ in modules if target.tied]
@@ -177,28 +152,15 @@ def _config(
         "task_type": _task(tuned.config or base.config),
         "base_model_name_or_path": str(base.path) if base.path.exists() else None,
         "inference_mode": True,
-        "r": default,
-        "lora_alpha": default,
-        "use_rslora": False,
+        **ranks_and_patterns(by_module, by_parameter),
         "lora_dropout": 0.0,
-        "target_modules": _target_modules([t.name for t, _ in modules if not t.by_parameter], selection),
-        "target_parameters": sorted(t.name for t, _ in modules if t.by_parameter) or None,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
+        "target_modules": target_modules(by_module, selection.modules.names - by_module.keys()),
         "fan_in_fan_out": any(target.kind == "conv1d" for target, _ in modules),
         "bias": "lora_only" if any(one.is_bias for one in whole) else "none",
         "modules_to_save": saved or None,
         "ensure_weight_tying": ties == [[_HEAD]],
         "init_lora_weights": True,
     }
-
-
-def _target_modules(names: list[str], selection: Selection) -> list[str] | str:
-    """Full names, sorted; as one regular expression where another module's name ends in one of them."""
-    known, wanted = selection.modules.names, set(names)
-    if any(name.endswith(tuple(f".{one}" for one in names)) for name in known - wanted):
-        return "|".join(re.escape(name) for name in sorted(names))
-    return sorted(names)
 
 
 def _task(config: Mapping[str, Any]) -> str | None:
@@ -208,12 +170,6 @@ def _task(config: Mapping[str, Any]) -> str | None:
         return "CAUSAL_LM"
     seq2seq = config.get("is_encoder_decoder") and architecture.endswith(("ForConditionalGeneration", "MTModel"))
     return "SEQ_2_SEQ_LM" if seq2seq else None
-
-
-def _tokenizer(path: Path) -> dict[str, Callable[[Path], Any]]:
-    files = sorted(path.iterdir()) if path.is_dir() else []
-    names = (file for file in files if file.is_file() and _TOKENIZER.fullmatch(file.name))
-    return {file.name: partial(shutil.copyfile, file) for file in names}
 
 
 def _check(directory: Path, modules: Sequence[tuple[Target, int]]) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lowrank_probe import deadzone
 from lowrank_probe.deltas import Delta
-from lowrank_probe.svd import leading_singular_values, row_chunks
+from lowrank_probe.float64 import row_chunks
+from lowrank_probe.svd import leading_singular_values
 
 # storage type → (bits of the significand after the leading one, exponent of the smallest step)
 _FORMATS: Final = {"BF16": (7, -133), "F16": (10, -24), "F32": (23, -149), "F64": (52, -1074)}

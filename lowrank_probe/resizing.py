@@ -8,33 +8,31 @@ B̃ = U_r·√s_r, Ã = √s_r·Vh_r, with alpha = rank, so that the scaling is 
 import json
 import math
 import os
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from lowrank_probe import allocation
+from lowrank_probe.adapter_format import CONFIG, WEIGHTS, packed, ranks_and_patterns, target_modules
 from lowrank_probe.adapters import LoraModule, read_factors, read_modules
 from lowrank_probe.allocation import Allotment, Unit
 from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
 from lowrank_probe.columns import RESIZED
-from lowrank_probe.errors import CheckpointError, NumericsError, ProbeError
+from lowrank_probe.errors import CheckpointError, ProbeError
 from lowrank_probe.factored import Core, distance
 from lowrank_probe.layers import place
-from lowrank_probe.outputs import copy_into, whole_directory
+from lowrank_probe.narrowing import narrowed, stored_dtype
+from lowrank_probe.options import Progress
+from lowrank_probe.outputs import copy_into, whole_directory, write_json
 from lowrank_probe.runs import SCHEMA_VERSION, plain
 from lowrank_probe.safetensors_files import write_file
 from lowrank_probe.tensor_info import DTYPES
-
-WEIGHTS: Final = "adapter_model.safetensors"
-CONFIG: Final = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,16 @@ def resize(
     max_rank: int | None = None,
     rank_multiple: int = 1,
     dtype: str = "float32",
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Resized:
     """The best adapter of other ranks: for every module the truncated SVD of its ΔW = scaling·B·A, in float64.
 
     One of: rank, for every module; energy, the least ranks that keep this share of each ‖ΔW‖_F²; budget, ranks that
     keep the most energy within so many parameters of factors ("40M") or bytes of the file ("80MB"). max_rank and
     rank_multiple as in `allocation`; no rank exceeds the module's own. Scalings (alpha, rsLoRA, patterns) go into the
-    factors; all other tensors are carried unchanged. dtype: of the factors written: float32, bfloat16, float16.
+    factors; all other tensors are carried unchanged. A module of rank 0 is left out, and where a budget did that, its
+    bias within LoRA (`lora_bias`) too: both are listed in facts. dtype: of the factors written: float32, bfloat16,
+    float16.
 
     Writes a PEFT adapter to `out`, which must be free, whole or not at all. Raises `ProbeError` for what cannot be
     resized (DoRA and other variants, NaN, no update at all), `OutputError` where it cannot be written.
@@ -113,19 +113,25 @@ def resize(
             r = min(allotted.rank, unit[0].rank)
             if r == 0 and _is_parameter(unit[0], side.config):
                 r = 1  # the names of a module's other parameters depend on it
+            if r == 0 and budget is None and _lora_bias(unit[0]) in side.tensors:
+                r = 1  # its update is more than B·A, and PEFT reads it with factors only
             factors, row = _truncated(unit, cores, r, DTYPES[stored])
             rows.append(row | {"rule": "its own rank" if r < allotted.rank else allotted.rule})
             if r:
                 kept[unit[0]] = factors
         if not any(row["fro_norm"] for row in rows):
             raise ProbeError(f"{side.path}: B·A is zero in all of its {len(units)} modules; there is nothing to resize")
-        _write(aside, side, kept, {row["name"]: row["rank"] for row in rows}, others, stored)
+        dropped = [unit[0] for unit in units if unit[0] not in kept]
+        carried = _new_names(others, dropped)
+        _write(aside, side, kept, {row["name"]: row["rank"] for row in rows}, carried, stored)
     table = pd.DataFrame(rows, columns=list(RESIZED)).astype({"layer": "Int64"})
     facts = {
         "adapter": str(side.path), "rank": rank, "energy": energy, "budget": budget, "max_rank": max_rank,
         "rank_multiple": rank_multiple, "dtype": stored, "n_parameters": int(table["parameters"].sum()),
-        "n_bytes": (Path(out) / WEIGHTS).stat().st_size, "carried": others,
-        "skipped": [unit[0].name for unit in units if unit[0] not in kept],
+        "n_bytes": (Path(out) / WEIGHTS).stat().st_size, "carried": list(carried.values()),
+        "not_carried": [name for name in others if name not in carried],
+        "zero": [row["name"] for row in rows if row["rank"] == 0 and row["fro_norm"] == 0],
+        "without_rank": [row["name"] for row in rows if row["rank"] == 0 and row["fro_norm"] > 0],
     }  # fmt: skip
     return Resized(Path(out), table, facts)
 
@@ -148,12 +154,19 @@ def _is_parameter(module: LoraModule, config: Mapping[str, Any]) -> bool:
     return any(f".{module.name}".endswith(f".{one}") for one in config.get("target_parameters") or ())
 
 
-def stored_dtype(dtype: str) -> str:
-    """The safetensors name of a dtype for storage ("bfloat16" → "BF16"). Raises `ProbeError` for any other word."""
-    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-    if dtype not in names:
-        raise ProbeError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
-    return names[dtype]
+def _lora_bias(module: LoraModule) -> str:
+    """The name that the bias of its lora_B would have (`lora_bias`)."""
+    return module.name_B.removesuffix("weight") + "bias"
+
+
+def _new_names(others: Sequence[str], dropped: Sequence[LoraModule]) -> dict[str, str]:
+    """Name of a tensor that is carried → its name beside the new factors: the bias of a module that is no longer
+    adapted is the base's own again, the one of its lora_B has no place.
+    """
+    lost = {_lora_bias(module) for module in dropped}
+    bare = {module.name_A.partition(".lora_")[0] for module in dropped}
+    unwrapped = {f"{module}.base_layer.bias": f"{module}.bias" for module in bare}
+    return {name: unwrapped.get(name, name) for name in others if name not in lost}
 
 
 def _rule(
@@ -195,12 +208,11 @@ def _truncated(
     lost = rounding = square = 0.0
     for core in cores:
         exact = core.factors(r)
-        stored.append((exact[0].to(dtype), exact[1].to(dtype)))
+        told = f"{first.name}: its factors reach"
+        stored.append((narrowed(exact[0], dtype, told), narrowed(exact[1], dtype, told)))
         square += float((core.s**2).sum())
         lost += float((core.s[r:] ** 2).sum())
         rounding += distance(*exact, *stored[-1]) ** 2
-    if not math.isfinite(rounding):
-        raise NumericsError(f"{first.name}: its factors overflow {dtype}; choose --dtype float32 or bfloat16")
     where = place(first.name)
     row = {
         "name": first.name, "layer_type": where.layer_type, "layer": where.layer, "rows": first.shape[0],
@@ -211,68 +223,56 @@ def _truncated(
         # What was cut off is orthogonal to what rounding moves, but for the product of both factors' rounding.
         "error": math.sqrt((lost + rounding) / square) if square else math.nan,
     }  # fmt: skip
-    return _packed(first, stored, r), row
-
-
-def _packed(module: LoraModule, factors: Sequence[tuple[Tensor, Tensor]], r: int) -> tuple[Tensor, Tensor]:
-    """(lora_A, lora_B) as peft stores them: the way back of `LoraModule.of`."""
-    B, A = factors[0]
-    if module.is_embedding:
-        return B.T, A.T
-    if module.kernel:
-        return A.reshape(r, -1, *module.kernel), B.reshape(-1, r, *(1 for _ in module.kernel))
-    if len(factors) > 1:  # the expert slowest in lora_A, fastest in lora_B
-        return torch.cat([A for _, A in factors]), torch.stack([B for B, _ in factors], dim=2).flatten(1)
-    return A, B
+    B, A = (torch.stack(factors) for factors in zip(*stored, strict=True))
+    return packed(B, A, embedding=first.is_embedding, kernel=first.kernel), row
 
 
 def _write(
     directory: Path, side: Checkpoint, kept: Mapping[LoraModule, tuple[Tensor, Tensor]], ranks: Mapping[str, int],
-    others: Sequence[str], dtype: str,
+    carried: Mapping[str, str], dtype: str,
 ) -> None:  # fmt: skip
-    """Weights, then what lies beside them, then the config."""
+    """Weights, then what lies beside them, then the config. carried: name → the name it gets."""
     infos: list[tuple[str, str, tuple[int, ...]]] = []
     tensors: list[Tensor | str] = []
     for module, factors in kept.items():
         for name, factor in zip((module.name_A, module.name_B), factors, strict=True):
             infos.append((name, dtype, tuple(factor.shape)))
             tensors.append(factor)
-    for name in others:
-        infos.append((name, side.tensors[name].dtype, side.tensors[name].shape))
+    for name, new in carried.items():
+        infos.append((new, side.tensors[name].dtype, side.tensors[name].shape))
         tensors.append(name)
-    scalings = {module.name_B.removesuffix("weight") + "bias": module.scaling for module in kept}
+    scalings = {_lora_bias(module): module.scaling for module in kept}
     write_file(
         directory / WEIGHTS, infos,
         (_carried(side, one, scalings.get(one)) if isinstance(one, str) else one for one in tensors), {"format": "pt"},
     )  # fmt: skip
     copy_into(directory, side.other_files)
-    config = _config(side.config, {module: ranks[module.name] for module in kept})
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, _config(side, {module: ranks[module.name] for module in kept}))
 
 
 def _carried(side: Checkpoint, name: str, scaling: float | None) -> Tensor:
     """A tensor as it is, but for lora_B's bias, to which peft applies the scaling that is in the factors now."""
     tensor = side.read_stored(name)
-    return tensor if scaling is None else (tensor.double() * scaling).to(tensor.dtype)
+    return tensor if scaling is None else narrowed(tensor.double() * scaling, tensor.dtype, f"{name}: reaches")
 
 
-def _config(config: Mapping[str, Any], ranks: Mapping[LoraModule, int]) -> dict[str, Any]:
-    """The adapter_config.json of the same modules at other ranks, alpha = rank: every module by its full name.
-
-    Pattern keys are regular expressions that peft matches as `(.*\\.)?(key)$`: escaped, and anchored at the start.
-    """
-    modules, parameters = {}, {}
-    for module, r in ranks.items():
-        if _is_parameter(module, config):
-            parameters[module.name] = r
+def _config(side: Checkpoint, ranks: Mapping[LoraModule, int]) -> dict[str, Any]:
+    """The adapter_config.json of the same modules at other ranks, alpha = rank: every module by its full name."""
+    modules, parameters, others = {}, {}, set()
+    for module in read_modules(side)[0]:
+        name = module.name.removesuffix(".weight")
+        if module not in ranks:
+            others.add(name)
+        elif _is_parameter(module, side.config):
+            parameters[module.name] = ranks[module]
         else:
-            modules[module.name.removesuffix(".weight")] = r
-    # PEFT builds the parameters without their patterns where it knows of none: they get the common rank.
-    usual = Counter((parameters or modules).values()).most_common(1)[0][0]
-    pattern = {f"^{re.escape(name)}": r for name, r in (modules | parameters).items() if r != usual}
+            modules[name] = ranks[module]
+    # Where the old names left out no module that ends in one of them, the adapter has every module that could.
+    narrowed = ("exclude_modules", "layers_to_transform")
+    listed = not isinstance(side.config.get("target_modules"), str) and not any(map(side.config.get, narrowed))
     return {
-        **config, "r": usual, "lora_alpha": usual, "rank_pattern": pattern, "alpha_pattern": dict(pattern),
-        "use_rslora": False, "target_modules": sorted(modules), "target_parameters": sorted(parameters) or None,
+        **side.config, **ranks_and_patterns(modules, parameters),
+        "target_modules": target_modules(modules, others if listed else None),
         "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "init_lora_weights": True,
         "inference_mode": True,
     }  # fmt: skip

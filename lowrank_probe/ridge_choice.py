@@ -5,9 +5,8 @@ writes W_base + BA into its targets. So a new head or grown table is there on bo
 (with the biases of all targets, also of one that a budget gives rank 0) is the fine-tune's.
 """
 
-import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,10 +20,10 @@ from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.distances import Distance, Measure
 from lowrank_probe.extraction_work import Work
 from lowrank_probe.model_weights import put_back, stored_matrix, view_of
+from lowrank_probe.options import Progress
 from lowrank_probe.running_models import Kind
 from lowrank_probe.targets import Selection, Target
 
-Progress = Callable[[str, int, int], None]
 Allotted = Mapping[str, Mapping[str, Allotment]]
 # The fine-tune's outputs of one part that are held; where there are more rows, every second, third, … is compared.
 HELD_BYTES: Final = 1 << 30
@@ -94,7 +93,7 @@ def compare(
                 _write(model, target, base, factors, device)
             distances[label, number] = {part: other.distance(model) for part, other in reference.items()}
     del model
-    free(device)
+    running.free(device)
     return Compared(measure, distances, without, stays)
 
 
@@ -104,13 +103,6 @@ def find_measure(model: Any, ids: Tensor, missing: Sequence[str], kind: Kind, de
     if measure == "logits" and running.outputs(model, ids, measure, kind, device).shape[1] < 2:
         return "hidden states"
     return measure
-
-
-def free(device: torch.device) -> None:
-    """Give back what a model held."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _write(

@@ -22,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowrank_probe.float64 import row_chunks
 from lowrank_probe.grids import SAMPLE, Lines, pick, to_numpy
-from lowrank_probe.svd import leading_singular_values, row_chunks
+from lowrank_probe.svd import leading_singular_values
 
 if TYPE_CHECKING:
     from lowrank_probe.deltas import Delta

@@ -4,6 +4,7 @@ Everything is read from local files, and no code of a checkpoint's own is run. f
 exactly, so that what differs between two states of a model is the weights and not the arithmetic.
 """
 
+import gc
 import logging
 import math
 import warnings
@@ -246,6 +247,13 @@ def merge(worn: Any) -> Any:
         return worn.merge_and_unload(safe_merge=True).eval()
     except Exception as error:
         raise ProbeError(f"peft cannot merge the adapter: {first_line(error)}") from None
+
+
+def free(device: torch.device) -> None:
+    """Give back what a model held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def stored_exactly(model: Any, directory: Path) -> tuple[torch.dtype, set[str]]:

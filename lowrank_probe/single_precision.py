@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowrank_probe import svd
 from lowrank_probe.definite import positive_definite
+from lowrank_probe.float64 import eigh, mm, product, qr
+from lowrank_probe.krylov import ENERGY_BAR, cut, upper_bounds
 
 Matrix = NDArray[np.float32]
 EPS32: Final = 2.0**-24
@@ -53,37 +54,37 @@ def certified(
         ritz, W = np.linalg.eigh(wide.T @ GW)
         theta, W = ritz[::-1].astype(np.float64), W[:, ::-1][:, :q]
         basis, GX = wide @ W, GW @ W
-        p = svd._cut(theta, r, q)
+        p = cut(theta, r, q)
         off = float(np.linalg.norm(GX[:, :p] - basis[:, :p] * theta[:p].astype(np.float32)))
         rounding = 2 * math.sqrt(len(tall)) * EPS32 * trace + 8 * p * EPS32 * float(theta[0])
         # The Ritz value of the rest is from below; any bound well below θᵣ does.
         shift = float(theta[p] + max(1e-3 * theta[p], 0.25 * (theta[r - 1] - theta[p]))) + rounding
         mu = shift * (1 + 8 * k * EPS32) + rounding
         tail = trace - float(theta[:r].sum())
-        bar = min(0.5 * svd.ENERGY_BAR * trace, tail_bar * tail)
+        bar = min(0.5 * ENERGY_BAR * trace, tail_bar * tail)
         if _slack(theta[:r], mu, off) > bar:
             if off > 0.5 * before:  # as good as float32 makes it
                 return None
             before = off
             continue
         lower, V, off = _refined(tall, basis[:, :p])
-        upper = svd._upper_bounds(lower[:r], mu, off)
+        upper = upper_bounds(lower[:r], mu, off)
         if float((upper - lower[:r]).sum()) <= bar and _bounded_by(G, V, shift):
             return lower[:r], upper, V[:, :r]
     return None
 
 
 def _slack(theta: NDArray[np.float64], mu: float, off: float) -> float:
-    return float((svd._upper_bounds(theta, mu, off) - theta).sum())
+    return float((upper_bounds(theta, mu, off) - theta).sum())
 
 
 def _refined(tall: Tensor, basis: Matrix) -> tuple[NDArray[np.float64], Tensor, float]:
     """(Θ descending (p,), V (k, p), ‖GV − VΘ‖_F): Rayleigh–Ritz in float64 on the span of `basis` (k, p)."""
-    V = svd._qr(torch.from_numpy(basis).double())[0]
-    Y = svd.product(tall, V)
-    theta, W = svd._eigh(svd._mm(Y.T, Y), V.shape[1])
-    V = svd._mm(V, W)
-    residual = svd.product(tall.T, svd._mm(Y, W)) - V * torch.from_numpy(theta)
+    V = qr(torch.from_numpy(basis).double())[0]
+    Y = product(tall, V)
+    theta, W = eigh(mm(Y.T, Y), V.shape[1])
+    V = mm(V, W)
+    residual = product(tall.T, mm(Y, W)) - V * torch.from_numpy(theta)
     return theta, V, float(torch.linalg.matrix_norm(residual))
 
 

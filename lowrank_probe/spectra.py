@@ -5,7 +5,7 @@ Legend: m out, n in, k = min(m, n); one row of the table a matrix, its columns d
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -19,20 +19,16 @@ from lowrank_probe.deltas import Delta, find_tied, read_pair
 from lowrank_probe.devices import choose_device
 from lowrank_probe.errors import OutputError, ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
-from lowrank_probe.kinds import recognise
+from lowrank_probe.kinds import UNRELATED, recognise
 from lowrank_probe.layers import sort_key
 from lowrank_probe.ledger import complete_ledger, join_parts, ledger_line
 from lowrank_probe.matching import Matching, Pair, match
 from lowrank_probe.metrics import Values
-from lowrank_probe.options import Options
+from lowrank_probe.options import Options, Progress
 from lowrank_probe.rows import Settings, analyse
 from lowrank_probe.runs import SCHEMA_VERSION, TIMELINE, Result
 from lowrank_probe.scheduling import interruptible, run_jobs
 
-Progress = Callable[[str, int, int], None]
-
-# Median cosine of the weights below which two checkpoints are not a base and its fine-tune.
-UNRELATED_COSINE: Final = 0.1
 # What an interrupted run must share with the one that resumes it.
 _SAME_RUN: Final = ("base", "tuned", "options", "versions", "device")
 
@@ -260,7 +256,7 @@ class _Run:
         cosine = float(np.median(cosines)) if cosines else math.nan
         facts["median_cosine"] = cosine
         # −W has cosine −1 and is related.
-        facts["related"] = not cosines or float(np.median(np.abs(cosines))) >= UNRELATED_COSINE
+        facts["related"] = not cosines or float(np.median(np.abs(cosines))) >= UNRELATED
         if not facts["related"]:
             facts["warnings"] = [
                 f"unrelated checkpoints: the median cosine of their weights is {cosine:+.3f}, so that their difference "

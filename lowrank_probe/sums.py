@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lowrank_probe.changes import Change
 from lowrank_probe.errors import NumericsError
-from lowrank_probe.svd import EPS64, row_chunks
+from lowrank_probe.float64 import EPS64, row_chunks
+from lowrank_probe.narrowing import beyond
 
 N_PROBES: Final = 2
 Factors = Callable[[Change], tuple[Tensor, Tensor]]
@@ -158,8 +159,4 @@ def _bias(change: Change) -> Tensor:
 def _not_finite(name: str, base: Tensor, total: Tensor, dtype: torch.dtype) -> NumericsError:
     if not bool(torch.isfinite(base).all()):
         return NumericsError(f"{name}: contains NaN or Inf in the base (expected finite weights)")
-    kind = str(dtype).removeprefix("torch.")
-    return NumericsError(
-        f"{name}: base + adapters reaches {float(total.abs().max()):.3g}, beyond {kind}; use --dtype bfloat16 or "
-        "float32"
-    )
+    return beyond(f"{name}: base + adapters reaches", total, dtype)

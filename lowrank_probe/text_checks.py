@@ -5,7 +5,6 @@ with the adapter merged (in float32, then rounded to the dtype in which a merged
 that is needed again lie in temporary files, at most `STORED_BYTES` a state.
 """
 
-import gc
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from lowrank_probe import running_models as running
 from lowrank_probe.distances import Distance, Measure
 from lowrank_probe.errors import OutputError
+from lowrank_probe.narrowing import dtype_word
 from lowrank_probe.outputs import why
 from lowrank_probe.running_models import CannotRun, Kind, Weighted
 from lowrank_probe.texts import prompts, token_sequences
@@ -119,7 +119,7 @@ def _measure(
     for i, values in states(model):
         keep("tuned", i, values)
     del model
-    _free(device)
+    running.free(device)
     model, lacking = running.load(base, kind, device)
     if lacking:
         raise CannotRun(f"{base}: {kind.cls.__name__} needs {lacking[0]}, which the files lack")
@@ -144,12 +144,6 @@ def _measure(
     return _Measured(measure, (a, b, c), gap, rounding, storage, missing), ignored
 
 
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _judged(found: _Measured, ignored: Sequence[str], notes: Sequence[str], equal: bool) -> Verification:
     base, worn, _ = found.rows
     table = pd.DataFrame([row.figures() for row in found.rows], index=pd.Index(ROWS, name="model"))
@@ -164,5 +158,5 @@ def _judged(found: _Measured, ignored: Sequence[str], notes: Sequence[str], equa
             f"base+adapter is farther from the tuned model ({worn.distance:.3g}) than the base itself "
             f"({base.distance:.3g}): a wrong scaling or base, or too low a rank"
         )
-    storage = str(found.storage).removeprefix("torch.")
+    storage = dtype_word(found.storage)
     return Verification(found.measure, table, gap, storage, rounding, tolerance, tuple(problems), tuple(notes))

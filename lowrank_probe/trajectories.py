@@ -28,10 +28,10 @@ from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.hub import is_hub_id
 from lowrank_probe.layers import is_conv1d
 from lowrank_probe.matching import Pair, match
-from lowrank_probe.options import Keywords, Options
+from lowrank_probe.options import Keywords, Options, Progress
 from lowrank_probe.runs import SCHEMA_VERSION, Result
 from lowrank_probe.scheduling import interruptible, run_jobs
-from lowrank_probe.spectra import Interrupted, Progress
+from lowrank_probe.spectra import Interrupted
 from lowrank_probe.subspaces import Directions, amplification_rows, dimensions, directions, similarity_rows
 from lowrank_probe.trajectory_runs import TAKEN, Trajectory, is_labels, naming
 

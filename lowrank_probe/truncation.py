@@ -11,7 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowrank_probe import single_precision, svd
+from lowrank_probe import single_precision
+from lowrank_probe.float64 import eigh, gram, mm, product, qr, small_svd
+from lowrank_probe.full_spectra import eigenvalue_error
+from lowrank_probe.krylov import certified
 
 # From this short side on a few leading eigenvectors cost less by a block Krylov iteration.
 KRYLOV_FROM: Final = 384
@@ -47,12 +50,12 @@ def truncate(A: Tensor, r: int, *, seed: int = 0) -> Truncation:
     k = min(A.shape)
     r = min(r, k)
     found = _leading(A, r, seed) if k > KRYLOV_FROM and r <= k // 8 else None
-    _, upper, basis = found if found is not None else (None, *svd._eigh(svd.gram(A), r))
-    upper = np.maximum(upper, 0.0) + svd._eigenvalue_error(float(upper[0]), A.shape)
+    _, upper, basis = found if found is not None else (None, *eigh(gram(A), r))
+    upper = np.maximum(upper, 0.0) + eigenvalue_error(float(upper[0]), A.shape)
     tall = A if A.shape[0] > A.shape[1] else A.T  # as `gram` chooses
-    Q, R = svd._qr(svd.product(tall, basis))
-    W, s, Zh = svd._small_svd(R)
-    left, right = svd._mm(Q, W), svd._mm(basis, Zh.T)
+    Q, R = qr(product(tall, basis))
+    W, s, Zh = small_svd(R)
+    left, right = mm(Q, W), mm(basis, Zh.T)
     U, V = (left, right) if tall is A else (right, left)
     return Truncation(U, s, V.T, upper, "eigh" if found is None else "krylov")
 
@@ -63,5 +66,5 @@ def _leading(A: Tensor, r: int, seed: int) -> tuple[NDArray[np.float64], NDArray
         found = single_precision.certified(A, r, seed=seed, tail_bar=TAIL_BAR)
         if found is not None:
             return found
-    G = svd.gram(A)
-    return svd._certified(G, r, seed=seed, tail_bar=TAIL_BAR) if float(torch.diagonal(G).sum()) > 0 else None
+    G = gram(A)
+    return certified(G, r, seed=seed, tail_bar=TAIL_BAR) if float(torch.diagonal(G).sum()) > 0 else None

@@ -13,17 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from lowrank_probe import outputs
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import CheckpointError, OutputError
+from lowrank_probe.narrowing import CODES
 from lowrank_probe.runs import plain
 from lowrank_probe.safetensors_files import read_header, write_file
 
 FOLDER: Final = ".unfinished"
-_CODES: Final = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Unfinished:
@@ -76,7 +75,7 @@ class Unfinished:
 
     def put(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Keep the tensors and facts of one matrix under a key, such as "factors-00012-003"."""
-        infos = [(name, _CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+        infos = [(name, CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
         told = {"facts": json.dumps(plain(dict(facts)))}
         self._write(f"{key}.safetensors", lambda path: write_file(path, infos, iter(tensors.values()), told))
 

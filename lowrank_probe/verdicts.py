@@ -23,6 +23,7 @@ from lowrank_probe.columns import SUMMARY
 from lowrank_probe.layers import labels, sort_key
 from lowrank_probe.metrics import ENERGY_RANKS
 
+# A verdict, and a kind, holds for a layer type where it does in this share of its matrices.
 SHARE: Final = 0.75
 LOW_RANK: Final = 0.5
 NOT_LOW_RANK: Final = 0.75

@@ -1,6 +1,7 @@
 """Numbers and counts in words for people, the same in the terminal, on the pages and in a notebook. No arithmetic."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -55,3 +56,12 @@ def count(n: int, one: str, several: str = "") -> str:
     ('1 matrix', '2 tensors')
     """
     return f"{n} {one}" if n == 1 else f"{n} {several or one + 's'}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of several names, and how many more there are.
+
+    >>> some(["q"]), some(["q", "k", "v"])
+    ('q', 'q and 2 more')
+    """
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import adapting
 import numpy as np
 import pytest
 import torch
@@ -22,19 +23,14 @@ from lowrank_probe.options import Options
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
 
 
-def llama():
+def llama(**config):
     torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, tie_word_embeddings=False,
-    )  # fmt: skip
-    return hf.LlamaForCausalLM(config)
+    return adapting.llama(**{"head_dim": 8, "tie_word_embeddings": False} | config)
 
 
 def gpt2():
     torch.manual_seed(0)
-    tokens = {"bos_token_id": 0, "eos_token_id": 1}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, **tokens))
+    return adapting.gpt2()
 
 
 def adapt(directory, model, save=None, **config):

@@ -37,7 +37,7 @@ OPTIONS = {
     "resize": [
         "--out", "--rank", "--energy", "--budget", "--max-rank", "--rank-multiple", "--dtype", "--json", "--quiet",
     ],
-    "merge": ["--out", "--weight", "--dtype", "--verify", "--data", "--json", "--quiet"],
+    "merge": ["--out", "--weight", "--dtype", "--verify", "--data", "--device", "--json", "--quiet"],
     "report": ["--open"],
     "demo": ["--out", "--seed", "--json", "--open", "--quiet"],
 }  # fmt: skip
@@ -109,6 +109,11 @@ def test_every_option_has_a_help_text(command):
     for line in stdout.splitlines():
         if re.match(r"│\s+--", line):
             assert len(line.strip("│ ").split()) > 2, line
+
+
+@pytest.mark.parametrize("command", [name for name, options in OPTIONS.items() if "--out" in options])
+def test_out_has_one_short_form(command):
+    assert re.search(r"--out\s+-o\s", probe(command, "--help")[0])
 
 
 def test_the_examples_are_valid_usage(tmp_path):

@@ -7,6 +7,7 @@ from pairs import pair
 
 import lowrank_probe as lp
 from lowrank_probe import columns
+from lowrank_probe.layers import place
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- columns -->", "<!-- /columns -->"
@@ -34,10 +35,20 @@ def test_every_column_is_documented_in_its_order(result, table):
         columns.EXTRACTION,
         columns.EXTRACTION_SUMMARY,
         columns.CURVES,
+        columns.RESIZED,
+        columns.MERGED,
+        columns.OVERLAP,
     ],
 )
 def test_every_column_has_a_meaning(table):
     assert all(column.meaning and column.meaning == column.meaning.strip() for column in table.values())
+
+
+def test_a_stack_is_what_layers_gives_in_every_table():
+    words = {place(name).stack for name in ("vision_tower.a", "audio_tower.a", "encoder.a", "decoder.a")}
+    tables = (columns.TABLE, columns.EXTRACTION, columns.CURVES, columns.SIMILARITY, columns.AMPLIFICATION)
+    for table in tables:
+        assert all(f'"{word}"' in table["stack"].meaning for word in words)
 
 
 def test_every_status_that_occurs_is_documented():

@@ -199,7 +199,7 @@ def test_a_nan_names_the_tensor_and_leaves_nothing_that_looks_finished(tmp_path)
         ({"ranks": [4, 4]}, "one is given twice"),
         ({"dtype": "int8"}, "dtype 'int8': expected one of float32, bfloat16, float16"),
         ({"ranks": RankChoice(energy=0.9), "servable": True}, "--servable makes an adapter of one rank"),
-        ({"wanted": ["nowhere"]}, "nowhere"),
+        ({"targets": ["nowhere"]}, "nowhere"),
     ],
 )
 def test_bad_options_are_named(decaying, tmp_path, options, message):
@@ -312,7 +312,7 @@ def test_a_tensor_of_another_shape_is_told_with_its_norm(tmp_path, swapped):
     line = found.ledger.set_index("name").loc[name]
     assert line["note"].startswith("not in --targets; of another shape than in the base")
     assert line["fro_norm"] == pytest.approx(float(torch.linalg.norm(other[name].double())))
-    whole = extract(*paths, tmp_path / "b", ranks=2, wanted=["everything"]).ledger.set_index("name")
+    whole = extract(*paths, tmp_path / "b", ranks=2, targets=["everything"]).ledger.set_index("name")
     assert whole.loc[name.removesuffix(".weight"), "status"] == "carried whole"
 
 
@@ -323,7 +323,7 @@ def test_tensors_of_one_side_only_are_told(decaying, tmp_path):
     found = extract(*sides(tmp_path, *tensors, LLAMA), tmp_path / "a", ranks=2)
     assert found.ledger.set_index("name").loc[gone, "status"] == "only in base"
     assert f"{gone} is only in the base: an adapter cannot take it away" in found.facts["notes"]
-    back = extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "b", ranks=2, wanted=["everything"])
+    back = extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "b", ranks=2, targets=["everything"])
     assert any("carried whole, and all of it counts as update" in note for note in back.facts["notes"])
 
 
@@ -336,7 +336,9 @@ def test_only_a_grown_table_is_no_identical_model(tmp_path):
 
 
 def test_a_budget_in_bytes_pays_for_what_is_carried_whole(decaying, tmp_path):
-    found = extract(*decaying, tmp_path / "a", ranks=RankChoice(budget={"budget_bytes": 40_000}), wanted=["everything"])
+    found = extract(
+        *decaying, tmp_path / "a", ranks=RankChoice(budget={"budget_bytes": 40_000}), targets=["everything"]
+    )
     assert 20_000 < (tmp_path / "a" / "adapter_model.safetensors").stat().st_size <= 40_000
     assert (found.ledger["status"] == "carried whole").any()
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import adapting
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from test_adapters import LORA, adapt, gpt2, llama
 from test_resizing import EXPERTS, mixtral
 
 import lowrank_probe as lp
-from lowrank_probe import columns, sums
+from lowrank_probe import columns
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
 TOKENS = torch.arange(1, 13)[None]
@@ -25,12 +26,7 @@ TOKENS = torch.arange(1, 13)[None]
 
 def bert():
     torch.manual_seed(0)
-    return hf.BertForMaskedLM(
-        hf.BertConfig(
-            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=32,
-        )
-    )  # fmt: skip
+    return adapting.bert()
 
 
 def logits(model, tokens=TOKENS):
@@ -47,7 +43,11 @@ def tree(directory):
 
 
 GPT2 = {"r": 4, "lora_alpha": 8, "fan_in_fan_out": True}
+
+
 BERT = {"r": 4, "lora_alpha": 6, "modules_to_save": ["transform"], "bias": "lora_only"}
+
+
 MODELS = {
     **{f"llama-{name}": (llama, config) for name, config in LORA.items()},
     "llama-embedding": (llama, {"r": 4, "lora_alpha": 6, "target_modules": ["embed_tokens", "lm_head", "k_proj"]}),
@@ -132,77 +132,6 @@ def test_a_stack_of_experts_in_one_tensor_also_where_it_is_square(tmp_path, mode
     delta = 3 * torch.einsum(order, B.reshape(m, r, E).double(), A.reshape(E, r, n).double())
     after = load_file(tmp_path / "merged" / "model.safetensors")[name]
     torch.testing.assert_close(after.double(), W.double() + delta, atol=1e-5, rtol=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------- tied tables
-
-
-def tied_llama():
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
-    )  # fmt: skip
-    return hf.LlamaForCausalLM(config)
-
-
-TIED = {
-    "table": ({"target_modules": ["embed_tokens", "q_proj"]}, True),
-    "both": ({"target_modules": ["embed_tokens", "lm_head"]}, True),
-    "both-tied": ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, False),
-    "table-whole": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
-    "head-whole": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
-    "whole-tied": (
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False,
-    ),
-    "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 1, 7]}, False),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("config", "apart"), TIED.values(), ids=TIED)
-def test_a_tied_head_is_written_apart_only_where_both_ends_do_not_change_alike(tmp_path, config, apart):
-    base, adapter, _ = adapt(tmp_path, tied_llama(), r=4, **config)
-    result = lp.merge(base, adapter, tmp_path / "merged")
-    ours = logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
-    theirs = unmerged(hf.AutoModelForCausalLM, base, adapter)
-    assert (ours - theirs).abs().max() <= 1e-6 * max(1.0, float(theirs.abs().max()))
-    assert result.facts["untied"] == apart
-    written = load_file(tmp_path / "merged" / "model.safetensors")
-    assert ("lm_head.weight" in written) == apart
-    settings = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert settings["tie_word_embeddings"] == (not apart)
-    assert any("lm_head.weight is tied to" in note for note in result.facts["notes"]) == apart
-
-
-def test_a_vocabulary_that_grew_brings_its_tokenizer_and_its_size(tmp_path):
-    model = tied_llama()
-    model.save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "tokenizer.json").write_text('"of the base"')
-    (tmp_path / "base" / "LICENSE").write_text("MIT")
-    model.resize_token_embeddings(44, mean_resizing=False)
-    config = LoraConfig(
-        r=4,
-        target_modules=["q_proj"],
-        modules_to_save=["embed_tokens"],
-        ensure_weight_tying=True,
-        init_lora_weights=False,
-    )
-    wrapped = get_peft_model(model, config)
-    with torch.no_grad():
-        wrapped.get_input_embeddings().weight.add_(0.1)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "adapter" / "tokenizer.json").write_text('"of the adapter"')
-    lp.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert merged.config.vocab_size == 44
-    torch.testing.assert_close(logits(merged), logits(wrapped), atol=1e-6, rtol=1e-5)
-    assert (tmp_path / "merged" / "tokenizer.json").read_text() == '"of the adapter"'
-    assert (tmp_path / "merged" / "LICENSE").read_text() == "MIT"
-    with pytest.raises(lp.MatchError, match=r"a table of 44 rows, the base has 40: .* weight 1 only"):
-        lp.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "half", weights=[0.5])
-
-
-# ---------------------------------------------------------------------------------------------- files
 
 
 def sharded(tmp_path, dtype=torch.bfloat16, **config):
@@ -291,9 +220,6 @@ def test_pickles_and_models_in_memory_become_safetensors(tmp_path):
     assert torch.equal(logits(loaded), logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")))
 
 
-# ---------------------------------------------------------------------------------------------- several adapters
-
-
 def second(tmp_path, base, **config):
     """Another adapter of the same base."""
     model = hf.AutoModelForCausalLM.from_pretrained(base)
@@ -329,104 +255,6 @@ def test_weights_and_several_adapters_add_up(tmp_path):
     told = json.loads(result.to_json())
     assert len(told["overlap"]) == 2
     assert told["facts"]["weights"] == [0.5, -2.0]
-
-
-def factors_of(adapter, B, A):
-    """An adapter of one module from its factors, scaling 1."""
-    adapter.mkdir()
-    tensors = {"q.lora_A.weight": A.contiguous(), "q.lora_B.weight": B.contiguous()}
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": len(A), "lora_alpha": len(A)}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    return adapter
-
-
-def test_overlap_of_planted_updates(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    save_file({"q.weight": random(60, 50)}, tmp_path / "base.safetensors")
-    B, A = random(60, 4), random(4, 50)
-    one = factors_of(tmp_path / "one", B, A)
-    same = factors_of(tmp_path / "same", B @ torch.diag(torch.tensor([1.0, 2, 3, 4])), A)
-    left = factors_of(tmp_path / "left", B @ random(4, 4), random(4, 50))
-    chance = factors_of(tmp_path / "chance", random(60, 4), random(4, 50))
-    paths = [one, same, left, chance]
-    overlap = lp.merge(tmp_path / "base.safetensors", paths, tmp_path / "out", weights=[1, -1, 1, 1]).overlap
-    rows = {(row["adapter_a"], row["adapter_b"]): row for row in overlap.to_dict("records")}
-    assert set(rows) == {(1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4)}
-    assert rows[1, 2]["phi_left"] == pytest.approx(1)
-    assert rows[1, 2]["phi_right"] == pytest.approx(1)
-    assert rows[1, 2]["sign_conflict"] > 0.8  # weight −1
-    assert rows[1, 2]["cosine"] < -0.8
-    assert rows[1, 3]["phi_left"] == pytest.approx(1)
-    for a, b in ((1, 4), (2, 4), (3, 4)):
-        assert abs(rows[a, b]["phi_left"] - 4 / 60) < 0.1
-        assert abs(rows[a, b]["phi_right"] - 4 / 50) < 0.1
-        assert 0.4 < rows[a, b]["sign_conflict"] < 0.6
-        assert abs(rows[a, b]["cosine"]) < 0.2
-    assert all(row["phi_random_left"] == 4 / 60 and row["phi_random_right"] == 4 / 50 for row in rows.values())
-    assert all(abs(row["control_left"] - 4 / 60) < 0.1 for row in rows.values())
-    U, V = B.double() @ A.double(), (B @ torch.diag(torch.tensor([1.0, 2, 3, 4]))).double() @ A.double()
-    assert rows[1, 2]["cosine"] == pytest.approx(-float((U * V).sum() / (U.norm() * V.norm())))
-    assert rows[1, 2]["sign_conflict"] == pytest.approx(float((U * V > 0).double().mean()), abs=2e-3)
-
-
-# ---------------------------------------------------------------------------------------------- the check
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-def test_the_check_sees_what_is_not_the_sum(dtype):
-    """Also an update so small that rounding W to the dtype swallows it."""
-    generator = torch.Generator().manual_seed(0)
-    W, B, A = (torch.randn(*shape, generator=generator).double() for shape in ((40, 300), (40, 4), (4, 300)))
-    B *= 1e-4
-    X = torch.randint(0, 2, (300, 2), generator=generator).double() * 2 - 1
-    seen, size = W @ X + B @ (A @ X), W.abs().sum(1, keepdim=True) + B.abs() @ A.abs().sum(1, keepdim=True)
-    good = W + B @ A
-
-    def check(total, stored=None):
-        return sums._check(total, (total if stored is None else stored).to(dtype).double(), seen, size, X, dtype)
-
-    assert 0 < check(good) <= 1
-    one_entry, one_lost = good.clone(), good.clone()
-    one_entry[7, 3] += 1e-8
-    one_lost[7, 3] = W[7, 3]
-    for wrong in (W, W - B @ A, good + B @ A, W + B @ A.flip(1), W + B.flip(0) @ A, one_entry, one_lost):
-        assert check(wrong) > 1
-    other = good.clone()
-    other[7, 3] *= 1 + 3 * torch.finfo(dtype).eps
-    assert check(good, other) > 1  # not what was summed up
-    assert check(good, good.to(torch.float8_e5m2)) > 1  # rounded more than it says
-
-
-# ---------------------------------------------------------------------------------------------- bad input
-
-
-def test_an_adapter_of_another_base_is_refused_by_tensor(tmp_path):
-    base, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj"])
-    config = hf.LlamaConfig.from_pretrained(base)
-    config.hidden_size = 32
-    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
-    with pytest.raises(lp.MatchError, match=r"q_proj.weight: .*wide has \(16, 32\), .*adapter is for \(16, 16\)"):
-        lp.merge(tmp_path / "wide", adapter, tmp_path / "out")
-    config = hf.LlamaConfig.from_pretrained(base)
-    config.num_hidden_layers = 1
-    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "shallow")
-    with pytest.raises(
-        lp.MatchError, match=r"layers.1.self_attn.q_proj.lora_A.weight, for which .*shallow has no place"
-    ):
-        lp.merge(tmp_path / "shallow", adapter, tmp_path / "out")
-    gpt2().save_pretrained(tmp_path / "other")
-    with pytest.raises(lp.MatchError, match="adapts no tensor of"):
-        lp.merge(tmp_path / "other", adapter, tmp_path / "out")
-    with pytest.raises(lp.CheckpointError, match="give the base model first"):
-        lp.merge(adapter, base, tmp_path / "out")
-    with pytest.raises(lp.CheckpointError, match="base: is not an adapter"):
-        lp.merge(base, base, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_nan_overflow_and_quantized_bases_leave_nothing(tmp_path):
@@ -478,15 +306,6 @@ def test_dora_a_taken_directory_and_weights_that_do_not_fit(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bias_that_the_base_has_no_place_for(tmp_path):
-    base, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj"])
-    content = load_file(adapter / "adapter_model.safetensors")
-    content["base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"] = torch.ones(16)
-    save_file(content, adapter / "adapter_model.safetensors")
-    with pytest.raises(lp.MatchError, match=r"lora_bias.*no model.layers.0.self_attn.q_proj.bias"):
-        lp.merge(base, adapter, tmp_path / "out")
-
-
 SLOW = """
 import sys, time
 import lowrank_probe as lp
@@ -524,43 +343,3 @@ def test_a_run_beside_it_is_left_alone(tmp_path):
         assert any(left.iterdir())
         running.send_signal(signal.SIGTERM)
         running.wait(30)
-
-
-# ---------------------------------------------------------------------------------------------- the command
-
-
-def probe(*arguments):
-    command = [sys.executable, "-m", "lowrank_probe", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_the_commands(tmp_path):
-    base, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj", "up_proj"])
-    done = probe("resize", adapter, "--rank", 2, "--out", tmp_path / "small")
-    assert (done.returncode, done.stderr) == (0, f"adapter: {tmp_path / 'small'}\n")
-    assert "keeps" in done.stdout
-    done = probe(
-        "merge", base, adapter, tmp_path / "small", "--weight", 1, "--weight", -0.5, "--out", tmp_path / "merged"
-    )
-    assert done.returncode == 0
-    assert "1, 2" in done.stdout
-    assert done.stdout.index("cosine") < done.stdout.index("tensors changed")
-    assert done.stderr == f"model: {tmp_path / 'merged'}\n"
-    done = probe("merge", base, adapter, "--out", tmp_path / "again", "--json", "--quiet")
-    assert json.loads(done.stdout)["facts"]["n_changed"] == 4
-    assert done.stderr == ""
-    done = probe("merge", base, adapter, "--out", tmp_path / "again")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"error: {tmp_path / 'again'}: is not empty; choose another --out\n"
-    for wrong in (
-        ("resize", adapter, "--out", tmp_path / "x"),
-        ("resize", adapter, "--out", tmp_path / "x", "--rank", 2, "--energy", 0.5),
-        ("resize", adapter, "--out", tmp_path / "x", "--energy", 2),
-        ("resize", adapter, "--rank", 2),
-        ("resize", adapter, "--rank", 2, "--out", tmp_path / "x", "--dtype", "int8"),
-        ("merge", base, adapter, "--out", tmp_path / "x", "--weight", 1, "--weight", 2),
-        ("merge", base, "--out", tmp_path / "x"),
-    ):
-        done = probe(*wrong)
-        assert (done.returncode, done.stdout) == (2, "")
-    assert not (tmp_path / "x").exists()

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from builders import build
+from mounts import mounted
 
 from lowrank_probe import OutputError, outputs, runs, trajectory_runs
 
@@ -162,16 +162,6 @@ def test_no_permission_is_not_called_a_lack_of_space(locked):
 
 
 def test_a_read_only_file_system_is_called_that(tmp_path):
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(mount)]
-    try:
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("cannot mount a tmpfs here")
-    except FileNotFoundError:
-        pytest.skip("no mount here")
-    try:
-        for said in refusals(mount):
+    with mounted(tmp_path / "disk", "ro") as disk:
+        for said in refusals(disk):
             assert said.endswith("the file system is read-only; choose another --out")
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)

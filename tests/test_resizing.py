@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_adapters import LORA, adapt, gpt2, llama
 
@@ -133,6 +133,40 @@ def test_the_experts_of_a_parameter_share_one_rank(tmp_path):
             np.testing.assert_allclose(moved, truncated(delta, 2), atol=3e-7 * np.linalg.norm(delta), err_msg=name)
 
 
+class Towers(torch.nn.Module):
+    """Two stacks, one of which has all names of the other with a prefix."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 5) for _ in range(2))
+        self.visual = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(6, 5) for _ in range(2))})
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"target_modules": r"layers\.\d"}, True),
+        ({"target_modules": ["layers.0", "layers.1"], "exclude_modules": r"visual\..*"}, True),
+        ({"target_modules": ["visual.layers.0", "visual.layers.1"]}, False),
+        ({"target_modules": ["layers.0", "layers.1"]}, True),  # the other tower's factors are zero, and left out
+    ],
+)
+def test_no_other_tower_is_adapted(tmp_path, config, text):
+    wrapped = get_peft_model(Towers(), LoraConfig(r=3, **config))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name and ("visual" not in name or not text):
+                parameter += 0.1 * torch.randn_like(parameter)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    lp.resize(tmp_path / "adapter", tmp_path / "new", rank=2)
+    written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())["target_modules"]
+    assert isinstance(written, str) == text
+    again = PeftModel.from_pretrained(Towers(), tmp_path / "new")
+    adapted = {name for name, module in again.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {f"{'' if text else 'visual.'}layers.{i}" for i in range(2)}
+
+
 def test_energy_ranks_are_the_least_and_written_as_patterns_that_peft_reads(tmp_path):
     base, adapter, _ = adapt(tmp_path, llama(), r=8, lora_alpha=16, target_modules="all-linear")
     result = lp.resize(adapter, tmp_path / "new", energy=0.8)
@@ -201,20 +235,57 @@ def test_lora_bias_keeps_its_scaling(tmp_path):
     torch.testing.assert_close(again.eval()(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_modules_that_do_nothing_are_left_out_and_an_adapter_that_does_nothing_is_refused(tmp_path):
-    _, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj", "v_proj"])
+def zeroed(adapter, part):
+    """The adapter with lora_B = 0 in the modules of that name."""
     content = load_file(adapter / "adapter_model.safetensors")
     for name, tensor in content.items():
-        if "v_proj.lora_B" in name:
+        if f"{part}.lora_B.weight" in name:
             tensor.zero_()
     save_file(content, adapter / "adapter_model.safetensors")
+
+
+def gpt2_logits(base, adapter):
+    tokens = torch.arange(10)[None]
+    return PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(base), adapter).eval()(tokens).logits
+
+
+@pytest.mark.parametrize("bias", [{"lora_bias": True}, {"bias": "lora_only"}], ids=["lora_bias", "lora_only"])
+def test_a_bias_of_a_module_whose_factors_do_nothing_is_kept(tmp_path, bias):
+    targets = ["c_attn", "c_fc"]
+    base, adapter, _ = adapt(tmp_path, gpt2(), r=4, target_modules=targets, fan_in_fan_out=True, **bias)
+    zeroed(adapter, "c_fc")
+    result = lp.resize(adapter, tmp_path / "new", rank=4)
+    expected = gpt2_logits(base, adapter)
+    torch.testing.assert_close(gpt2_logits(base, tmp_path / "new"), expected, atol=1e-5, rtol=1e-5)
+    assert result.facts["not_carried"] == []
+    of_c_fc = result.table["rank"][result.table["name"].str.contains("c_fc")]
+    assert set(of_c_fc) == ({1} if "lora_bias" in bias else {0})
+
+
+def test_a_bias_within_lora_goes_with_the_factors_that_a_budget_takes(tmp_path):
+    config = {"r": 4, "target_modules": ["c_attn", "c_fc"], "lora_bias": True, "fan_in_fan_out": True}
+    base, adapter, _ = adapt(tmp_path, gpt2(), **config)
+    result = lp.resize(adapter, tmp_path / "new", budget="150")
+    gone = result.facts["without_rank"]
+    assert 0 < len(gone) < 4
+    assert result.facts["zero"] == []
+    lost = [f"base_model.model.{name.removesuffix('weight')}lora_B.bias" for name in gone]
+    assert sorted(result.facts["not_carried"]) == sorted(lost)
+    old, new = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "new"))
+    assert {name for name in old if name.endswith("bias")} - set(lost) == {name for name in new if "bias" in name}
+    model = get_peft_model(hf.AutoModelForCausalLM.from_pretrained(base), LoraConfig.from_pretrained(tmp_path / "new"))
+    loaded = set_peft_model_state_dict(model, new)
+    assert loaded.unexpected_keys == []
+
+
+def test_modules_that_do_nothing_are_left_out_and_an_adapter_that_does_nothing_is_refused(tmp_path):
+    _, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj", "v_proj"])
+    zeroed(adapter, "v_proj")
     result = lp.resize(adapter, tmp_path / "new", rank=2)
-    assert all("v_proj" in name for name in result.facts["skipped"])
-    assert len(result.facts["skipped"]) == 2
+    assert all("v_proj" in name for name in result.facts["zero"])
+    assert len(result.facts["zero"]) == 2
     assert set(products(tmp_path / "new")) == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
-    for tensor in content.values():
-        tensor.zero_()
-    save_file(content, adapter / "adapter_model.safetensors")
+    zeroed(adapter, "q_proj")
     with pytest.raises(lp.ProbeError, match="B·A is zero in all of its 4 modules"):
         lp.resize(adapter, tmp_path / "none", rank=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "new"]

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from builders import build
+from mounts import mounted
 from pairs import llama_tensors, pair, write
 
 import lowrank_probe as lp
@@ -267,6 +268,7 @@ def test_an_output_below_a_file_is_found_before_the_work(tmp_path):
 LIMITED = """
 import resource, sys
 from builders import build
+from mounts import mounted
 import lowrank_probe as lp
 result = build(layers=1, types=("q",))
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
@@ -296,16 +298,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, limit):
 @pytest.fixture
 def full_disk(tmp_path):
     """A file system of 64 KiB."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)]
-    try:
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("cannot mount a tmpfs here")
-    except FileNotFoundError:
-        pytest.skip("no mount here")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
+    with mounted(tmp_path / "small", "size=64k") as disk:
+        yield disk
 
 
 def test_no_space_is_told_and_leaves_nothing(full_disk):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import planted
 
-from lowrank_probe import svd
+from lowrank_probe import float64, krylov, svd, triplets
 
 SHAPES = [(160, 160), (300, 120), (96, 400)]
 
@@ -66,8 +66,8 @@ def test_top_notices_a_missed_direction():
     truth = torch.linalg.svdvals(A)
     G = A.T @ A
     V = torch.linalg.eigh(G).eigenvectors.flip(1)
-    assert not svd._bounded_by(G, V[:, 1:20], 1.5)  # the first was left out: no proof
-    assert svd._bounded_by(G, V[:, :19], 1.5)
+    assert not krylov._bounded_by(G, V[:, 1:20], 1.5)  # the first was left out: no proof
+    assert krylov._bounded_by(G, V[:, :19], 1.5)
     found = svd.top_spectrum(A, 4)
     assert found is None or found.values[0] == pytest.approx(float(truth[0]))
 
@@ -101,7 +101,8 @@ def test_factored_equals_dense(dtype):
 
 
 def test_frobenius_norm_and_gram_are_chunked_exactly(monkeypatch):
-    monkeypatch.setattr(svd, "CHUNK_ENTRIES", 64)
+    for name in ("CHUNK_ENTRIES", "GRAM_ENTRIES"):
+        monkeypatch.setattr(float64, name, 64)
     A = torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
     assert svd.fro_norm(A) == pytest.approx(float(torch.linalg.norm(A.double())), rel=1e-14)
     torch.testing.assert_close(svd.gram(A), A.double().T @ A.double())
@@ -140,9 +141,9 @@ def check_triplets(A, found, r):
 class TestTopTriplets:
     @pytest.mark.parametrize("shape", [*SHAPES, (40, 7)])
     @pytest.mark.parametrize("kind", ["flat", "steep", "harmonic", "rank one", "spikes"])
-    @pytest.mark.parametrize("limit", [svd.EIGH_LIMIT, 0], ids=["eigh", "krylov"])
+    @pytest.mark.parametrize("limit", [triplets.EIGH_LIMIT, 0], ids=["eigh", "krylov"])
     def test_against_float64(self, shape, kind, limit, monkeypatch):
-        monkeypatch.setattr(svd, "EIGH_LIMIT", limit)
+        monkeypatch.setattr(triplets, "EIGH_LIMIT", limit)
         A = noise_with_spikes(shape) if kind == "spikes" else planted(shape, spectra(min(shape))[kind])
         r = min(8, *shape)
         check_triplets(A, svd.top_triplets(A, 8), r)
@@ -150,14 +151,14 @@ class TestTopTriplets:
     def test_a_large_short_side_takes_the_krylov_path_and_finds_the_same_subspace(self, monkeypatch):
         A = noise_with_spikes((1030, 1040)).float()
         found = svd.top_triplets(A, 12)
-        monkeypatch.setattr(svd, "EIGH_LIMIT", 2000)
+        monkeypatch.setattr(triplets, "EIGH_LIMIT", 2000)
         U = svd.top_triplets(A, 12).U
         assert float(torch.linalg.matrix_norm(U.T @ found.U) ** 2) == pytest.approx(12, abs=1e-10)
         assert float(found.residual.max()) < 1e-9
 
-    @pytest.mark.parametrize("limit", [svd.EIGH_LIMIT, 0], ids=["eigh", "krylov"])
+    @pytest.mark.parametrize("limit", [triplets.EIGH_LIMIT, 0], ids=["eigh", "krylov"])
     def test_deterministic_with_a_fixed_sign_and_the_same_for_the_transpose(self, limit, monkeypatch):
-        monkeypatch.setattr(svd, "EIGH_LIMIT", limit)
+        monkeypatch.setattr(triplets, "EIGH_LIMIT", limit)
         A = noise_with_spikes((90, 90))
         first, again, transposed = svd.top_triplets(A, 6), svd.top_triplets(A, 6), svd.top_triplets(A.T, 6)
         assert torch.equal(first.U, again.U)

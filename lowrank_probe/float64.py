@@ -1,0 +1,103 @@
+"""The float64 steps that the kernels of `svd` share: a matrix of any dtype is upcast a few rows at a time.
+
+Legend: A (m, n) any real 2-D tensor; k = min(m, n); G = the (k, k) Gram matrix of A's short side.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+EPS64: Final = 2.0**-53
+# Entries upcast to float64 at a time; bounds the working memory next to the matrix itself.
+CHUNK_ENTRIES: Final = 1 << 17
+# The same for the Gram matrix, where every block costs one more pass over G.
+GRAM_ENTRIES: Final = 1 << 19
+# On a GPU, where every chunk is a launch and many are a wait.
+DEVICE_ENTRIES: Final = 1 << 24
+
+
+def row_chunks(A: Tensor, entries: int | None = None) -> Iterator[Tensor]:
+    """Views of A by rows: about `entries` (`CHUNK_ENTRIES`) entries on a CPU, `DEVICE_ENTRIES` elsewhere."""
+    rows = max(1, ((entries or CHUNK_ENTRIES) if A.is_cpu else DEVICE_ENTRIES) // max(1, A.shape[1]))
+    for start in range(0, A.shape[0], rows):
+        yield A[start : start + rows]
+
+
+def fro_norm(A: Tensor) -> float:
+    """‖A‖_F = √Σ a², summed in float64 from the entries: the exact denominator of every energy."""
+    total = torch.zeros((), dtype=torch.float64, device=A.device)
+    for chunk in row_chunks(A):
+        total += torch.linalg.vector_norm(chunk.double()) ** 2
+    return math.sqrt(float(total))
+
+
+def gram(A: Tensor) -> Tensor:
+    """The float64 Gram matrix of the short side, (k, k): A·Aᵀ for m ≤ n, else Aᵀ·A. Upcast chunk by chunk."""
+    if A.shape[0] <= A.shape[1]:
+        A = A.T
+    k = A.shape[1]
+    G = torch.zeros(k, k, dtype=torch.float64, device=A.device)
+    product = torch.empty_like(G) if G.is_cpu else G
+    buffer = torch.empty(0, dtype=torch.float64, device=A.device)
+    for chunk in row_chunks(A, GRAM_ENTRIES):
+        # One buffer for all blocks: glibc's heap grows when megabytes are allocated and freed over and over.
+        block = buffer.resize_(chunk.shape).copy_(chunk)
+        if G.is_cpu:  # numpy sees the symmetry and does half the work (syrk)
+            np.matmul(block.numpy().T, block.numpy(), out=product.numpy())
+            G += product
+        else:
+            G.addmm_(block.T, block)
+    return G
+
+
+def product(A: Tensor, X: Tensor) -> Tensor:
+    """A·X in float64, (m, p), for A (m, n) in any dtype, X (n, p) float64; A is upcast chunk by chunk."""
+    if A.T.is_contiguous() and not A.is_contiguous():  # by the rows that lie together in memory
+        total = torch.zeros(A.shape[0], X.shape[1], dtype=torch.float64, device=A.device)
+        at = 0
+        for chunk in row_chunks(A.T, GRAM_ENTRIES):
+            total += mm(chunk.double().T, X[at : at + len(chunk)])
+            at += len(chunk)
+        return total
+    return torch.cat([mm(chunk.double(), X) for chunk in row_chunks(A, GRAM_ENTRIES)])
+
+
+def mm(A: Tensor, B: Tensor) -> Tensor:
+    """A·B in float64. On a CPU by numpy, as all heavy steps: its BLAS is the faster one, and the threads of two kinds
+    of BLAS in turn wait for each other spinning."""
+    return torch.from_numpy(np.matmul(A.numpy(), B.numpy())) if A.is_cpu else A @ B
+
+
+def qr(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduced QR of a float64 matrix."""
+    if not A.is_cpu:
+        Q, R = torch.linalg.qr(A)
+        return Q, R
+    q, r = np.linalg.qr(A.numpy())
+    return torch.from_numpy(q), torch.from_numpy(r)
+
+
+def eigvalsh(G: Tensor) -> NDArray[np.float64]:
+    """Eigenvalues of a symmetric float64 matrix, descending, on the host (on a CPU numpy's LAPACK is the faster)."""
+    lam = np.linalg.eigvalsh(G.numpy()) if G.is_cpu else torch.linalg.eigvalsh(G).cpu().numpy()
+    return np.asarray(lam[::-1], dtype=np.float64)
+
+
+def eigh(G: Tensor, count: int) -> tuple[NDArray[np.float64], Tensor]:
+    """The `count` largest eigenvalues of a symmetric float64 matrix, descending, and their vectors (k, count)."""
+    if G.is_cpu:
+        lam, vectors = np.linalg.eigh(G.numpy())
+        return lam[::-1][:count].copy(), torch.from_numpy(vectors[:, ::-1][:, :count].copy())
+    values, W = torch.linalg.eigh(G)
+    return values.flip(0)[:count].cpu().numpy(), W.flip(1)[:, :count]
+
+
+def small_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, s, Vh) of a matrix of a few hundred rows, on the host: cuSOLVER's Jacobi default is inaccurate."""
+    U, s, Vh = np.linalg.svd(A.cpu().numpy(), full_matrices=False)
+    return torch.from_numpy(U).to(A.device), torch.from_numpy(s).to(A.device), torch.from_numpy(Vh).to(A.device)
