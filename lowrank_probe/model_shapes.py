@@ -9,18 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank_probe.errors import CheckpointError
-from lowrank_probe.shape_families import FAMILIES, family_shape
+from lowrank_probe.shape_families import family_shape, is_known
+from lowrank_probe.typical_shapes import typical_shape
 from lowrank_probe.weight_shapes import Kind, ModelShape, Weight
 
-__all__ = ["Kind", "ModelShape", "Weight", "model_shape", "shape_of_config"]
+__all__ = ["Kind", "ModelShape", "Weight", "model_shape", "shape_of_config", "typical_shape"]
 
 
 def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
     """Every weight of the model that a config (config.json as a dict) describes."""
-    if config.get("model_type") not in FAMILIES:
-        raise CheckpointError(f"model type {config.get('model_type')!r}: not known")
-    return family_shape(config)
+    if is_known(config):
+        return family_shape(config)
+    from lowrank_probe.built_shapes import built_shape
+
+    return built_shape(config)
 
 
 def model_shape(source: str | os.PathLike[str] | Mapping[str, Any] | ModelShape) -> ModelShape:
