@@ -26,7 +26,7 @@ from lowrank_probe.layers import place, sort_key
 from lowrank_probe.outputs import write_directory
 from lowrank_probe.safetensors_files import write_file
 from lowrank_probe.targets import Selection, Target, Whole
-from lowrank_probe.tensor_info import DTYPES
+from lowrank_probe.torch_dtypes import DTYPES
 
 WEIGHTS: Final = "adapter_model.safetensors"
 CONFIG: Final = "adapter_config.json"

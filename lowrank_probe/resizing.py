@@ -31,7 +31,7 @@ from lowrank_probe.layers import place
 from lowrank_probe.outputs import copy_into, whole_directory
 from lowrank_probe.runs import SCHEMA_VERSION, plain
 from lowrank_probe.safetensors_files import write_file
-from lowrank_probe.tensor_info import DTYPES
+from lowrank_probe.torch_dtypes import DTYPES
 
 WEIGHTS: Final = "adapter_model.safetensors"
 CONFIG: Final = "adapter_config.json"
