@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from lowrank_probe.errors import CheckpointError
-from lowrank_probe.layers import place, without_expert
+from lowrank_probe.layers import place, starred
 from lowrank_probe.shape_mixtures import active_parameters, mixture_notes
 from lowrank_probe.weight_shapes import Kind, ModelShape, Weight
 
@@ -86,11 +86,11 @@ def _weights(model: Any) -> tuple[Weight, ...]:
             bias = own["bias"] if leaf == "weight" and "bias" in own and own["bias"] is not None else None
             n_bias = 0 if bias is None or id(bias) in seen else bias.numel()
             where = place(key)
-            starred = _starred(name if leaf == "weight" else key, where.layer)
+            stars = starred(name if leaf == "weight" else key)
             if getattr(module, "is_transposed", False):
-                transposed.add(starred)
+                transposed.add(stars)
             oriented = shape[::-1] if kind == "conv1d" else shape
-            found.setdefault((starred, kind or "norm", oriented, n_bias, tied), []).append(where.layer)
+            found.setdefault((stars, kind or "norm", oriented, n_bias, tied), []).append(where.layer)
     return tuple(
         Weight(
             name, kind, place(name.replace("*", "0")).layer_type, shape, bias, len(layers),
@@ -98,16 +98,6 @@ def _weights(model: Any) -> tuple[Weight, ...]:
         )
         for (name, kind, shape, bias, tied), layers in found.items()
     )  # fmt: skip
-
-
-def _starred(name: str, layer: int | None) -> str:
-    """The name with its layer's and its expert's number as `*`."""
-    name = without_expert(name)
-    if layer is None:
-        return name
-    steps = name.split(".")
-    at = next((i for i, step in enumerate(steps) if step == str(layer)), None)
-    return name if at is None else ".".join([*steps[:at], "*", *steps[at + 1 :]])
 
 
 def _number(config: Any, *names: str) -> int:

@@ -251,6 +251,16 @@ def without_expert(name: str) -> str:
     return name if number is None else f"{name[: number.start(1)]}*{name[number.end(1) :]}"
 
 
+def starred(name: str) -> str:
+    """The name with its layer's and its expert's number as `*`: one name for all layers.
+
+    >>> starred("model.layers.3.mlp.experts.7.up_proj"), starred("encoder.block.2.layer.0.SelfAttention.q")
+    ('model.layers.*.mlp.experts.*.up_proj', 'encoder.block.*.layer.0.SelfAttention.q')
+    """
+    name = without_expert(name)
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1)
+
+
 def module_of(name: str) -> str:
     """The module's dotted name: the tensor name without its last `.weight` / `.bias` / `_weight` / `_bias`."""
     return re.sub(r"[._](?:weight|bias)$", "", name)
