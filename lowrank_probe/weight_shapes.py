@@ -24,9 +24,20 @@ MLP: Final = frozenset(
 )  # fmt: skip
 _GROUPS: Final = {"attention": ATTENTION, "mlp": MLP}
 # Model types for which PEFT (0.21, `_convert_peft_config_moe`) takes the names that a mixture's layers had in
-# transformers 4 for the stacks of experts and routers of transformers 5; a test compares.
-REWRITTEN: Final = frozenset({"mixtral", "qwen3_moe"})
-_OLD_NAMES: Final = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
+# transformers 4 for the stacks of experts and routers of transformers 5; these names. A test compares.
+_MIXTRAL: Final = frozenset({"gate", "w1", "w2", "w3"})
+_QWEN: Final = frozenset({"gate", "gate_proj", "up_proj", "down_proj"})
+REWRITTEN: Final[dict[str, frozenset[str]]] = {
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), _MIXTRAL),
+    **dict.fromkeys(
+        ("qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_text", "afmoe", "beam",
+         "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
+         "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash",
+         "mellum", "olmoe", "sarvam_mla", "solar_open"),
+        _QWEN,
+    ),
+}  # fmt: skip
+_STACKS: Final = frozenset({"gate", "gate_up_proj", "down_proj"})  # what those names have become
 
 
 @dataclass(frozen=True)
@@ -204,12 +215,10 @@ class ModelShape:
 
     def _linear(self, weight: Weight) -> Weight | None:
         last = weight.name.rpartition(".")[2]
-        if self.model_type in REWRITTEN:
-            if weight.kind == "parameter":
-                return replace(weight, rank_factor=2) if last == "gate_up_proj" else weight
-            if last in _OLD_NAMES:
-                return None
-        if weight.kind not in ("linear", "conv1d") or weight.name == self.head:
+        old_names = REWRITTEN.get(self.model_type, frozenset())
+        if old_names and weight.kind == "parameter" and last in _STACKS:
+            return replace(weight, rank_factor=2) if last == "gate_up_proj" else weight
+        if weight.kind not in ("linear", "conv1d") or weight.name == self.head or last in old_names:
             return None
         return weight
 
