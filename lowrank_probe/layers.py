@@ -143,7 +143,8 @@ _MLA: Final = ("q_proj", "q_b_proj", "kv_b_proj")
 LORA_TARGETS: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(
         ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "gemma", "gemma2",
-         "gemma3", "gemma3_text", "gpt_oss", "llama4", "llama4_text", "glm4", "stablelm", "granitemoe", "olmo2", "starcoder2"), _QV,
+         "gemma3", "gemma3_text", "gpt_oss", "llama4", "llama4_text", "glm4", "stablelm", "granitemoe",
+         "olmo2", "starcoder2"), _QV,
     ),
     **dict.fromkeys(("opt", "gptj", "gpt_neo", "bart", "marian", "whisper", "clip", "vit", "wav2vec2"), _QV),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "albert"), _BERT),
