@@ -68,7 +68,7 @@ def _model(config: dict[str, Any]) -> Any:
 
 def _weights(model: Any) -> tuple[Weight, ...]:
     """The parameters of a model, put together by name without its numbers, kind and shape."""
-    from lowrank_probe.modules import _kind_of
+    from lowrank_probe.modules import kind_of
 
     seen: set[int] = set()
     found: dict[tuple[str, Kind, tuple[int, ...], int, bool], list[int | None]] = {}
@@ -81,7 +81,7 @@ def _weights(model: Any) -> tuple[Weight, ...]:
             seen.add(id(parameter))
             if leaf == "bias" and "weight" in own:
                 continue
-            kind, _ = _kind_of(module, leaf, key, parameter.ndim)
+            kind, _ = kind_of(module, leaf, key, parameter.ndim)
             shape = tuple(parameter.shape)
             bias = own["bias"] if leaf == "weight" and "bias" in own and own["bias"] is not None else None
             n_bias = 0 if bias is None or id(bias) in seen else bias.numel()

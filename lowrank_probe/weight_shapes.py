@@ -146,7 +146,8 @@ class ModelShape:
         """The weights that LoRA adapts for these targets, each with how many of it; norms are never among them.
 
         targets: one, or a list, each one of
-        - "all-linear": as PEFT means it, every Linear and Conv1D but the output head. In a mixture of experts whose
+        - "all-linear": as PEFT means it, every Linear and Conv1D but the output head (a classifier's too, as with its
+          task type SEQ_CLS). In a mixture of experts whose
           layers transformers 5 holds as stacks, PEFT 0.21 takes what was linear in transformers 4: the experts (gate
           and up, which are one there, get twice the rank) and the router; so for Mixtral and Qwen3-MoE, but not for
           Qwen2-MoE, where the stacks stay as they are.

@@ -10,6 +10,7 @@ FALCON = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_atte
 T5 = {"vocab_size": 32, "d_model": 16, "d_ff": 24, "d_kv": 6, "num_layers": 3, "num_heads": 4}
 GROUPED = {"num_key_value_heads": 2}
 WIDE = {"num_key_value_heads": 2, "head_dim": 6}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 MOE = {"num_experts_per_tok": 2, **GROUPED}
 QWEN_MOE = {"num_experts": 3, "moe_intermediate_size": 12, **MOE}
@@ -52,7 +53,27 @@ CONFIGS = {
     "roberta": (SIZES, [{}, UNTIED]),
     "t5": (T5, [{}, {"num_decoder_layers": 2, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}]),
 }  # fmt: skip
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_DEEPSEEK = {
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": 6, "kv_lora_rank": 6, "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4, "v_head_dim": 4,
+}  # fmt: skip
+_VISION = {
+    "model_type": "siglip_vision_model", "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 24, "image_size": 16, "patch_size": 4,
+}  # fmt: skip
+# Architectures that are in no table: three mixtures, cross-attention, a model of several towers.
+OTHERS = [
+    {"model_type": "stablelm", "architectures": ["StableLmForCausalLM"], **_TOKENS, **SIZES, **GROUPED},
+    {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], **_TOKENS, **SIZES, **MOE, "num_experts": 3},
+    {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], **_TOKENS, **SIZES, **_DEEPSEEK},
+    {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], **_TOKENS, **SIZES, **MOE, "num_local_experts": 3,
+     "head_dim": 4},
+    {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **_TOKENS, **OLD, "add_cross_attention": True},
+    {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "vision_config": _VISION,
+     "text_config": {"model_type": "gemma3_text", "head_dim": 4, **_TOKENS, **SIZES, **GROUPED},
+     "mm_tokens_per_image": 4},
+]  # fmt: skip
 
 
 def configs(model_type):

@@ -15,9 +15,10 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from peft.utils import transformers_weight_conversion as peft_moe
+from published_models import COUNTS
 from refusals import refused
 from safetensors.torch import load_file, save_file
-from shape_configs import CONFIGS, SIZES, configs
+from shape_configs import CONFIGS, OTHERS, SIZES, configs
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from lowrank_probe.built_shapes import built_shape
@@ -43,6 +44,10 @@ PUBLISHED = {
     "Pythia-12B": 11846072320, "GPT-NeoX-20B": 20554567680, "Mixtral-8x7B": 46702792704,
     "Mixtral-8x22B": 140630071296,
 }  # fmt: skip
+
+
+def without(config, *names):
+    return {key: value for key, value in config.items() if key not in names}
 
 
 def meta(config):
@@ -81,9 +86,7 @@ def test_reference_models(name):
     assert shape.n_parameters == shape.n_active == row["total_params"] == sum(shape.by_type().values())
     assert shape.tied_embeddings == row["tied_embeddings"]
     by_type = shape.by_type()
-    assert by_type["embedding"] + by_type.get("position_embedding", 0) - row["embedding_params"] in (
-        0, by_type.get("position_embedding", 0),
-    )  # fmt: skip
+    assert by_type["embedding"] == row["embedding_params"]
     assert by_type["lm_head"] == row["lm_head_params"]
     for label, target in row["targets"].items():
         dora = label.endswith("+dora")
@@ -119,6 +122,12 @@ def test_weights_are_those_of_the_real_model(model_type):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         assert len(names) == len(set(names)) == sum(weight.count for weight in shape.weights)
         assert all(name in modules or name in parameters for name in names)
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if "num_key_value_heads" in CONFIGS[name][0]])
+def test_what_a_config_leaves_out_has_the_familys_default(model_type):
+    config = without(configs(model_type)[0], "num_key_value_heads")
+    assert sorted(map(repr, shape_of_config(config).weights)) == sorted(map(repr, built_shape(config).weights))
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -182,10 +191,18 @@ def test_the_mixtures_that_peft_rewrites():
     assert theirs == REWRITTEN
 
 
-def test_active_parameters_of_mixtral():
-    shape = family_shape(published("mixtral")["Mixtral-8x7B"])
-    assert (shape.n_parameters, shape.n_active) == (46_702_792_704, 12_879_925_248)  # published: 46.7B and 12.9B
-    assert "2 of 8 experts" in shape.notes[0]
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_counts(name):
+    config, count = COUNTS[name]
+    assert family_shape(config).n_parameters == count
+
+
+def test_active_parameters():
+    mixtral = family_shape(published("mixtral")["Mixtral-8x7B"])
+    assert (mixtral.n_parameters, mixtral.n_active) == (46_702_792_704, 12_879_925_248)
+    assert "2 of 8 experts" in mixtral.notes[0]
+    for name, billions in (("Qwen1.5-MoE-A2.7B", 2.7), ("Qwen3-30B-A3B", 3.3)):  # as published
+        assert math.isclose(family_shape(COUNTS[name][0]).n_active, billions * 1e9, rel_tol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -220,10 +237,6 @@ def test_targets_that_match_nothing_list_what_there_is():
     assert shape.lora_parameters(1000, "q") == 1000 * 3 * 32
 
 
-def without(config, *names):
-    return {key: value for key, value in config.items() if key not in names}
-
-
 @pytest.mark.parametrize(
     ("config", "told"),
     [
@@ -250,14 +263,19 @@ def test_configs_that_say_too_little_or_nonsense(config, told):
     assert "\n" not in str(error.value)
 
 
-def test_an_architecture_that_is_in_no_table_is_built():
-    config = SIZES | {"model_type": "stablelm", "num_key_value_heads": 2}
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config["model_type"])
+def test_an_architecture_that_is_in_no_table_is_built(config):
     shape = shape_of_config(config)
-    model = hf.StableLmForCausalLM(hf.StableLmConfig(**without(config, "model_type")))
+    with torch.device("meta"):
+        cls = getattr(hf, config["architectures"][0])
+        model = cls(cls.config_class(**without(config, "model_type", "architectures")))
     assert shape.source == "transformers (meta device)"
     assert shape.n_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (shape.hidden, shape.n_layers, shape.n_heads, shape.vocab) == (16, 3, 4, 32)
+    assert dict(model.named_modules())[shape.head] is model.get_output_embeddings()
     assert ours(shape, 3, "all-linear") == by_peft(model, r=3, target_modules="all-linear")
-    assert (shape.hidden, shape.n_layers, shape.n_kv_heads, shape.head_dim) == (16, 3, 2, 4)
+    plain = shape_of_config(without(config, "architectures")) if "text_config" not in config else shape
+    assert plain.n_parameters == shape.n_parameters
 
 
 def test_another_head_than_the_tables_is_built():
