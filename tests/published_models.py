@@ -1,4 +1,8 @@
-"""Configs of published models beyond the reference file and the typical ones, and the counts that their pages give."""
+"""Configs of published models beyond the reference file and the typical ones, and their numbers of parameters.
+
+Both were set down from memory, not read from the models' pages; that each config gives its count to the last digit is
+the check.
+"""
 
 
 def _sizes(hidden, layers, heads, kv_heads, intermediate, vocab, **others):

@@ -30,6 +30,7 @@ from lowrank_probe.typical_shapes import LIKE, published
 from lowrank_probe.weight_shapes import REWRITTEN
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "reference_counts.json").read_text())["models"]
+# Totals of the typical models, from memory as in published_models.py.
 PUBLISHED = {
     "SmolLM2-135M": 134515008, "SmolLM2-360M": 361821120, "Llama-3.2-1B": 1235814400, "Llama-3.2-3B": 3212749824,
     "Llama-2-7B": 6738415616, "Llama-3.1-8B": 8030261248, "Llama-2-13B": 13015864320, "LLaMA-30B": 32528943616,
