@@ -1,7 +1,7 @@
 """`typical_shape`: a number of parameters → the published model of a family that is nearest, scaled where none is near.
 
-Source: Pythia's model card; the other sizes and totals were set down from memory, not read from the models' pages. A test
-compares the totals, which a number of heads does not change where q, k and v are equally wide.
+Source: Pythia's model card; the other sizes and totals were set down from memory, not read from the models' pages. A
+test compares the totals, which a number of heads does not change where q, k and v are equally wide.
 """
 
 import math
