@@ -1,8 +1,8 @@
 """The leading eigenvectors of AᵀA found and proven in float32, then refined in float64: half the work on a CPU.
 
-Legend: A (m, n), k = min(m, n), G (k, k) the Gram matrix of the short side, r wanted, p ≥ r kept. numpy only, because
-its BLAS is the faster one on a CPU. A bound on a largest eigenvalue need not be sharp, so that float32 serves to prove
-that nothing was missed, although it could not give the eigenvalues.
+Legend: A (long, k) with k the short side, G = AᵀA (k, k), r wanted, p ≥ r kept. By numpy, whose BLAS is the faster one
+on a CPU. A bound on a largest eigenvalue need not be sharp, so that float32 serves to prove that nothing was missed,
+although it could not give the eigenvalues.
 """
 
 import math
@@ -26,17 +26,16 @@ ROUNDS: Final = 4
 
 
 def certified(
-    A: Tensor, r: int, *, oversample: int = 16, seed: int = 0, tail_bar: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], Tensor] | None:
-    """(lower, upper) bounds of the r largest eigenvalues of G and their Ritz vectors (k, r) in float64; None where
-    float32 does not prove Σ of them within tail_bar of what they leave of tr G, nor within 5e-7·tr G.
+    tall: Tensor, r: int, *, oversample: int = 16, seed: int = 0, tail_bar: float
+) -> tuple[NDArray[np.float64], Tensor, Tensor] | None:
+    """(upper bounds of the r largest eigenvalues of G, their Ritz vectors V (k, r), A·V) in float64; None where float32
+    does not prove Σ of them within tail_bar of what they leave of tr G, nor within 5e-7·tr G.
 
-    A: (m, n) on the CPU, r < k. As `svd.top_spectrum`, whose bounds these are, but μ is proven with the float32 Gram
-    matrix Ĝ and its Cholesky factorisation; to μ is added by how much rounding can be wrong:
+    tall: A, (long, k) on the CPU, r < k ≤ long. As `svd.top_spectrum`, whose bounds these are, but μ is proven with the
+    float32 Gram matrix Ĝ and its Cholesky factorisation; to μ is added by how much rounding can be wrong:
     ‖Ĝ − G‖ ≤ 2√long·u·tr G (Higham & Mary 2019), 8p·u·λ₁ for the deflation, 8k·u·μ for the factorisation (Demmel 1989).
     θ and the residual ‖GV − VΘ‖ come from A in float64.
     """
-    tall = A if A.shape[0] > A.shape[1] else A.T  # as `svd.gram` chooses
     single = tall.float().numpy()
     G: Matrix = np.matmul(single.T, single)  # numpy sees the symmetry and does half the work (syrk)
     k, trace = G.shape[0], float(np.trace(G, dtype=np.float64))
@@ -67,10 +66,10 @@ def certified(
                 return None
             before = off
             continue
-        lower, V, off = _refined(tall, basis[:, :p])
+        lower, V, AV, off = _refined(tall, basis[:, :p])
         upper = upper_bounds(lower[:r], mu, off)
         if float((upper - lower[:r]).sum()) <= bar and _bounded_by(G, V, shift):
-            return lower[:r], upper, V[:, :r]
+            return upper, V[:, :r], AV[:, :r]
     return None
 
 
@@ -78,14 +77,14 @@ def _slack(theta: NDArray[np.float64], mu: float, off: float) -> float:
     return float((upper_bounds(theta, mu, off) - theta).sum())
 
 
-def _refined(tall: Tensor, basis: Matrix) -> tuple[NDArray[np.float64], Tensor, float]:
-    """(Θ descending (p,), V (k, p), ‖GV − VΘ‖_F): Rayleigh–Ritz in float64 on the span of `basis` (k, p)."""
+def _refined(tall: Tensor, basis: Matrix) -> tuple[NDArray[np.float64], Tensor, Tensor, float]:
+    """(Θ descending (p,), V (k, p), AV, ‖GV − VΘ‖_F): Rayleigh–Ritz in float64 on the span of `basis` (k, p)."""
     V = qr(torch.from_numpy(basis).double())[0]
     Y = product(tall, V)
     theta, W = eigh(mm(Y.T, Y), V.shape[1])
-    V = mm(V, W)
-    residual = product(tall.T, mm(Y, W)) - V * torch.from_numpy(theta)
-    return theta, V, float(torch.linalg.matrix_norm(residual))
+    V, AV = mm(V, W), mm(Y, W)
+    residual = product(tall.T, AV) - V * torch.from_numpy(theta)
+    return theta, V, AV, float(torch.linalg.matrix_norm(residual))
 
 
 def _bounded_by(G: Matrix, V: Tensor, mu: float) -> bool:

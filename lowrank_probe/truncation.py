@@ -49,22 +49,21 @@ def truncate(A: Tensor, r: int, *, seed: int = 0) -> Truncation:
     """
     k = min(A.shape)
     r = min(r, k)
-    found = _leading(A, r, seed) if k > KRYLOV_FROM and r <= k // 8 else None
-    _, upper, basis = found if found is not None else (None, *eigh(gram(A), r))
-    upper = np.maximum(upper, 0.0) + eigenvalue_error(float(upper[0]), A.shape)
     tall = A if A.shape[0] > A.shape[1] else A.T  # as `gram` chooses
-    Q, R = qr(product(tall, basis))
+    found = _leading(tall, r, seed) if k > KRYLOV_FROM and r <= k // 8 else None
+    upper, basis = found[:2] if found is not None else eigh(gram(A), r)
+    upper = np.maximum(upper, 0.0) + eigenvalue_error(float(upper[0]), A.shape)
+    Q, R = qr(found[2] if found is not None else product(tall, basis))
     W, s, Zh = small_svd(R)
     left, right = mm(Q, W), mm(basis, Zh.T)
     U, V = (left, right) if tall is A else (right, left)
     return Truncation(U, s, V.T, upper, "eigh" if found is None else "krylov")
 
 
-def _leading(A: Tensor, r: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64], Tensor] | None:
-    """(lower, upper, basis) of the r largest eigenvalues of the Gram matrix by block Krylov; None without a proof."""
-    if A.is_cpu:
-        found = single_precision.certified(A, r, seed=seed, tail_bar=TAIL_BAR)
-        if found is not None:
-            return found
-    G = gram(A)
-    return certified(G, r, seed=seed, tail_bar=TAIL_BAR) if float(torch.diagonal(G).sum()) > 0 else None
+def _leading(tall: Tensor, r: int, seed: int) -> tuple[NDArray[np.float64], Tensor, Tensor] | None:
+    """(upper bounds, V, tall·V) of the r largest eigenvalues of tallᵀ·tall by block Krylov; None without a proof."""
+    if tall.is_cpu and (found := single_precision.certified(tall, r, seed=seed, tail_bar=TAIL_BAR)) is not None:
+        return found
+    G = gram(tall.T)
+    wide = certified(G, r, seed=seed, tail_bar=TAIL_BAR) if float(torch.diagonal(G).sum()) > 0 else None
+    return None if wide is None else (wide[1], wide[2], product(tall, wide[2]))
