@@ -1,6 +1,5 @@
 """`Checkpoint`: a model or adapter, from wherever it lies; headers now, tensors on demand, one at a time."""
 
-import json
 import math
 import os
 import re
@@ -18,8 +17,10 @@ from lowrank_probe.errors import CheckpointError
 from lowrank_probe.gguf_files import open_gguf
 from lowrank_probe.memory import open_memory
 from lowrank_probe.pickles import open_pickle
-from lowrank_probe.safetensors_files import read_entries, read_header
-from lowrank_probe.tensor_info import TORCH_DTYPES, Loader, Opened, TensorInfo
+from lowrank_probe.safetensors_files import read_entries
+from lowrank_probe.safetensors_headers import read_header, read_index, read_json
+from lowrank_probe.tensor_info import Loader, Opened, TensorInfo
+from lowrank_probe.torch_dtypes import TORCH_DTYPES
 
 # What a user may give as one side of a comparison: a path or hub id, a state dict, or a model.
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Any
@@ -142,22 +143,11 @@ def open_checkpoint(source: Source) -> Checkpoint:
     notes: tuple[str, ...] = ()
     if not text or not root.exists():
         if not hub.is_hub_id(text):
-            raise CheckpointError(_no_such(text))
+            raise CheckpointError(hub.no_such(text))
         root = hub.download(text)
         notes = (f"{text} is no path here: taken from the hub (snapshot {root.name[:12]})",)
     opened = _open_file(root) if root.is_file() else _open_directory(root)
     return _checked(replace(opened, notes=notes))
-
-
-def _no_such(text: str) -> str:
-    """Why nothing can be opened under this name, and the mend."""
-    if not text:
-        return "'' is no path (expected a checkpoint directory, file or hub id; an empty variable?)"
-    if "://" in text:
-        hub_id = hub.id_in_address(text)
-        mend = f"give the hub id, {hub_id}" if hub_id else "download it and give the file"
-        return f"{text}: is a web address (expected a checkpoint directory, file or hub id); {mend}"
-    return f"{text}: no such file or directory (expected a checkpoint directory, file or hub id, owner/name)"
 
 
 def _checked(side: Checkpoint) -> Checkpoint:
@@ -251,44 +241,12 @@ def _open_directory(root: Path) -> Checkpoint:
     )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `CheckpointError` where it is none."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{file}: is not valid JSON") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def _read_index(index: Path) -> Opened:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map")
-    if not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index}: its weight_map must give a file name for every tensor")
-    root = index.parent.resolve()
-    shards: dict[str, Mapping[str, TensorInfo]] = {}
     loaders: dict[str, Loader] = {}
-    for name in sorted(set(weight_map.values())):
-        # The path as the index writes it; the file itself may be a link (hub caches link every shard).
-        if os.path.isabs(name) or ".." in Path(name).parts:
-            raise CheckpointError(f"{index}: names {name}, outside of its own directory")
-        if not (root / name).exists():
-            raise CheckpointError(f"{index}: names {name}, which does not exist; is the download complete?")
-        shard = _open_file(index.parent / name)
-        shards[name] = shard.tensors
+
+    def tensors_of(file: Path) -> Mapping[str, TensorInfo]:
+        shard = _open_file(file)
         loaders.update(shard.loaders)
-    tensors = {}
-    for tensor, file in weight_map.items():
-        if tensor not in shards[file]:
-            raise CheckpointError(f"{index}: says {tensor} is in {file}, which does not hold it")
-        tensors[tensor] = shards[file][tensor]
-    for file, infos in shards.items():
-        extra = [name for name in infos if name not in tensors]
-        if extra:
-            raise CheckpointError(f"{index}: {file} holds {extra[0]}, which the index does not list")
-    return tensors, loaders
+        return shard.tensors
+
+    return read_index(index, tensors_of), loaders

@@ -34,7 +34,7 @@ from lowrank_probe.rank_choice import RankChoice
 from lowrank_probe.runs import SCHEMA_VERSION
 from lowrank_probe.selection import select
 from lowrank_probe.targets import Selection
-from lowrank_probe.tensor_info import DTYPES
+from lowrank_probe.torch_dtypes import DTYPES
 from lowrank_probe.unfinished import Unfinished
 from lowrank_probe.words import some
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from lowrank_probe.extraction_summary import error_curves, summarise_extraction
+from lowrank_probe.extraction_summary import error_curves
 from lowrank_probe.figure_data import cells_of, columns_of, finite, groups
 from lowrank_probe.figure_layers import button, layer_axis
 from lowrank_probe.figure_style import COLOURS, DASHES, INK, UNKNOWN, Spec, faint, menu, numbers, spec, text
@@ -96,7 +96,7 @@ def where_spec(found: "Extraction") -> Spec:
 
     A menu chooses the adapter, and shares of everything that changed or of the type alone.
     """
-    summary = summarise_extraction(found.ledger)
+    summary = found.summary
     summary = summary[summary["share"] > 0]
     largest = summary.groupby("layer_type")["share"].max().nlargest(MAX_BARS).index
     labels = [label for label in dict.fromkeys(summary["layer_type"]) if label in set(largest)][::-1]

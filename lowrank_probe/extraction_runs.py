@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +47,10 @@ class Extraction:
     @property
     def summary(self) -> pd.DataFrame:
         """One row an adapter and layer type, columns as `columns.EXTRACTION_SUMMARY`."""
+        return self._summary.copy()
+
+    @cached_property
+    def _summary(self) -> pd.DataFrame:
         return summarise_extraction(self.ledger)
 
     def __repr__(self) -> str:

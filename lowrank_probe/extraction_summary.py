@@ -4,11 +4,12 @@ Legend: r rank. Everything is weighted by ‖ΔW‖_F², as squares add up: a ty
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lowrank_probe.columns import EXTRACTION_SUMMARY
 from lowrank_probe.layers import labels, place, sort_key
@@ -16,6 +17,7 @@ from lowrank_probe.metrics import Values
 
 ALL: Final = "all"
 _ERRORS: Final = ("relative_error", "optimal_error_low", "optimal_error_high")
+_SUMMED: Final = ("status", "share", "rank", "energy", "fro_norm", "parameters", *_ERRORS)
 
 
 def summarise_extraction(ledger: pd.DataFrame) -> pd.DataFrame:
@@ -76,27 +78,36 @@ def error_curves(curves: pd.DataFrame) -> Iterator[tuple[str, Values, Values, Va
 def _summary(ledger: pd.DataFrame, types: "pd.Series[str]") -> pd.DataFrame:
     rows = []
     order = sorted(set(types), key=lambda label: (sort_key(label.rpartition(" ")[2]), label))
+    columns = {name: ledger[name].to_numpy() for name in _SUMMED}
     for adapter in dict.fromkeys(ledger["adapter"]):
+        own = (ledger["adapter"] == adapter).to_numpy()
         for label in order:
-            part = ledger[(ledger["adapter"] == adapter) & (types == label)]
-            if len(part):
-                rows.append({"adapter": adapter, "layer_type": label} | _numbers(part))
+            part = own & (types == label).to_numpy()
+            if part.any():
+                found = _numbers({name: values[part] for name, values in columns.items()})
+                rows.append({"adapter": adapter, "layer_type": label} | found)
     return pd.DataFrame(rows, columns=list(EXTRACTION_SUMMARY))
 
 
-def _numbers(part: pd.DataFrame) -> dict[str, Any]:
-    adapted = part[part["status"] == "adapted"]
-    share = {status: float(part.loc[part["status"] == status, "share"].sum()) for status in set(part["status"])}
-    square = adapted["fro_norm"] ** 2
-    total = float(square.sum()) or math.nan  # NaN where nothing is adapted
-    kept = float((adapted["energy"] * adapted["share"]).sum())
-    errors = {column: math.sqrt(float((adapted[column] ** 2 * square).sum()) / total) for column in _ERRORS}
+def _numbers(part: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """In numpy: a few matrices a type, and a hundred types, are much work for pandas."""
+    status, share = part["status"], part["share"].astype(float)
+    adapted = status == "adapted"
+    shares = {word: float(np.nansum(share[status == word])) for word in set(status)}
+    rank, energy = part["rank"][adapted], part["energy"][adapted].astype(float)
+    square = part["fro_norm"][adapted].astype(float) ** 2
+    total = float(np.nansum(square)) or math.nan  # NaN where nothing is adapted
+    kept = float(np.nansum(energy * share[adapted]))
+    errors = {
+        column: math.sqrt(float(np.nansum(part[column][adapted].astype(float) ** 2 * square)) / total)
+        for column in _ERRORS
+    }
     return {
-        "n_adapted": len(adapted), "rank_low": adapted["rank"].min(), "rank_high": adapted["rank"].max(),
-        "parameters": int(adapted["parameters"].sum()),
-        "energy": float((adapted["energy"] * square).sum()) / total, **errors,
-        "share": float(part["share"].sum()), "carried": kept, "truncated": share.get("adapted", 0.0) - kept,
-        "carried_whole": share.get("carried whole", 0.0),
-        "not_carried": share.get("not carried", 0.0) + share.get("rank 0", 0.0),
-        "n_unknown": int((part["status"].eq("not carried") & part["share"].isna()).sum()),
+        "n_adapted": len(rank), "rank_low": min(rank, default=math.nan), "rank_high": max(rank, default=math.nan),
+        "parameters": int(np.nansum(part["parameters"][adapted].astype(float))),
+        "energy": float(np.nansum(energy * square)) / total, **errors,
+        "share": float(np.nansum(share)), "carried": kept, "truncated": shares.get("adapted", 0.0) - kept,
+        "carried_whole": shares.get("carried whole", 0.0),
+        "not_carried": shares.get("not carried", 0.0) + shares.get("rank 0", 0.0),
+        "n_unknown": int(((status == "not carried") & np.isnan(share)).sum()),
     }  # fmt: skip

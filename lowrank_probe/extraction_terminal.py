@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lowrank_probe import words
 from lowrank_probe.errors import printable
-from lowrank_probe.extraction_summary import ALL, extraction_totals, summarise_extraction
+from lowrank_probe.extraction_summary import ALL, extraction_totals
 
 if TYPE_CHECKING:
     from lowrank_probe.extraction_runs import Extraction
@@ -26,10 +26,10 @@ def print_extraction(found: "Extraction") -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     for head in (*(("adapter",) if several else ()), "type", "n", "rank", "kept", "error", "optimum", "parameters"):
         table.add_column(head, justify="left" if head in ("adapter", "type") else "right", no_wrap=True)
+    summary = found.summary
+    totals = {row["adapter"]: row for row in extraction_totals(found.ledger).to_dict("records")}
     for label in found.adapters:
-        ledger = found.ledger[found.ledger["adapter"] == label]
-        rows = [*summarise_extraction(ledger).to_dict("records"), *extraction_totals(ledger).to_dict("records")]
-        for row in rows:
+        for row in (*summary[summary["adapter"] == label].to_dict("records"), totals[label]):
             if row["n_adapted"]:
                 table.add_row(
                     *((label,) if several else ()), printable(row["layer_type"]), str(row["n_adapted"]),

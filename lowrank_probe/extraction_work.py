@@ -30,8 +30,8 @@ from lowrank_probe.unfinished import Unfinished
 from lowrank_probe.weighting import Weighting
 
 Left = tuple[Pair | None, dict[str, Any]]
-# Matrices held on a GPU at once, in multiples of the largest one's entries.
-IN_FLIGHT: Final = 2.5
+# Matrices held on a GPU at once, in multiples of what the largest one takes.
+IN_FLIGHT: Final = 2.1
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,10 @@ class Work:
         def size(piece: Piece) -> int:
             return math.prod(piece.target.shape)
 
+        def held(piece: Piece) -> int:
+            """The entries that it takes on a GPU: ΔW, and the float64 Gram matrix with what proves its top part."""
+            return size(piece) + 6 * min(piece.target.shape) ** 2
+
         def rank(piece: Piece) -> int:
             return 1 if ranks is None else min(ranks[piece.target.name], *piece.target.shape)
 
@@ -213,7 +217,8 @@ class Work:
         todo = [piece for piece in every if not self._has(piece, what, rank(piece))]
         total, done = sum(map(size, every)), sum(map(size, every)) - sum(map(size, todo))
         largest = max(math.prod(info.shape) for info in self.base.tensors.values())  # read for its norm at least
-        jobs = run_jobs(todo, size, load, compute, self.device, IN_FLIGHT, largest)
+        by = size if self.device.type == "cpu" else held
+        jobs = run_jobs(todo, by, load, compute, self.device, IN_FLIGHT, largest)
         with interruptible() as asked_to_stop, closing(jobs):
             for piece in jobs:
                 done += size(piece)

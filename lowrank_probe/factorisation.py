@@ -13,6 +13,7 @@ from torch import Tensor
 from lowrank_probe import svd
 from lowrank_probe.metrics import Values
 from lowrank_probe.narrowing import narrowed
+from lowrank_probe.truncation import truncate
 from lowrank_probe.weighting import Roots
 
 
@@ -21,7 +22,7 @@ class Factored:
     """The factors of one matrix on the host in their stored dtype, and per rank j = 1 … r, all (r,) float64:
 
     kept: what rank j keeps of ‖ΔW‖_F² before rounding (Σ_{i≤j} σᵢ² for the SVD). upper: what no matrix of rank j keeps
-    more than. stored: ‖ΔW − B_j·A_j‖_F² of the rounded factors. method: of `svd.truncate`.
+    more than. stored: ‖ΔW − B_j·A_j‖_F² of the rounded factors. method: of `truncation.truncate`.
     With roots: upper and weighted = ‖Kᵀ(ΔW − B_j·A_j)L‖_F² are of KᵀΔWL, weighted_norm = ‖KᵀΔWL‖_F; kept is after.
     """
 
@@ -45,7 +46,7 @@ def factorise(
     The stored error is ‖ΔW‖² − 2⟨ΔW, BA⟩ + ‖BA‖² in float64, so that errors below 3e-8·‖ΔW‖_F are seen as that.
     """
     M = dense if roots is None else roots.weighted(dense)
-    found = svd.truncate(M, r, seed=seed)
+    found = truncate(M, r, seed=seed)
     long_B, long_A = (found.U, found.s[:, None] * found.Vh) if roots is None else roots.factors(dense, found.U)
     lengths = torch.linalg.vector_norm(long_B, dim=0), torch.linalg.vector_norm(long_A, dim=1)
     nothing = (lengths[0] == 0) | (lengths[1] == 0)

@@ -18,7 +18,7 @@ CHUNK_ENTRIES: Final = 1 << 17
 # The same for the Gram matrix, where every block costs one more pass over G.
 GRAM_ENTRIES: Final = 1 << 19
 # On a GPU, where every chunk is a launch and many are a wait.
-DEVICE_ENTRIES: Final = 1 << 27
+DEVICE_ENTRIES: Final = 1 << 24
 
 
 def row_chunks(A: Tensor, entries: int | None = None) -> Iterator[Tensor]:

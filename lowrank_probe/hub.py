@@ -34,6 +34,17 @@ def id_in_address(text: str) -> str:
     return "" if found is None else f"{found[1]}@{found[2]}" if found[2] else found[1]
 
 
+def no_such(text: str) -> str:
+    """Why nothing can be opened under this name, and the mend."""
+    if not text:
+        return "'' is no path (expected a checkpoint directory, file or hub id; an empty variable?)"
+    if "://" in text:
+        hub_id = id_in_address(text)
+        mend = f"give the hub id, {hub_id}" if hub_id else "download it and give the file"
+        return f"{text}: is a web address (expected a checkpoint directory, file or hub id); {mend}"
+    return f"{text}: no such file or directory (expected a checkpoint directory, file or hub id, owner/name)"
+
+
 def download(hub_id: str) -> Path:
     """The local snapshot of a hub repository: configs and weights, its safetensors files, else its pickles.
 
@@ -48,6 +59,14 @@ def download(hub_id: str) -> Path:
         f"{hub_id}: its repository on the hub holds no model.safetensors, pytorch_model.bin or shards of them in its "
         "root; download what it has and give that directory or file"
     )
+
+
+def download_config(hub_id: str) -> Path:
+    """The local copy of a hub repository's config.json, alone. Raises `CheckpointError` as `download`."""
+    file = _snapshot(hub_id, ["config.json"]) / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{hub_id}: its repository on the hub holds no config.json; give the model it belongs to")
+    return file
 
 
 def _snapshot(hub_id: str, patterns: list[str]) -> Path:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowrank_probe.definite import positive_definite
 from lowrank_probe.float64 import EPS64, eigh, gram, mm, qr
 from lowrank_probe.full_spectra import SingularValues, eigenvalue_error
 
@@ -72,7 +73,7 @@ def certified(
         basis = mm(wide, W[:, :q])
         residual = mm(G, basis) - basis * theta[:q]
         column = torch.linalg.vector_norm(residual, dim=0)
-        p = _cut(theta.cpu().numpy(), r, q)
+        p = cut(theta.cpu().numpy(), r, q)
         off = float(torch.linalg.matrix_norm(residual[:, :p]))
         # A Ritz value errs by about its residual squared over the gap: small enough first for 1e-6 of each σ, down to
         # 2e-5·σ₁; the certificate below is what is claimed.
@@ -80,7 +81,7 @@ def certified(
         if bool((column[:r] > 3e-4 * theta[:r])[counted].any()):
             continue
         mu = float(theta[p]) * (1 + 1e-3) + 1e-12 * trace
-        upper = _upper_bounds(theta[:r].cpu().numpy(), mu, off)
+        upper = upper_bounds(theta[:r].cpu().numpy(), mu, off)
         slack = float((upper - theta[:r].cpu().numpy()).sum())
         bar = 0.5 * ENERGY_BAR * trace
         if tail_bar is not None:
@@ -93,14 +94,15 @@ def certified(
     return None
 
 
-def _cut(theta: NDArray[np.float64], r: int, q: int) -> int:
+def cut(theta: NDArray[np.float64], r: int, q: int) -> int:
     """Where to split captured from deflated: the widest gap among the Ritz values r … q−1."""
     candidates = theta[r - 1 : q]
     gaps = candidates[:-1] - candidates[1:]
     return r + int(np.argmax(gaps[: max(1, len(gaps) * 3 // 4)]))
 
 
-def _upper_bounds(theta: NDArray[np.float64], mu: float, off: float) -> NDArray[np.float64]:
+def upper_bounds(theta: NDArray[np.float64], mu: float, off: float) -> NDArray[np.float64]:
+    """Upper bounds of the eigenvalues whose Ritz values are theta, as `top_spectrum` explains; off is ‖R‖_F."""
     gap = theta - mu
     if np.any(gap <= 0):
         # No gap: Weyl. Every eigenvalue moves by at most ‖R‖, and none of the rest exceeds μ.
@@ -112,20 +114,14 @@ def _bounded_by(G: Tensor, V: Tensor, mu: float) -> bool:
     """Proof that no eigenvalue of (I − VVᵀ)G(I − VVᵀ) exceeds mu: a Cholesky factorisation that succeeds."""
     k = G.shape[0]
     GV = mm(G, V)
-    # V·(VᵀGV)·Vᵀ − V·(GV)ᵀ − (GV)·Vᵀ as two products of k × p by p × k.
-    deflated = G + mm(mm(V, mm(V.T, GV)) - GV, V.T) - mm(V, GV.T)
-    deflated = (deflated + deflated.T) / 2
-    # Backward error of the float64 factorisation and of forming `deflated` (Demmel 1989: ≈ k·ε·‖·‖).
+    X, Y = torch.cat([mm(V, mm(V.T, GV)) - GV, -V], dim=1), torch.cat([V, GV], dim=1)
+    shifted = (G + mm(X, Y.T)).neg_() if G.is_cpu else torch.addmm(G, X, Y.T, beta=-1, alpha=-1)
+    # Backward error of the float64 factorisation and of forming it (Demmel 1989: ≈ k·ε·‖·‖).
     margin = 8 * k * EPS64 * (float(torch.diagonal(G).max()) + mu)
-    shifted = deflated.neg_()
     shifted.diagonal().add_(mu - margin)
     if not shifted.is_cpu:
         return int(torch.linalg.cholesky_ex(shifted)[1]) == 0
-    try:
-        np.linalg.cholesky(shifted.numpy())
-    except np.linalg.LinAlgError:
-        return False
-    return True
+    return positive_definite(shifted.numpy())
 
 
 def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 10) -> NDArray[np.float64]:

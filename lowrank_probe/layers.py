@@ -143,7 +143,8 @@ _MLA: Final = ("q_proj", "q_b_proj", "kv_b_proj")
 LORA_TARGETS: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(
         ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "gemma", "gemma2",
-         "gemma3", "gemma3_text", "gpt_oss", "llama4", "llama4_text", "glm4", "stablelm", "granitemoe"), _QV,
+         "gemma3", "gemma3_text", "gpt_oss", "llama4", "llama4_text", "glm4", "stablelm", "granitemoe",
+         "olmo2", "starcoder2"), _QV,
     ),
     **dict.fromkeys(("opt", "gptj", "gpt_neo", "bart", "marian", "whisper", "clip", "vit", "wav2vec2"), _QV),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "albert"), _BERT),
@@ -249,6 +250,16 @@ def without_expert(name: str) -> str:
     """
     number = _EXPERT.search(name)
     return name if number is None else f"{name[: number.start(1)]}*{name[number.end(1) :]}"
+
+
+def starred(name: str) -> str:
+    """The name with its layer's and its expert's number as `*`: one name for all layers.
+
+    >>> starred("model.layers.3.mlp.experts.7.up_proj"), starred("encoder.block.2.layer.0.SelfAttention.q")
+    ('model.layers.*.mlp.experts.*.up_proj', 'encoder.block.*.layer.0.SelfAttention.q')
+    """
+    name = without_expert(name)
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1)
 
 
 def module_of(name: str) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.narrowing import dtype_word
-from lowrank_probe.tensor_info import TORCH_DTYPES, Loader, Opened, TensorInfo
+from lowrank_probe.tensor_info import Loader, Opened, TensorInfo
+from lowrank_probe.torch_dtypes import TORCH_DTYPES
 
 _DTYPE_NAMES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank_probe.adapters import read_factors
 from lowrank_probe.changes import Change, Plan, plan, sections
-from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint, read_json
+from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint
 from lowrank_probe.columns import MERGED, OVERLAP
 from lowrank_probe.errors import CheckpointError, OutputError, ProbeError
 from lowrank_probe.layers import place
@@ -31,8 +31,10 @@ from lowrank_probe.outputs import copy_into, whole_directory, write_json
 from lowrank_probe.overlaps import overlap_rows
 from lowrank_probe.runs import SCHEMA_VERSION, plain
 from lowrank_probe.safetensors_files import write_file
+from lowrank_probe.safetensors_headers import read_json
 from lowrank_probe.sums import merged
-from lowrank_probe.tensor_info import DTYPES, WIDTHS
+from lowrank_probe.tensor_info import WIDTHS
+from lowrank_probe.torch_dtypes import DTYPES
 
 _KEPT_FACTORS: Final = 8  # pairs of factors in memory: those of all experts of a layer lie in one
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from lowrank_probe import words
 from lowrank_probe.errors import printable
-from lowrank_probe.extraction_summary import extraction_totals, summarise_extraction
+from lowrank_probe.extraction_summary import extraction_totals
 
 if TYPE_CHECKING:
     from lowrank_probe.extraction_runs import Extraction
@@ -43,7 +43,7 @@ def card(extraction: "Extraction", label: str = "") -> str:
         f"{words.count(int(total['n_adapted']), 'matrix', 'matrices')} adapted, "
         f"{told['n_parameters']:,} parameters, {words.file_size(told['n_bytes'])} as {facts['dtype']}.",
         "## How near to the fine-tune",
-        _numbers_table(ledger, total),
+        _numbers_table(extraction.summary[extraction.summary["adapter"] == label], total),
         "kept: share of these matrices' ‖ΔW‖² that the stored factors keep, weighted by ‖ΔW‖² over the matrices of a "
         "type. error: ‖ΔW − BA‖/‖ΔW‖ of the stored factors. optimum: no matrices of these ranks have a smaller error "
         "(Eckart–Young, with proven bounds of the singular values). Every matrix has its own line in "
@@ -133,9 +133,8 @@ def _front_matter(base: str) -> str:
     return "\n".join(["---", *named, *tags, "---"])
 
 
-def _numbers_table(ledger: pd.DataFrame, total: Mapping[Any, Any]) -> str:
+def _numbers_table(summary: pd.DataFrame, total: Mapping[Any, Any]) -> str:
     lines = ["| layer type | matrices | rank | kept | error | optimum | parameters |", "|---|--:|--:|--:|--:|--:|--:|"]
-    summary = summarise_extraction(ledger)
     names = [code(str(label)) for label in summary["layer_type"]]
     for name, row in zip([*names, "**all**"], [*summary.to_dict("records"), total], strict=True):
         if row["n_adapted"]:

@@ -154,7 +154,7 @@ def _by_transformers(side: Checkpoint) -> Modules:
         if key not in state:
             slots[name] = Slot(module, leaf, None, f"{architectures[0]} has no {key}")
             continue
-        slot = Slot(module, leaf, *_kind_of(modules[module], leaf, key, state[key].ndim))
+        slot = Slot(module, leaf, *kind_of(modules[module], leaf, key, state[key].ndim))
         slot = replace(slot, transposed=bool(getattr(modules[module], "is_transposed", False)))
         slots[name] = slot if pattern is None else _assembled(slot, name, pattern, converter_of[pattern])
     outputs = model.get_output_embeddings()
@@ -165,7 +165,7 @@ def _by_transformers(side: Checkpoint) -> Modules:
     )  # fmt: skip
 
 
-def _kind_of(module: Any, leaf: str, key: str, ndim: int) -> tuple[Kind | None, str]:
+def kind_of(module: Any, leaf: str, key: str, ndim: int) -> tuple[Kind | None, str]:
     """What LoRA makes of one parameter of a module of torch, by PEFT's own tests (`dispatch_default`)."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowrank_probe.errors import NumericsError, ProbeError
 from lowrank_probe.options import STORED
-from lowrank_probe.tensor_info import DTYPES
+from lowrank_probe.torch_dtypes import DTYPES
 
 CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
 

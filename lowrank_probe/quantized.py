@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lowrank_probe.errors import CheckpointError
-from lowrank_probe.tensor_info import DTYPES, TensorInfo
+from lowrank_probe.tensor_info import TensorInfo
+from lowrank_probe.torch_dtypes import DTYPES
 
 # Quantized formats whose tensors are codes: subtracting them would be nonsense.
 _REFUSED_METHODS: Final = {

@@ -20,7 +20,7 @@ from torch import Tensor
 from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.distances import Measure
 from lowrank_probe.errors import NumericsError, ProbeError, printable
-from lowrank_probe.tensor_info import DTYPES
+from lowrank_probe.torch_dtypes import DTYPES
 
 # An adapter and its weight in the sum.
 Weighted = tuple[Path, float]

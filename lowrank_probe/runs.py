@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -55,6 +55,10 @@ class Result:
     @property
     def summary(self) -> pd.DataFrame:
         """One row a layer type with its verdict, columns as `columns.SUMMARY`."""
+        return self._summary.copy()
+
+    @cached_property
+    def _summary(self) -> pd.DataFrame:
         return summarise(self.table, related=bool(self.facts.get("related", True)))
 
     def __repr__(self) -> str:

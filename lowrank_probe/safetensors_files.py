@@ -1,6 +1,6 @@
-"""The safetensors format: headers, and one tensor at a time.
+"""The safetensors format: files written, and read one tensor at a time.
 
-An 8-byte length, a JSON header, raw little-endian data: the header tells everything that matching needs, a tensor is
+An 8-byte length, a JSON header (`safetensors_headers`), raw little-endian data: a tensor is
 read with positioned reads into memory that we own, and every fault of a file becomes one clear line.
 Source: the safetensors specification, version 0.4.
 """
@@ -18,74 +18,10 @@ import torch
 from torch import Tensor
 
 from lowrank_probe.errors import CheckpointError
-from lowrank_probe.tensor_info import TORCH_DTYPES, WIDTHS, TensorInfo
+from lowrank_probe.tensor_info import WIDTHS, TensorInfo
+from lowrank_probe.torch_dtypes import TORCH_DTYPES
 
-MAX_HEADER: Final = 100_000_000
 STAGE_BYTES: Final = 1 << 23
-
-
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """name → `TensorInfo` of one safetensors file, checked against each tensor's shape, the others and the file's size.
-
-    As in the official library the tensors must fill the file from the header to its end without hole or overlap.
-    """
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as handle:
-            prefix = handle.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > MAX_HEADER:
-                raise CheckpointError(f"{file}: not a safetensors file (no valid header length in its first 8 bytes)")
-            if 8 + length > size:
-                raise CheckpointError(
-                    f"{file}: its header says {8 + length} bytes but the file has {size}; truncated? download it again"
-                )
-            raw = handle.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-    try:
-        header = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        infos = {
-            name: TensorInfo(
-                name, tuple(map(int, entry["shape"])), str(entry["dtype"]), file,
-                8 + length + int(entry["data_offsets"][0]), 8 + length + int(entry["data_offsets"][1]),
-            )
-            for name, entry in entries.items()
-        }  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
-        raise CheckpointError(
-            f"{file}: not a safetensors file (its header is not the JSON the format asks for)"
-        ) from None
-    for info in infos.values():
-        expected = _n_bytes(info)
-        if info.start < 8 + length or info.n_bytes != expected:
-            raise CheckpointError(
-                f"{file}: tensor {info.name} {info.dtype} {info.shape} takes {expected} bytes, not {info.n_bytes}"
-            )
-        if info.stop > size:
-            raise CheckpointError(
-                f"{file}: tensor {info.name} ends at byte {info.stop} of {size}; truncated? download it again"
-            )
-    _check_layout(file, infos, 8 + length, size)
-    return infos
-
-
-def _check_layout(file: Path, infos: dict[str, TensorInfo], start: int, size: int) -> None:
-    """Raise `CheckpointError` unless the tensors follow each other from byte `start` to byte `size`, the end."""
-    end, before = start, "the header"
-    for info in sorted(infos.values(), key=lambda info: (info.start, info.stop)):
-        if info.start < end:
-            raise CheckpointError(f"{file}: tensors {before} and {info.name} overlap; damaged? download it again")
-        if info.start > end:
-            hole = f"{info.start - end} bytes between {before} and tensor {info.name} belong to no tensor"
-            raise CheckpointError(f"{file}: {hole}; damaged? download it again")
-        end, before = info.stop, info.name
-    if end < size:
-        raise CheckpointError(
-            f"{file}: {size - end} bytes after its last tensor belong to no tensor (it should end at byte {end}); "
-            "damaged? download it again"
-        )
 
 
 def write_file(
@@ -163,14 +99,3 @@ def _fill_from_host(out: Tensor, handle: io.FileIO) -> None:
         _fill(stage[: len(piece)], handle)
         piece.copy_(stage[: len(piece)], non_blocking=True)
         copied.record()
-
-
-def _n_bytes(info: TensorInfo) -> int:
-    if info.dtype not in WIDTHS:
-        raise CheckpointError(f"{info.file}: tensor {info.name} has unknown dtype {info.dtype}")
-    count = 1
-    for length in info.shape:
-        if length < 0:
-            raise CheckpointError(f"{info.file}: tensor {info.name} has a negative length in its shape {info.shape}")
-        count *= length
-    return int(count * WIDTHS[info.dtype])

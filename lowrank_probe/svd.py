@@ -12,14 +12,16 @@ float64; λ its eigenvalues, σ = √λ; r the number of values asked for; q the
     top_triplets       the r largest singular triplets (U, s, Vh), with the residual of each; `factored_triplets` the
                        same of scaling·B·A
 
-Each algorithm has a file of its own (`full_spectra`, `krylov`, `triplets`, `factored`, on the steps of `float64`).
+Each algorithm has a file of its own (`full_spectra`, `krylov`, `truncation`, `triplets`, `factored`, on the steps of
+`float64`).
 """
 
 from lowrank_probe.factored import factored_spectrum, factored_triplets
 from lowrank_probe.float64 import fro_norm, gram, product
 from lowrank_probe.full_spectra import RELATIVE_BAR, SingularValues, exact_spectrum, full_spectrum
 from lowrank_probe.krylov import leading_singular_values, top_spectrum
-from lowrank_probe.triplets import Triplets, Truncation, top_triplets, truncate
+from lowrank_probe.triplets import Triplets, top_triplets
+from lowrank_probe.truncation import Truncation, truncate
 
 __all__ = [
     "RELATIVE_BAR", "SingularValues", "Triplets", "Truncation", "exact_spectrum", "factored_spectrum",

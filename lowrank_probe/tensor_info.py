@@ -3,24 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from lowrank_probe.errors import CheckpointError
 
-DTYPES: Final[dict[str, torch.dtype]] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-TORCH_DTYPES: Final[dict[str, torch.dtype]] = DTYPES | {
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
-}  # fmt: skip
-# Width in bytes of every dtype a safetensors header may name; only `DTYPES` can be read as weights.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOATS: Final = ("F64", "F32", "F16", "BF16")
+# Width in bytes of every dtype a safetensors header may name; only `FLOATS` can be read as weights.
 WIDTHS: Final[dict[str, float]] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F4": 0.5, "F6_E2M3": 0.75,
     "F6_E3M2": 0.75, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8,
@@ -48,14 +39,14 @@ class TensorInfo:
 
     def check_dtype(self) -> None:
         """Raise `CheckpointError` for a dtype that is not a float of at least 16 bits, nor can be dequantized."""
-        if self.dtype not in DTYPES and not self.quantized:
+        if self.dtype not in FLOATS and not self.quantized:
             raise CheckpointError(
                 f"{self.name} in {self.file}: dtype {self.dtype} is not supported (expected one of "
-                f"{', '.join(DTYPES)}); dequantize or convert the checkpoint first, or leave it out with --exclude"
+                f"{', '.join(FLOATS)}); dequantize or convert the checkpoint first, or leave it out with --exclude"
             )
 
 
 # (start, stop) → those rows of a tensor's first dimension, (stop − start, …) in its stored dtype, or float32 where that
 # is quantized; of a scalar the scalar. What is opened: name → its header, name → its loader.
-Loader = Callable[[int, int], Tensor]
-Opened = tuple[dict[str, TensorInfo], dict[str, Loader]]
+Loader: TypeAlias = "Callable[[int, int], Tensor]"
+Opened: TypeAlias = tuple[dict[str, TensorInfo], dict[str, Loader]]

@@ -1,4 +1,4 @@
-"""The largest singular triplets of a matrix, and its best approximation of a rank.
+"""The largest singular triplets of a matrix.
 
 Legend: A (m, n) any real 2-D tensor; k = min(m, n); r the number of triplets asked for; q the width of a search space.
 """
@@ -12,61 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowrank_probe.float64 import eigh, gram, mm, product, qr, small_svd
-from lowrank_probe.full_spectra import eigenvalue_error
-from lowrank_probe.krylov import certified
 
 # Up to this short side the eigenvectors of the Gram matrix cost less than a block Krylov iteration.
 EIGH_LIMIT: Final = 1024
-# From this short side on a few leading eigenvectors cost less by a block Krylov iteration.
-KRYLOV_FROM: Final = 384
-# By how much of the squared error a truncation may miss the optimum: (1 + 5e-5)² − 1, with a margin.
-TAIL_BAR: Final = 5e-5
 # A triplet is settled when ‖A v − σ u‖ is at most this share of σ₁.
 TRIPLET_BAR: Final = 1e-10
-
-
-@dataclass(frozen=True)
-class Truncation:
-    """The best approximation of rank r: A (m, n) ≈ U·diag(s)·Vh, and how near to the optimum that is.
-
-    U (m, r), s (r,) descending, Vh (r, n): float64 on A's device; U and Vhᵀ have orthonormal columns. Cut to j < r
-    columns it is the best of rank j, as near.
-    upper: (r,) proven upper bounds on σᵢ²: Σ_{i≤j} sᵢ² is what rank j keeps of ‖A‖_F², exactly, and no matrix of that
-    rank keeps more than Σ_{i≤j} upper (Eckart & Young 1936).
-    """
-
-    U: Tensor
-    s: Tensor
-    Vh: Tensor
-    upper: NDArray[np.float64]
-    method: str
-
-
-def truncate(A: Tensor, r: int, *, seed: int = 0) -> Truncation:
-    """The truncated SVD of rank r of A (m, n), bracketed: eigenvectors of the float64 Gram matrix of the short side, or
-    for r ≤ k/8 a certified block Krylov iteration (`top_spectrum`), which falls back on them: the error is then within
-    5e-5 of the optimum, or within 1e-6·‖A‖_F.
-
-    r is cut to min(m, n). The last step is a Rayleigh–Ritz on A itself, so that what is kept is exact and small values
-    keep the digits that squaring costs. Deterministic for a given seed.
-    """
-    k = min(A.shape)
-    r = min(r, k)
-    G = gram(A)
-    found = None
-    if k > KRYLOV_FROM and r <= k // 8 and float(torch.diagonal(G).sum()) > 0:
-        found = certified(G, r, seed=seed, tail_bar=TAIL_BAR)
-    if found is not None:
-        _, upper, basis = found
-    else:
-        upper, basis = eigh(G, r)
-    upper = np.maximum(upper, 0.0) + eigenvalue_error(float(upper[0]), A.shape)
-    tall = A if A.shape[0] > A.shape[1] else A.T  # as `gram` chooses
-    Q, R = qr(product(tall, basis))
-    W, s, Zh = small_svd(R)
-    left, right = mm(Q, W), mm(basis, Zh.T)
-    U, V = (left, right) if tall is A else (right, left)
-    return Truncation(U, s, V.T, upper, "eigh" if found is None else "krylov")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import CheckpointError, OutputError
 from lowrank_probe.narrowing import CODES
 from lowrank_probe.runs import plain
-from lowrank_probe.safetensors_files import read_header, write_file
+from lowrank_probe.safetensors_files import write_file
+from lowrank_probe.safetensors_headers import read_header
 
 FOLDER: Final = ".unfinished"
 

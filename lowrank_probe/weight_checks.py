@@ -18,7 +18,7 @@ from lowrank_probe.errors import MatchError
 from lowrank_probe.matching import Pair, match
 from lowrank_probe.options import Options
 from lowrank_probe.running_models import Weighted
-from lowrank_probe.tensor_info import DTYPES
+from lowrank_probe.torch_dtypes import DTYPES
 from lowrank_probe.verification import ALLOWED_SHARE, ROWS, Verification, broken_rules
 
 # The ledger's figure is rounded where it is printed, and computed in another order.

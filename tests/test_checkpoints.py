@@ -15,7 +15,7 @@ from lowrank_probe import CheckpointError
 from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.matching import match
 from lowrank_probe.options import Options
-from lowrank_probe.safetensors_files import read_header
+from lowrank_probe.safetensors_headers import read_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

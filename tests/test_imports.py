@@ -43,7 +43,7 @@ except SystemExit as stop:
     "module",
     ["metrics", "layers", "errors", "options", "cli", "columns", "interrupts", "outputs", "__main__", "trajectory_runs",
      "trajectory_reports", "extraction_runs", "extraction_reports", "model_card",
-     "cli_adapters", "cli_extract", "cli_shared"],
+     "cli_adapters", "cli_extract", "cli_shared", "model_shapes", "safetensors_headers", "tensor_info", "hub"],
 )  # fmt: skip
 def test_modules_that_need_no_torch(module):
     assert "torch" not in python(f"import lowrank_probe.{module}; {REPORT}").split()

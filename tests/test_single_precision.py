@@ -1,0 +1,92 @@
+"""Bounds that float32 proves, against float64; and that it does not prove what is not so."""
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank_probe import single_precision
+from lowrank_probe.definite import BLOCK, positive_definite
+from lowrank_probe.truncation import TAIL_BAR
+
+
+def spectrum_of(A: torch.Tensor) -> np.ndarray:
+    return (torch.linalg.svdvals(A.double()) ** 2).numpy()
+
+
+def matrix(shape: tuple[int, int], s: np.ndarray, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    k = len(s)
+    U, V = (torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64))[0] for d in shape)
+    return ((U * torch.from_numpy(s)) @ V.T).float()
+
+
+@pytest.mark.parametrize("shape", [(700, 500), (500, 700)], ids=str)
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])
+def test_the_bounds_hold_and_are_tight(shape, scale, decay):
+    A = matrix(shape, scale / np.arange(1, 501) ** decay)
+    exact = spectrum_of(A)
+    found = single_precision.certified(A, 8, tail_bar=TAIL_BAR)
+    assert found is not None
+    lower, upper, V = found
+    assert V.shape == (500, 8)
+    assert V.dtype == torch.float64
+    assert torch.allclose(V.T @ V, torch.eye(8, dtype=torch.float64), atol=1e-12)
+    rounding = 1e-12 * exact.sum()
+    assert np.all(lower <= exact[:8] + rounding)
+    assert np.all(exact[:8] <= upper + rounding)
+    assert (upper - lower).sum() <= max(TAIL_BAR * exact[8:].sum(), rounding)
+
+
+def test_noise_with_spikes_is_bracketed():
+    rng = np.random.default_rng(5)
+    s = np.concatenate([[30.0, 20.0, 15.0], np.zeros(497)])
+    A = matrix((600, 500), s) + torch.from_numpy(0.1 * rng.standard_normal((600, 500))).float()
+    exact = spectrum_of(A)
+    found = single_precision.certified(A, 3, tail_bar=TAIL_BAR)
+    assert found is not None
+    lower, upper, _ = found
+    assert np.all((lower <= exact[:3] * (1 + 1e-12)) & (exact[:3] <= upper * (1 + 1e-12)))
+
+
+@pytest.mark.parametrize(
+    "A",
+    [
+        matrix((600, 500), np.r_[1.0 / np.arange(1, 6), np.zeros(495)]),  # below float32's own errors from the 6th on
+        1e-25 * matrix((600, 500), 1.0 / np.arange(1, 501)),  # squares underflow
+        torch.zeros(600, 500),
+    ],
+    ids=["rank 5", "tiny", "zero"],
+)
+def test_what_float32_cannot_prove_is_left_to_float64(A):
+    assert single_precision.certified(A, 8, tail_bar=TAIL_BAR) is None
+
+
+def test_a_missed_direction_is_noticed():
+    s = 1.0 / np.arange(1, 301)
+    A = matrix((400, 300), s)
+    G = (A.T @ A).numpy()
+    V = torch.linalg.eigh(A.double().T @ A.double())[1].flip(1)
+    every, without_third = V[:, :9], torch.cat([V[:, :2], V[:, 3:10]], dim=1)
+    mu = 1.01 * float(s[9] ** 2)
+    assert single_precision._bounded_by(G, every, mu)
+    assert not single_precision._bounded_by(G, without_third, mu)
+    assert not single_precision._bounded_by(G, every, 0.95 * float(s[9] ** 2))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("k", [1, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
+def test_definite_or_not_wherever_the_negative_value_lies(k, dtype):
+    rng = np.random.default_rng(1)
+    Q, _ = np.linalg.qr(rng.standard_normal((k, k)))
+    for lowest, expected in ((1e-2, True), (-1e-2, False)):
+        lam = np.concatenate([[lowest], np.linspace(0.5, 2, k - 1)])
+        M = ((Q * lam) @ Q.T).astype(dtype)
+        M[np.triu_indices(k, 1)] = np.nan  # not read
+        assert positive_definite(M) is expected
+
+
+def test_the_last_pivot_decides_too():
+    M = np.eye(2 * BLOCK + 3)
+    M[-1, -1] = -1e-8
+    assert not positive_definite(M)
