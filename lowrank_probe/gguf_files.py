@@ -41,6 +41,9 @@ _FAMILIES: Final = {
 _PART: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 _PLAIN: Final = ("F64", "F32", "F16", "BF16")
 
+# What the package's parser raises where it meets damage.
+_DAMAGE: Final = (ValueError, LookupError, OverflowError, TypeError, OSError)
+
 
 def open_gguf(file: Path) -> tuple[Opened, dict[str, Any]]:
     """(tensors, config) of a GGUF file, or of all the parts of a split one.
@@ -49,14 +52,14 @@ def open_gguf(file: Path) -> tuple[Opened, dict[str, Any]]:
     matrix, and (on reading) for a type that `gguf` cannot dequantize.
     """
     first = _reader(file)
-    parts = _parts(file, int(_field(first, "split.count") or 1))
+    parts = _parts(file, int(_field(file, first, "split.count") or 1))
     readers = [first if part == file else _reader(part) for part in parts]
-    family = str(_field(readers[0], "general.architecture") or "")
+    family = str(_field(parts[0], readers[0], "general.architecture") or "")
     keys = {
         "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
         "head_dim": "attention.key_length", "hidden_size": "embedding_length",
     }  # fmt: skip
-    found = {key: _field(readers[0], f"{family}.{gguf_key}") for key, gguf_key in keys.items()}
+    found = {key: _field(parts[0], readers[0], f"{family}.{gguf_key}") for key, gguf_key in keys.items()}
     found["num_key_value_heads"] = found["num_key_value_heads"] or found["num_attention_heads"]
     infos: dict[str, TensorInfo] = {}
     loaders: dict[str, Loader] = {}
@@ -82,7 +85,7 @@ def _reader(file: Path) -> Any:
         raise CheckpointError(f"{file}: reading GGUF needs the gguf package: pip install gguf") from None
     try:
         return GGUFReader(file)
-    except Exception as error:  # the package raises whatever its parser meets
+    except _DAMAGE as error:
         raise CheckpointError(f"{file}: is not a readable GGUF file ({str(error)[:200]})") from None
 
 
@@ -105,9 +108,12 @@ def _parts(file: Path, count: int) -> list[Path]:
     return parts
 
 
-def _field(reader: Any, key: str) -> Any:
+def _field(file: Path, reader: Any, key: str) -> Any:
     field = reader.get_field(key)
-    return None if field is None else field.contents()
+    try:
+        return None if field is None else field.contents()
+    except _DAMAGE as error:
+        raise CheckpointError(f"{file}: its {key} cannot be read ({error}); download it again") from None
 
 
 def _one(value: Any) -> Any:

@@ -41,8 +41,8 @@ def one_line() -> Iterator[None]:
         if ended.code == 130:  # what typer makes of a KeyboardInterrupt
             _end(LINE)
         raise
-    except Exception:
-        if pressed:  # extension modules turn a KeyboardInterrupt into errors of their own
+    except Exception:  # extension modules turn a KeyboardInterrupt into errors of their own
+        if pressed:
             _end(LINE)
         raise
     finally:

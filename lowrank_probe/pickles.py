@@ -43,7 +43,7 @@ def _load(file: Path) -> Any:
         with warnings.catch_warnings():  # of torch to whoever wrote the file
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip or None)
-    except Exception as error:  # pickle, zip and torch raise errors of a dozen kinds for a damaged file
+    except Exception as error:  # damage raises ten kinds, AssertionError and struct.error among them
         said = str(error)
         unsafe = _UNSAFE.search(said)
         if unsafe:

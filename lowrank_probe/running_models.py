@@ -245,7 +245,7 @@ def merge(worn: Any) -> Any:
     """The plain model with the adapters merged into its weights, by peft. Raises `ProbeError` where it cannot."""
     try:
         return worn.merge_and_unload(safe_merge=True).eval()
-    except Exception as error:
+    except (ValueError, RuntimeError, TypeError) as error:  # NaN, a layer that cannot be merged, shapes
         raise ProbeError(f"peft cannot merge the adapter: {first_line(error)}") from None
 
 

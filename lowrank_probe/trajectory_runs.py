@@ -216,7 +216,7 @@ def save_step(root: Path, label: str, result: Result, plan: Mapping[str, Any] | 
             write_directory(root, {FACTS: lambda p: p.write_text(text, encoding="utf-8")})
         try:
             result.save(root / label)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: what was marked here must not look like a run
             if first:
                 (root / FACTS).unlink(missing_ok=True)
             raise

@@ -1,5 +1,6 @@
 """GGUF files: names, order of rows, experts, parts, what is dequantized, and what is refused."""
 
+import contextlib
 import re
 
 import gguf
@@ -97,6 +98,14 @@ def test_quantized_gguf_is_dequantized_and_marked(tmp_path, wide_llama):
 def test_a_damaged_gguf_file(tmp_path, wide_llama):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     refused(tmp_path / "a.gguf", "not a readable GGUF file")
+    whole = write_gguf(tmp_path / "whole.gguf", wide_llama, gguf.GGMLQuantizationType.F32).read_bytes()
+    for end in range(4, len(whole), len(whole) // 60):  # the parser's errors differ by where it stops
+        (tmp_path / "a.gguf").write_bytes(whole[:end])
+        refused(tmp_path / "a.gguf", "not a readable GGUF file")
+    for at in range(24, 400):
+        (tmp_path / "a.gguf").write_bytes(whole[:at] + b"\xff\xff" + whole[at + 2 :])
+        with contextlib.suppress(lp.CheckpointError):  # or it does no harm
+            open_checkpoint(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize("kv_heads", [[2], [4]], ids=str)

@@ -8,7 +8,7 @@ import torch
 from lowrank_probe.errors import NumericsError, ProbeError
 from lowrank_probe.narrowing import CODES, dtype_word, narrowed, stored_dtype
 from lowrank_probe.options import STORED
-from lowrank_probe.tensor_info import DTYPES
+from lowrank_probe.torch_dtypes import DTYPES
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
