@@ -120,7 +120,7 @@ def spectrum(
         cuda_driver.wake(device)
         from lowrank_probe import devices
 
-        devices.start(device)
+        devices.start(device, then="lowrank_probe.reports")
         from lowrank_probe import spectra  # noqa: F401
 
         if figures is not None:

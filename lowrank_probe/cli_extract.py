@@ -72,7 +72,7 @@ def extract(
         cuda_driver.wake(device)
         from lowrank_probe import devices
 
-        devices.start(device)
+        devices.start(device, then="lowrank_probe.extraction_reports")
         from lowrank_probe import allocation, extraction
         from lowrank_probe.options import Options
         from lowrank_probe.rank_choice import RankChoice

@@ -5,6 +5,7 @@ Every spectrum here rests on float64. A laptop's GPU may have none (Apple's), or
 """
 
 import contextlib
+import importlib
 import math
 import threading
 import time
@@ -51,8 +52,11 @@ def choose_device(asked: str) -> Choice:
         return _choices[asked]
 
 
-def start(asked: str) -> None:
-    """Find, probe and warm up the device in the background, while the caller imports and reads headers."""
+def start(asked: str, then: str) -> None:
+    """Find, probe and warm up the device in the background, while the caller imports and reads headers.
+
+    then: the module that is wanted at the end (the report's); imported while the device computes, where it is no CPU.
+    """
 
     def quietly() -> None:
         with contextlib.suppress(ProbeError, RuntimeError):  # raised again where the device is needed
@@ -61,6 +65,7 @@ def start(asked: str) -> None:
                 from lowrank_probe.rows import warm_up
 
                 warm_up(device)
+                importlib.import_module(then)
 
     threading.Thread(target=quietly, daemon=True).start()
 
