@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, OutputError, ProbeError, UnchangedError
 
 if TYPE_CHECKING:
+    from lowrank_probe.budgets import Budget, budget
     from lowrank_probe.demos import demo
     from lowrank_probe.extraction import extract
     from lowrank_probe.extraction_runs import Extraction
@@ -46,11 +47,14 @@ _VERBS = {
     "merge": "merging",
     "Merged": "merging",
     "Resized": "resizing",
+    "budget": "budgets",
+    "Budget": "budgets",
     "report": "reports",
     "demo": "demos",
 }
 
 __all__ = [
+    "Budget",
     "CheckpointError",
     "Extraction",
     "Interrupted",
@@ -66,6 +70,7 @@ __all__ = [
     "Trajectory",
     "UnchangedError",
     "__version__",
+    "budget",
     "demo",
     "extract",
     "load",

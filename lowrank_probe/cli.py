@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank_probe import cli_adapters, interrupts
+from lowrank_probe.cli_budget import budget
 from lowrank_probe.cli_extract import extract
 from lowrank_probe.cli_shared import (
     Device,
@@ -233,6 +234,7 @@ def _finish(
 
 
 app.command(epilog="Example: probe extract base/ finetuned/ --rank 16 --out adapter/")(extract)
+app.command(epilog="Example: probe budget base/ --method lora --rank 16 --seq 2048 --gpu H100")(budget)
 
 
 @app.command(epilog="Example: probe report probe-runs/finetuned-20260102-030405/ --open")

@@ -213,6 +213,54 @@ EXTRACTION_SUMMARY: Final[dict[str, Column]] = {
     "n_unknown": Column("tensors left out whose ‖ΔW‖_F is unknown, and in none of the shares"),
 }
 
+# A training run's memory (`probe budget`): one row a run, a part of a run, a run and a card. Bytes are of one card.
+BUDGET: Final[dict[str, Column]] = {
+    "run": Column("method and recipe; with rank and sequence length where they differ"),
+    "method": Column("full, lora, qlora, dora or rslora"),
+    "recipe": Column("of what is trained: precision and optimizer"),
+    "rank": Column("of the adapter; missing for full fine-tuning"),
+    "batch": Column("sequences a card and step"),
+    "seq": Column("tokens a sequence; missing where activations are not known"),
+    "n_parameters": Column("of the model"),
+    "n_trainable": Column("of the adapter, or of the model"),
+    "trainable_share": Column("n_trainable / (n_parameters + the adapter's), as PEFT prints it"),
+    "bytes_per_trained": Column("weights + fp32 master + gradients + optimizer states of a trained parameter", "B"),
+    "bytes_per_frozen": Column("of a parameter of the frozen base in the mean; 0 where all are trained", "B"),
+    "state_bytes": Column("weights, gradients, optimizer states: what batch and sequence do not change", "B"),
+    "peak_phase": Column('forward, loss, backward or step; "states" where activations are not known'),
+    "total_bytes": Column("at the peak, with the reserve", "B"),
+    "total_gib": Column("total_bytes / 2³⁰", "GiB"),
+    "total_gb": Column("total_bytes / 10⁹", "GB"),
+    "adapter_file_bytes": Column("adapter_model.safetensors as PEFT saves it; missing for full fine-tuning", "B"),
+    "smallest_card": Column("the smallest common GPU that holds it alone"),
+    "source": Column("where the recipe is from"),
+}
+
+BUDGET_COMPONENTS: Final[dict[str, Column]] = {
+    "component": Column("what takes the memory"),
+    "run": BUDGET["run"],
+    "forward_gib": Column("when the forward pass peaks", "GiB"),
+    "loss_gib": Column("when the loss peaks: logits and their gradient", "GiB"),
+    "backward_gib": Column("when the backward pass peaks", "GiB"),
+    "step_gib": Column("in the optimizer's step", "GiB"),
+    "states_gib": Column("what stays, where activations are not known", "GiB"),
+    "formula": Column("how the bytes come about"),
+    "source": Column("where the formula is from"),
+}
+
+BUDGET_CARDS: Final[dict[str, Column]] = {
+    "card": Column("card, chip or computer, with its size as sold"),
+    "run": BUDGET["run"],
+    "usable_gib": Column("what a process can have of it", "GiB"),
+    "usable_from": Column("the total that PyTorch names on it, the HBM that XLA compiles for, or an estimate"),
+    "fits": Column("whether one has room"),
+    "stage_1": Column("least number of cards with ZeRO stage 1; missing where no number is enough"),
+    "stage_2": Column("the same with stage 2 of ZeRO or FSDP"),
+    "stage_3": Column("the same with stage 3 of ZeRO or FSDP"),
+    "largest_batch": Column("the largest batch that fits on one card at this sequence length"),
+    "largest_seq": Column("the longest sequence that fits on one card at this batch, at most the model's positions"),
+}
+
 # Energy against rank of an extraction's targets.
 CURVES: Final[dict[str, Column]] = {
     "name": Column("module or parameter as PEFT names it"),

@@ -38,6 +38,11 @@ OPTIONS = {
         "--out", "--rank", "--energy", "--budget", "--max-rank", "--rank-multiple", "--dtype", "--json", "--quiet",
     ],
     "merge": ["--out", "--weight", "--dtype", "--verify", "--data", "--device", "--json", "--quiet"],
+    "budget": [
+        "--params", "--like", "--method", "--rank", "--targets", "--precision", "--optimizer", "--dtype", "--seq",
+        "--batch", "--checkpointing", "--flash", "--loss", "--gpus", "--zero", "--fsdp", "--gpu", "--price",
+        "--storage", "--explain", "--measure", "--out", "--json", "--quiet",
+    ],
     "report": ["--open"],
     "demo": ["--out", "--seed", "--json", "--open", "--quiet"],
 }  # fmt: skip

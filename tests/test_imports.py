@@ -23,7 +23,17 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["spectrum", "--help"], ["merge", "--help"], ["--version"]], ids=" ".join
+    "arguments",
+    [
+        ["--help"],
+        ["spectrum", "--help"],
+        ["merge", "--help"],
+        ["--version"],
+        ["budget", "--help"],
+        ["budget", "--params", "70e9"],
+        ["budget", "--params", "7B", "--method", "lora", "--json"],
+    ],
+    ids=" ".join,
 )
 def test_help_is_light(arguments):
     code = f"""
@@ -54,7 +64,7 @@ def test_every_public_name_resolves_and_no_module_shadows_a_verb():
         assert getattr(lp, name) is not None
     assert set(dir(lp)) >= set(lp.__all__)
     verbs = {name for name in lp.__all__ if callable(getattr(lp, name)) and name.islower()}
-    assert verbs >= {"spectrum", "load", "report", "demo", "resize", "merge"}
+    assert verbs >= {"spectrum", "load", "report", "demo", "resize", "merge", "budget"}
     assert not verbs & {file.stem for file in Path(lp.__file__).parent.glob("*.py")}
 
 

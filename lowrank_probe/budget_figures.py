@@ -1,0 +1,191 @@
+"""Budgets to plotly figures as plain dicts, one function a question; imports no torch."""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from lowrank_probe.accelerators import find_accelerator
+from lowrank_probe.budget_fits import positions
+from lowrank_probe.budgets import Budget
+from lowrank_probe.figure_layers import button
+from lowrank_probe.figure_style import COLOURS, DASHES, INK, SYMBOLS, Spec, menu, numbers, spec, text
+
+# Component → colour; what is made of weights is blue, what training adds orange, what the data adds violet.
+PARTS: Final = {
+    "weights": "#0a84c1", "fp32 master weights": "#56b4e9", "gathered weights": "#8fc3e3",
+    "quantization constants": "#3d6f91", "fp32 upcasts": "#2aa198",
+    "unpacked weight": "#6c8cbf", "adapter": "#009e73", "gradients": "#e69f00",
+    "gradient buckets": "#f2c869", "optimizer states": "#d55e00", "optimizer step": "#a57c1b", "activations": "#cc79a7",
+    "logits": "#8a4f9e", "working memory": "#e3b1cd", "reserve": "#8c8c8c",
+}  # fmt: skip
+RANKS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SEQS: Final = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+MAX_BARS: Final = 24
+_CARDS: Final = ("T4", "RTX 4090", "RTX 5090", "L40S", "H100", "H200", "B200", "MI355X")
+_LABELS: Final = 90  # pixels above the bars for the cards' names
+_BELOW: Final = 230  # pixels around the plot, the legend's below it with them
+_NODES: Final = (
+    ("8 × H100", 8, "H100"),
+    ("16 × H100", 16, "H100"),
+    ("8 × B200", 8, "B200"),
+    ("8 × MI355X", 8, "MI355X"),
+)
+
+
+def run_names(budgets: Sequence[Budget]) -> list[str]:
+    """A name for each run: its label, with what else differs among them."""
+    several = {
+        "r": len({one.step.rank for one in budgets if one.counts.adapter}) > 1,
+        "s": len({one.step.seq for one in budgets}) > 1,
+    }
+    names = []
+    for one in budgets:
+        rank = f", r={one.step.rank}" if several["r"] and one.counts.adapter else ""
+        names.append(one.label + rank + (f", {one.step.seq:,} tokens" if several["s"] else ""))
+    return names
+
+
+def bars_spec(budgets: Sequence[Budget]) -> Spec:
+    """What does each run need, and of what? A stacked bar a run at its peak, card sizes as dotted lines."""
+    budgets = budgets[:MAX_BARS]
+    names, data = [text(name) for name in run_names(budgets)][::-1], list[Spec]()
+    shown = budgets[::-1]
+    for part, colour in PARTS.items():
+        x = [next((one.at[found.peak_phase] for one in found.components if one.name == part), 0) for found in shown]
+        if any(x):
+            data.append({
+                "type": "bar", "orientation": "h", "name": part, "y": names, "x": numbers([v / 2**30 for v in x]),
+                "marker": {"color": colour}, "hovertemplate": f"%{{y}}<br>{part}: %{{x:.3~f}} GiB<extra></extra>",
+            })  # fmt: skip
+    most = max(found.total_bytes for found in budgets) / 2**30
+    shapes, notes = _card_lines(most, "x")
+    bars = 34 * max(3, len(budgets))
+    x_axis = {"title": "GiB on one card", "range": [0, 1.1 * most]}
+    y = {"type": "category", "showgrid": False, "ticksuffix": "  ", "domain": [0, bars / (bars + _LABELS)]}
+    return spec(data, "What does it need?", bars + _LABELS + _BELOW, x_axis, y, barmode="stack", bargap=0.35,
+                shapes=shapes, annotations=notes, legend=_legend(bars + _LABELS))  # fmt: skip
+
+
+def phases_spec(budgets: Sequence[Budget]) -> Spec:
+    """Which phase peaks? A stacked bar a phase; a menu chooses the run."""
+    budgets = [one for one in budgets if one.knows_activations][:MAX_BARS]
+    phases, buttons, traces = list(budgets[0].phases), list[Spec](), list[Spec]()
+    parts = [part for part in PARTS if any(one.name == part for found in budgets for one in found.components)]
+    for name, found in zip(run_names(budgets), budgets, strict=True):
+        at = {one.name: one.at for one in found.components}
+        y = [numbers([at.get(part, {}).get(phase, 0) / 2**30 for phase in phases]) for part in parts]
+        buttons.append(button(text(name), {"y": y}))
+    for part, y in zip(parts, buttons[0]["args"][0]["y"], strict=True):
+        traces.append({
+            "type": "bar", "name": part, "x": phases, "y": y, "marker": {"color": PARTS[part]},
+            "hovertemplate": f"%{{x}}<br>{part}: %{{y:.3~f}} GiB<extra></extra>",
+        })  # fmt: skip
+    y_axis = {"title": "GiB on one card", "rangemode": "tozero"}
+    return spec(traces, "Which phase peaks?", 320 + _BELOW, {"showgrid": False}, y_axis, barmode="stack", bargap=0.45,
+                updatemenus=[menu(buttons)], legend=_legend(320))  # fmt: skip
+
+
+def rank_spec(budgets: Sequence[Budget]) -> Spec:
+    """What does a rank cost? Parameters, share, file and peak against rank, a line a method; a menu chooses which."""
+    lines = _by_line([one for one in budgets if one.counts.adapter], "rank", RANKS)
+    read: dict[str, Callable[[Budget], float]] = {
+        "trainable parameters": lambda one: one.counts.adapter,
+        "share of all parameters": lambda one: one.counts.adapter / (one.counts.total + one.counts.adapter),
+        "adapter file, MB": lambda one: one.adapter_file_bytes / 1e6,
+        "peak on one card, GiB" if budgets[0].knows_activations else "on one card without activations, GiB": (
+            lambda one: one.total_bytes / 2**30
+        ),
+    }
+    formats = ["~s", ".3~%", "~s", "~s"]
+    buttons = [
+        button(text(title), {"y": [numbers([value(one) for one in line]) for line in lines.values()]},
+               {"yaxis.title.text": title, "yaxis.tickformat": form})
+        for (title, value), form in zip(read.items(), formats, strict=True)
+    ]  # fmt: skip
+    data = [
+        _line(i, name, [one.step.rank for one in line], y, "rank")
+        for i, ((name, line), y) in enumerate(zip(lines.items(), buttons[0]["args"][0]["y"], strict=True))
+    ]
+    ranks = sorted({one.step.rank for line in lines.values() for one in line})
+    x = {"title": "rank", "type": "log", "tickvals": ranks, "ticktext": [str(rank) for rank in ranks]}
+    y_axis = {"title": next(iter(read)), "tickformat": "~s", "rangemode": "tozero"}
+    return spec(data, "What does a rank cost?", 420, x, y_axis, updatemenus=[menu(buttons)])
+
+
+def seq_spec(budgets: Sequence[Budget]) -> Spec:
+    """What does a longer sequence cost? The peak on one card, a line a run, card sizes as dotted lines."""
+    lines = _by_line([one for one in budgets if one.knows_activations], "seq", SEQS)
+    data, most, first = list[Spec](), 0.0, next(iter(lines.values()))
+    for i, (name, line) in enumerate(lines.items()):
+        y = [one.total_bytes / 2**30 for one in line]
+        most = max(most, *y)
+        data.append(_line(i, name, [one.step.seq or 0 for one in line], numbers(y), "tokens"))
+    shapes, notes = _card_lines(most, "y")
+    seqs = [one.step.seq or 0 for one in first]
+    x = {"title": "tokens a sequence", "type": "log", "tickvals": seqs, "ticktext": [f"{seq:,}" for seq in seqs]}
+    y_axis = {"title": "peak on one card, GiB", "range": [0, 1.06 * most]}
+    return spec(data, "What does a longer sequence cost?", 480, x, y_axis, shapes=shapes, annotations=notes)
+
+
+def budget_specs(budgets: Sequence[Budget]) -> dict[str, Spec]:
+    """The page's figures by name, in its order; those without anything to show are left out."""
+    figures = {"bars": bars_spec(budgets)}
+    if any(one.knows_activations for one in budgets):
+        figures["phases"] = phases_spec(budgets)
+    if any(one.counts.adapter for one in budgets):
+        figures["ranks"] = rank_spec(budgets)
+    if any(one.knows_activations for one in budgets):
+        figures["seqs"] = seq_spec(budgets)
+    return figures
+
+
+def _legend(height: int) -> Spec:
+    """Below the plot of that many pixels and its axis's title."""
+    return {"orientation": "h", "yanchor": "top", "y": -66 / height, "x": 0, "traceorder": "normal"}
+
+
+def _by_line(budgets: Sequence[Budget], what: str, usual: Sequence[int]) -> dict[str, list[Budget]]:
+    """Line → its budgets, ascending: those that were asked for where they are several, else the usual ones."""
+    lines: dict[str, list[Budget]] = {}
+    other = "seq" if what == "rank" else "rank"
+    several = len({getattr(one.step, other) for one in budgets}) > 1
+    for one in budgets:
+        value = getattr(one.step, other)
+        name = one.label + (f", {'r=' if other == 'rank' else ''}{value:,}{' tokens' if other == 'seq' else ''}" if (
+            several and value is not None and (other == "seq" or one.counts.adapter)) else "")  # fmt: skip
+        lines.setdefault(name, []).append(one)
+    if max(len(line) for line in lines.values()) == 1:
+        limit = positions(budgets[0]) if what == "seq" else None
+        values = [value for value in usual if limit is None or value <= limit]
+        lines = {name: [line[0].changed(**{what: value}) for value in values] for name, line in lines.items()}
+    return {name: sorted(line, key=lambda one: getattr(one.step, what)) for name, line in lines.items()}
+
+
+def _line(i: int, name: str, x: list[int], y: list[float | None], unit: str) -> Spec:
+    colour = COLOURS[i % len(COLOURS)]
+    return {
+        "type": "scatter", "mode": "lines+markers", "name": text(name), "x": x, "y": y,
+        "line": {"color": colour, "width": 2, "dash": DASHES[i % len(DASHES)]},
+        "marker": {"color": colour, "size": 7, "symbol": SYMBOLS[i % len(SYMBOLS)]},
+        "hovertemplate": f"{text(name)}, %{{x}} {unit}: %{{y:.4~g}}<extra></extra>",
+    }  # fmt: skip
+
+
+def _card_lines(most: float, axis: str) -> tuple[list[Spec], list[Spec]]:
+    """Dotted lines at what cards have for a process, below `most`; labels only where there is room between them."""
+    sizes = [(find_accelerator(name).label, find_accelerator(name).usable_bytes / 2**30) for name in _CARDS]
+    sizes += [(label, n * find_accelerator(name).usable_bytes / 2**30) for label, n, name in _NODES]
+    sizes = sorted((one for one in sizes if one[1] <= 1.05 * most), key=lambda one: one[1])
+    other = "y" if axis == "x" else "x"
+    shapes, notes, last = list[Spec](), list[Spec](), -most
+    line = {"type": "line", "line": {"color": INK, "width": 1, "dash": "dot"}, f"{other}ref": f"{other} domain"}
+    for label, size in sizes:
+        shapes.append(line | {f"{axis}0": size, f"{axis}1": size, f"{other}0": 0, f"{other}1": 1})
+        if size - last >= (0.035 if axis == "x" else 0.05) * most:
+            place = {"y": 1, "yanchor": "bottom", "xanchor": "left", "textangle": -35} if axis == "x" else {
+                "x": 1, "xanchor": "right", "yanchor": "bottom"}  # fmt: skip
+            notes.append(
+                {"text": label, axis: size, f"{other}ref": f"{other} domain", "showarrow": False, "font": {"size": 11}}
+                | place
+            )
+            last = size
+    return shapes, notes

@@ -1,0 +1,202 @@
+"""What a budget means for hardware: cards by stage, the largest batch and sequence, what switches would save, storage.
+
+All of it asks `Budget` again under other conditions; nothing here knows a formula.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from lowrank_probe.accelerators import Accelerator, accelerators
+from lowrank_probe.budget_measured import beside
+from lowrank_probe.budgets import SCHEMA_VERSION, Budget
+
+if TYPE_CHECKING:
+    from lowrank_probe.measuring import Measured
+
+MOST_CARDS: Final = 65536
+MOST_SEQUENCES: Final = 2**20
+MOST_TOKENS: Final = 2**24
+# Where a config says how many positions the model has.
+_POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+
+
+def cards_by_stage(found: Budget, gpu: Accelerator) -> dict[int, int | None]:
+    """Stage → the least number of cards on each of which it fits; None where no number of them is enough.
+
+    1 for every stage where one card holds it. Stage 0 (DDP) never gets below what one card needs.
+    """
+    if found.over(1, 0).fits(gpu):
+        return dict.fromkeys(range(4), 1)
+    stages: dict[int, int | None] = {0: None}
+    for stage in (1, 2, 3):
+        stages[stage] = _cards(found, gpu, stage)
+    return stages
+
+
+def largest(found: Budget, what: str, gpu: Accelerator) -> int | None:
+    """The largest batch ("batch") or sequence ("seq") that fits on the card; None where 1 does not.
+
+    A sequence has at most as many tokens as the model has positions. Needs a budget that knows its activations.
+    """
+    most = MOST_SEQUENCES if what == "batch" else positions(found) or MOST_TOKENS
+    return _most(most, gpu.usable_bytes, partial(found.total_at, what))
+
+
+def positions(found: Budget) -> int | None:
+    """How many positions the model's config says that it has."""
+    said = (found.shape.config.get(name) for name in _POSITIONS)
+    return next((value for value in said if isinstance(value, int) and value > 0), None)
+
+
+def smallest_card(found: Budget) -> Accelerator | None:
+    """The smallest of the common GPUs that holds it alone."""
+    cards = [one for one in accelerators() if one.common and one.vendor in ("NVIDIA", "AMD") and found.fits(one)]
+    return min(cards, key=lambda one: one.usable_bytes, default=None)
+
+
+@dataclass(frozen=True)
+class Mend:
+    """One switch and the bytes that a card would need with it."""
+
+    name: str
+    option: str
+    total_bytes: int
+    saved_bytes: int
+
+
+def mends(found: Budget) -> tuple[Mend, ...]:
+    """What each switch that is still off would save at the peak of this run, the largest first."""
+    step = found.step
+    tried: list[tuple[str, str, dict[str, Any]]] = []
+    if found.knows_activations:
+        if not step.checkpointing:
+            tried.append(("checkpointing (about a third more time)", "--checkpointing", {"checkpointing": True}))
+        if not step.chunked_loss:
+            tried.append(("chunked loss", "--loss chunked", {"chunked_loss": True}))
+        if not step.flash:
+            tried.append(("fused attention", "--flash", {"flash": True}))
+        assert step.seq is not None
+        if step.seq > 1:
+            tried.append(("half the sequence length", f"--seq {step.seq // 2}", {"seq": step.seq // 2}))
+        if step.batch > 1:
+            tried.append(
+                ("half the batch, accumulated twice", f"--batch {step.batch // 2}", {"batch": step.batch // 2})
+            )
+    if step.optimizer.startswith("adamw") and step.optimizer != "adamw-8bit":
+        tried.append(("8-bit Adam", "--optimizer adamw-8bit", {"optimizer": "adamw-8bit"}))
+    if step.optimizer == "adamw-foreach":
+        tried.append(("fused Adam", "--optimizer adamw", {"optimizer": "adamw"}))
+    if step.method != "full" and step.adapter_dtype == "float32":
+        tried.append(("adapter in bf16", "--dtype bfloat16", {"adapter_dtype": "bfloat16"}))
+    if step.method != "full" and step.rank > 1:
+        tried.append(("half the rank", f"--rank {step.rank // 2}", {"rank": step.rank // 2}))
+    if step.method in ("lora", "rslora"):
+        tried.append(("4-bit base (QLoRA)", "--method qlora", {"method": "qlora"}))
+    made = []
+    for name, option, change in tried:
+        total = found.changed(**change).total_bytes
+        if total < found.total_bytes:
+            made.append(Mend(name, option, total, found.total_bytes - total))
+    return tuple(sorted(made, key=lambda one: -one.saved_bytes))
+
+
+def storage(found: Budget, n: int) -> tuple[int, int]:
+    """(bytes of n tuned models as full checkpoints, bytes of one base and n adapters)."""
+    return n * found.checkpoint_bytes, found.checkpoint_bytes + n * found.adapter_file_bytes
+
+
+def told(
+    budgets: Sequence[Budget], gpu: Accelerator | None, price: float | None, n_stored: int | None,
+    measured: "Measured | None",
+) -> dict[str, Any]:  # fmt: skip
+    """Everything as one JSON object."""
+    first = budgets[0]
+    shape = first.shape
+    cards = [gpu] if gpu else [one for one in accelerators() if one.common]
+    found: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": {
+            "name": first.name, "source": shape.source, "model_type": shape.model_type,
+            "n_parameters": first.counts.total,
+            "n_active": shape.n_active, "by_type": shape.by_type(), "notes": list(shape.notes),
+        },
+        "budgets": [_told_one(one, cards, price) for one in budgets],
+        "gpu": None if gpu is None else {
+            "name": gpu.name, "nominal_gb": gpu.nominal_gb, "usable_bytes": gpu.usable_bytes,
+            "usable_from": gpu.usable_from, "fits": [one.fits(gpu) for one in budgets],
+        },
+    }  # fmt: skip
+    if n_stored is not None:
+        adapted = next((one for one in budgets if one.counts.adapter), first.changed(method="lora"))
+        full, adapters = storage(adapted, n_stored)
+        found["storage"] = {"n": n_stored, "full_bytes": full, "adapter_bytes": adapters}
+    if measured is not None:
+        found["measured"] = asdict(measured) | {"beside_formula": beside(first, measured)}
+    return found
+
+
+def _told_one(found: Budget, cards: Sequence[Accelerator], price: float | None) -> dict[str, Any]:
+    rows = []
+    for card in cards:
+        stages = cards_by_stage(found, card)
+        row: dict[str, Any] = {"name": card.name, "usable_bytes": card.usable_bytes, "fits": found.fits(card)}
+        row["cards_by_stage"] = {str(stage): n for stage, n in stages.items()}
+        if found.knows_activations:
+            row |= {f"largest_{what}": largest(found, what, card) for what in ("batch", "seq")}
+        if price is not None:
+            n = least_cards(found, card)
+            row["price_per_hour"] = None if n is None else n * price
+        rows.append(row)
+    saved = [{"option": m.option, "saved_bytes": m.saved_bytes, "total_bytes": m.total_bytes} for m in mends(found)]
+    return found.as_dict() | {"cards": rows, "mends": saved}
+
+
+def least_cards(found: Budget, card: Accelerator) -> int | None:
+    """The cards that a run takes: as many as it has where it fits on them, else the least of any stage."""
+    if found.fits(card):
+        return found.sharding.gpus
+    return min((n for n in cards_by_stage(found, card).values() if n is not None), default=None)
+
+
+def _most(last: int, room: int, size: Callable[[int], int]) -> int | None:
+    """The largest n in 1 … last of which the size, which grows with n, is at most `room`; None where there is none.
+
+    Doubles n, then interpolates: a size that is linear in n takes a few calls.
+    """
+    low, low_size = 1, size(1)
+    if low_size > room:
+        return None
+    high, high_size = low, low_size
+    while high_size <= room:
+        low, low_size = high, high_size
+        if low == last:
+            return last
+        high = min(2 * high, last)
+        high_size = size(high)
+    while high - low > 1:
+        guess = low + (room - low_size) * (high - low) // (high_size - low_size)
+        middle = min(max(guess, low + 1), high - 1)
+        found = size(middle)
+        if found <= room:
+            low, low_size = middle, found
+            if low + 1 < high and (found := size(low + 1)) > room:  # the guess was right
+                return low
+        else:
+            high, high_size = middle, found
+    return low
+
+
+def _cards(found: Budget, gpu: Accelerator, stage: int) -> int | None:
+    """The least n ≥ 2 with a + b/n bytes at most the card's in every phase; None above `MOST_CARDS`."""
+    n = 2
+    for a, b in found.stage_lines[stage]:
+        room = gpu.usable_bytes - a
+        if room <= 0:
+            return None
+        n = max(n, math.ceil(b / room))
+    if not found.over(n, stage).fits(gpu):  # by the rounding to bytes
+        n += 1
+    return n if n <= MOST_CARDS else None

@@ -1,0 +1,223 @@
+"""Budgets to a directory: one self-contained HTML page, the tables behind it, and everything as JSON; imports no torch.
+
+The page is `budget.html.j2`, rendered with autoescape: names and paths come from strangers' files.
+"""
+
+import datetime
+import json
+import platform
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+import pandas as pd
+
+from lowrank_probe import __version__
+from lowrank_probe import budget_words as words
+from lowrank_probe.accelerators import accelerators, find_accelerator
+from lowrank_probe.budget_figures import PARTS, budget_specs, run_names
+from lowrank_probe.budget_fits import cards_by_stage, largest, mends, smallest_card, storage, told
+from lowrank_probe.budgets import Budget
+from lowrank_probe.columns import BUDGET, BUDGET_CARDS, BUDGET_COMPONENTS
+from lowrank_probe.outputs import whole_directory, write_directory
+from lowrank_probe.reports import flat_facts, page_environment, page_figure, page_table, plotly_js
+
+# Figure name → heading, and the one sentence on how to read it.
+READING: Final[dict[str, tuple[str, str]]] = {
+    "bars": (
+        "What does it need?",
+        "A bar is one card's memory at the run's peak. A dotted line is what a card, or a node of them, has for a "
+        "process: a bar that ends left of a card's line fits on it; one that ends left of a node's fits there only "
+        "where the training is spread.",
+    ),
+    "phases": (
+        "Which phase peaks?",
+        "Activations come in the forward pass and go in the backward pass, while gradients come; the tallest decides.",
+    ),
+    "ranks": (
+        "What does a rank cost?",
+        "Parameters and file are proportional to the rank. The memory of training is nearly flat: it is the frozen "
+        "weights and the activations that take it.",
+    ),
+    "seqs": (
+        "What does a longer sequence cost?",
+        "Activations and logits grow with every token. Where a line crosses a card's, that card is full.",
+    ),
+}
+COMPONENTS_MAIN: Final = (
+    "component", "run", "forward_gib", "loss_gib", "backward_gib", "step_gib", "states_gib", "formula",
+)  # fmt: skip
+RUNS_MAIN: Final = (
+    "run", "n_trainable", "trainable_share", "bytes_per_frozen", "bytes_per_trained", "state_bytes", "peak_phase",
+    "total_gib", "total_gb", "adapter_file_bytes", "smallest_card",
+)  # fmt: skip
+MAX_CARDS: Final = 12  # runs that have a card on the page
+MAX_SAID: Final = 8  # runs of which the answer is a sentence too; the table has them all
+
+
+def save(budgets: Sequence[Budget], directory: Path, n_stored: int | None = None) -> Path:
+    """Write report.html, budgets.csv, components.csv, cards.csv and budget.json into a new or empty directory.
+
+    Raises `OutputError` where it is not empty or cannot be written.
+    """
+    tables = {"budgets.csv": runs_table(budgets), "components.csv": components_table(budgets),
+              "cards.csv": cards_table(budgets)}  # fmt: skip
+    page = render(budgets, n_stored)
+    everything = json.dumps(told(budgets, None, None, n_stored, None), ensure_ascii=False, indent=1)
+    files: dict[str, Callable[[Path], Any]]
+    files = {name: partial(table.to_csv, index=False) for name, table in tables.items()}
+    files["report.html"] = partial(Path.write_text, data=page, encoding="utf-8")
+    files["budget.json"] = partial(Path.write_text, data=everything + "\n", encoding="utf-8")
+    with whole_directory(directory) as aside:
+        write_directory(aside, files)
+    return directory
+
+
+def runs_table(budgets: Sequence[Budget]) -> pd.DataFrame:
+    """One row a run, columns as `columns.BUDGET`."""
+    rows = []
+    for name, one in zip(run_names(budgets), budgets, strict=True):
+        counts, step, small = one.counts, one.step, smallest_card(one)
+        rows.append({
+            "run": name, "method": step.method, "recipe": one.recipe.name,
+            "rank": step.rank if counts.adapter else None, "batch": step.batch, "seq": step.seq,
+            "n_parameters": counts.total, "n_trainable": counts.trained,
+            "trainable_share": counts.trained / (counts.total + counts.adapter),
+            "bytes_per_trained": one.recipe.total - one.recipe.optimizer + one.optimizer_each,
+            "bytes_per_frozen": one.frozen_each, "state_bytes": one.state_bytes, "peak_phase": one.peak_phase,
+            "total_bytes": one.total_bytes, "total_gib": one.total_bytes / 2**30, "total_gb": one.total_bytes / 1e9,
+            "adapter_file_bytes": one.adapter_file_bytes or None, "smallest_card": small.label if small else "",
+            "source": one.recipe.source,
+        })  # fmt: skip
+    return pd.DataFrame(rows, columns=list(BUDGET)).astype(
+        {"rank": "Int64", "seq": "Int64", "adapter_file_bytes": "Int64"}
+    )
+
+
+def components_table(budgets: Sequence[Budget]) -> pd.DataFrame:
+    """One row a run and component, columns as `columns.BUDGET_COMPONENTS`."""
+    rows = [
+        {"component": part.name, "run": name, "formula": part.formula, "source": part.source}
+        | {f"{phase}_gib": n_bytes / 2**30 for phase, n_bytes in part.at.items()}
+        for name, one in zip(run_names(budgets), budgets, strict=True)
+        for part in one.components
+    ]
+    return pd.DataFrame(rows, columns=list(BUDGET_COMPONENTS)).dropna(axis="columns", how="all")
+
+
+def cards_table(budgets: Sequence[Budget]) -> pd.DataFrame:
+    """One row a run and accelerator, columns as `columns.BUDGET_CARDS`."""
+    rows = []
+    for name, one in zip(run_names(budgets), budgets, strict=True):
+        for card in accelerators():
+            stages = cards_by_stage(one, card)
+            row = {"card": card.label, "run": name, "usable_gib": card.usable_bytes / 2**30, "fits": one.fits(card)}
+            row |= {"usable_from": card.usable_from} | {f"stage_{stage}": stages[stage] for stage in (1, 2, 3)}
+            if one.knows_activations and card.common:
+                row |= {f"largest_{what}": largest(one, what, card) for what in ("batch", "seq")}
+            rows.append(row)
+    table = pd.DataFrame(rows, columns=list(BUDGET_CARDS)).dropna(axis="columns", how="all")
+    whole = [name for name in table.columns if name.startswith(("stage_", "largest_"))]
+    return table.astype(dict.fromkeys(whole, "Int64"))
+
+
+def render(budgets: Sequence[Budget], n_stored: int | None = None) -> str:
+    """The report as one HTML page, plotly.js included: no file beside it, no network."""
+    first, h100 = budgets[0], find_accelerator("H100")
+    names = run_names(budgets)
+    tables = {
+        "runs": (runs_table(budgets), BUDGET, RUNS_MAIN),
+        "components": (components_table(budgets), BUDGET_COMPONENTS, COMPONENTS_MAIN),
+        "cards": (cards_table(budgets), BUDGET_CARDS, tuple(BUDGET_CARDS)),
+    }
+    shape = first.shape
+    facts = {
+        "model": {"source": shape.source, "model_type": shape.model_type, "n_parameters": first.counts.total,
+                  "n_active": shape.n_active, "by layer type": dict(shape.by_type())},
+        "versions": {"lowrank_probe": __version__, "python": platform.python_version()},
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    stored = None
+    if n_stored is not None:
+        adapted = next((one for one in budgets if one.counts.adapter), first.changed(method="lora"))
+        full, adapters = storage(adapted, n_stored)
+        stored = {"n": f"{n_stored:,}", "full": words.both(full), "adapters": words.both(adapters)}
+    sentences = [words.peak(one) for one in budgets] if len(budgets) == 1 else []
+    for why in (words.lora_against_full, words.qlora_against_lora):
+        sentences += [said for one in budgets if (said := why(one))][:1]
+    return _template().render(
+        title=first.name or f"{first.counts.total:,} parameters",
+        source=f"{first.counts.total:,} parameters, from {shape.source}", headline=_headline(budgets, names),
+        assumptions=[*shape.notes, *_assumptions(budgets, names)],
+        parts=[{"word": word, "colour": colour} for word, colour in PARTS.items()
+               if any(part.name == word for one in budgets for part in one.components)],
+        runs=[_run(name, one) for name, one in zip(names, budgets, strict=True)][:MAX_CARDS],
+        left_out=max(0, len(budgets) - MAX_CARDS), known=first.knows_activations, legend=words.LEGEND,
+        sentences=sentences,
+        on_cards=[f"{name}: {words.on_cards(one, h100)}" for name, one in zip(names, budgets, strict=True)]
+        if len(budgets) <= MAX_SAID else [],
+        figures=[page_figure(name, found, READING[name], False) for name, found in budget_specs(budgets).items()],
+        mends=[{"run": name, "rows": _mends(one)} for name, one in zip(names, budgets, strict=True)][:MAX_CARDS],
+        stored=stored, facts=list(flat_facts(facts)), version=__version__, plotly_js=plotly_js(),
+        **{f"{key}_table": page_table(*of) for key, of in tables.items()},
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    environment = page_environment()
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
+    return environment.get_template("budget.html.j2")
+
+
+def _headline(budgets: Sequence[Budget], names: Sequence[str]) -> str:
+    """From the least to the most, in a sentence."""
+    if len(budgets) == 1:
+        return f"{names[0]}: {words.both(budgets[0].total_bytes)} on one card."
+    low, high = (pick(range(len(budgets)), key=lambda i: budgets[i].total_bytes) for pick in (min, max))
+    return (
+        f"From {words.both(budgets[low].total_bytes)} on one card with {names[low]} to "
+        f"{words.both(budgets[high].total_bytes)} with {names[high]}."
+    )
+
+
+def _assumptions(budgets: Sequence[Budget], names: Sequence[str]) -> list[str]:
+    """What the numbers take for granted; before a sentence that is of one run only, which one."""
+    of: dict[str, list[str]] = {}
+    for name, one in zip(names, budgets, strict=True):
+        for said in one.assumptions:
+            of.setdefault(said, []).append(name)
+    return [f"{runs[0]}: {said}" if len(runs) == 1 < len(budgets) else said for said, runs in of.items()]
+
+
+def _run(name: str, one: Budget) -> dict[str, Any]:
+    """One run for the page: its numbers, and the parts of its peak as a bar."""
+    bar, start, total = [], 0.0, one.total_bytes
+    for part in one.components:
+        share = 100 * part.at[one.peak_phase] / total
+        bar.append({"start": start, "width": share, "colour": PARTS[part.name]})
+        start += share
+    said = ", ".join(f"{part.name} {part.at[one.peak_phase] / 2**30:.2f} GiB" for part in one.components
+                     if part.at[one.peak_phase])  # fmt: skip
+    small = smallest_card(one)
+    return {
+        "name": name, "total": words.both(total), "phase": words.PHASE_WORDS[one.peak_phase], "bar": bar, "said": said,
+        "each": one.bytes_each, "recipe": one.recipe.name, "source": one.recipe.source,
+        "trained": f"{one.counts.trained:,}", "states": f"{words.gb(one.state_bytes)} GB",
+        "file": words.file_size(one.adapter_file_bytes) if one.counts.adapter else "–",
+        "card": small.label if small else "none",
+    }  # fmt: skip
+
+
+def _mends(one: Budget) -> list[dict[str, str]]:
+    return [
+        {
+            "name": mend.name,
+            "option": mend.option,
+            "saved": words.gib(mend.saved_bytes),
+            "left": words.gib(mend.total_bytes),
+        }
+        for mend in mends(one)
+    ]

@@ -1,0 +1,203 @@
+"""Budgets for a terminal: the comparison of methods, one run in full, a sweep. Formatting only."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from lowrank_probe import budget_words as words
+from lowrank_probe.accelerators import Accelerator, accelerators, find_accelerator
+from lowrank_probe.budget_fits import cards_by_stage, largest, least_cards, mends, smallest_card, storage
+from lowrank_probe.budget_measured import beside
+from lowrank_probe.console import console, plain_table
+from lowrank_probe.errors import printable
+
+if TYPE_CHECKING:
+    from lowrank_probe.budgets import Budget
+    from lowrank_probe.measuring import Measured
+
+
+def print_comparison(budgets: Sequence["Budget"], gpu: Accelerator | None) -> None:
+    """One line a method: bytes a parameter by component with its recipe, GB and GiB, adapter file, what holds it."""
+    out, first = console(), budgets[-1]
+    _print_model(out, first)
+    known = first.knows_activations
+    card = gpu or find_accelerator("H100")
+    table = plain_table()
+    left = ("method and recipe", "bytes a parameter", "one card")
+    for head in ("method and recipe", "bytes a parameter", "GB", "GiB", "adapter", "one card", f"{card.name}s"):
+        table.add_column(head, justify="left" if head in left else "right", no_wrap=True)
+    for one in budgets:
+        size, small = one.total_bytes if known else one.state_bytes, smallest_card(one)
+        file = words.file_size(one.adapter_file_bytes) if one.counts.adapter else "–"
+        table.add_row(one.label, one.bytes_each, words.gb(size), words.gib(size), file,
+                      small.label if small else "none", _count(cards_by_stage(one, card)[3]))  # fmt: skip
+    out.print(table)
+    if known:
+        out.print(
+            f"GB, GiB: the peak of one card at {first.step.batch} × {first.step.seq:,} tokens, with a reserve "
+            "(CUDA context, fragmentation). --method shows one of them by component and phase.",
+            style="dim",
+        )
+    else:
+        out.print(
+            "GB, GiB: weights, gradients and optimizer states. Not in it: activations and logits, unknown without "
+            "--seq and --batch, and a reserve, which the cards have beside them: 600 MiB and 5 % (QLoRA 16 %).",
+            style="dim",
+        )
+    out.print(
+        "bytes a parameter: weights (+ fp32 master) + gradients + optimizer. one card: the smallest that holds it. "
+        f"{card.name}s: how many {card.label} cards hold it spread by ZeRO stage 3; with DDP each holds everything.",
+        style="dim",
+    )
+    if gpu is not None:
+        for one in budgets:
+            out.print(f"{one.label}: {words.on_cards(one, gpu)}")
+
+
+def print_budget(found: "Budget", gpu: Accelerator | None, explain: bool, price: float | None) -> None:
+    """One run by component and phase, the cards it fits on, what each switch would save, and the answer in words."""
+    out = console()
+    _print_model(out, found)
+    out.print(f"{_run(found)}; {found.recipe.name}, {found.bytes_each} B a parameter")
+    table = plain_table()
+    table.add_column("GiB on one card", no_wrap=True)
+    for phase in found.phases:
+        mark = " ◂" if phase == found.peak_phase and found.knows_activations else ""
+        table.add_column(phase + mark, justify="right", no_wrap=True)
+    table.add_column("how" if not explain else "formula", overflow="fold")
+    for one in found.components:
+        how = one.formula if not explain else f"{one.formula}  [{one.source}]"
+        table.add_row(one.name, *(_gib(one.at[phase]) for phase in found.phases), how,
+                      end_section=one is found.components[-1])  # fmt: skip
+    table.add_row("sum", *(_gib(found.phases[phase]) for phase in found.phases), "")
+    out.print(table)
+    if found.knows_activations:
+        out.print(words.LEGEND, style="dim")
+    out.print(words.peak(found))
+    for told in (words.lora_against_full(found), words.qlora_against_lora(found)):
+        if told:
+            out.print(told)
+    out.print(words.on_cards(found, gpu or find_accelerator("H100")))
+    _print_cards(out, found, [gpu] if gpu else [one for one in accelerators() if one.common], price)
+    _print_mends(out, found)
+    out.print("; ".join(found.assumptions), style="dim")
+
+
+def print_sweep(budgets: Sequence["Budget"], gpu: Accelerator | None) -> None:
+    """One line a method, rank and sequence length: parameters, share, file, peak, and whether it fits."""
+    out = console()
+    _print_model(out, budgets[0], adapter=False)
+    table = plain_table()
+    heads = ("method", "rank", "seq", "trainable", "% of all", "file", "GB", "GiB", "peaks in", "one card")
+    for head in (*heads, *((gpu.name,) if gpu else ())):
+        table.add_column(head, justify="left" if head in ("method", "peaks in", "one card") else "right", no_wrap=True)
+    for one in budgets:
+        counts, lora, small = one.counts, bool(one.counts.adapter), smallest_card(one)
+        share = 100 * counts.trained / (counts.total + counts.adapter)
+        table.add_row(
+            one.step.method, str(one.step.rank) if lora else "–", f"{one.step.seq:,}" if one.step.seq else "–",
+            f"{counts.trained:,}", f"{share:.4f}" if lora else "100",
+            words.file_size(one.adapter_file_bytes or one.checkpoint_bytes), words.gb(one.total_bytes),
+            words.gib(one.total_bytes), one.peak_phase, small.label if small else "none",
+            *(("fits" if one.fits(gpu) else "no",) if gpu else ()),
+        )  # fmt: skip
+    out.print(table)
+    known = budgets[0].knows_activations
+    out.print(
+        f"GB, GiB: on one card, {'at the peak' if known else 'without activations (give --seq)'}, with the reserve. "
+        "file: of the adapter as PEFT saves it, or of the model.",
+        style="dim",
+    )
+
+
+def print_storage(found: "Budget", n: int) -> None:
+    """What n tuned variants take as full checkpoints, and as one base with n adapters."""
+    full, adapters = storage(found, n)
+    console().print(
+        f"storage: {n:,} tuned variants are {words.both(full)} as full checkpoints "
+        f"({words.file_size(found.checkpoint_bytes)} each), {words.both(adapters)} as one base and {n:,} adapters "
+        f"({words.file_size(found.adapter_file_bytes)} each): {full / adapters:,.1f} × less"
+    )
+
+
+def print_measured(found: "Budget", measured: "Measured") -> None:
+    """Formula and measurement by component and phase; how far the sums are apart."""
+    out, table, rows = console(), plain_table(), beside(found, measured)
+    table.add_column("GiB: formula, measured", no_wrap=True)
+    for phase in measured.peaks:
+        table.add_column(phase, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        table.add_row(name, *(f"{_gib(own)} {_gib(real):>6}" for own, real in row.values()))
+    off = (f"{100 * (own / real - 1):+.2f} %" for own, real in rows["sum"].values())
+    table.add_row("off by", *off)
+    out.print(table)
+    out.print(f"measured by {measured.how} in {measured.seconds:.0f} s; the reserve is not in it", style="dim")
+
+
+def _print_model(out: Console, found: "Budget", adapter: bool = True) -> None:
+    shape = found.shape
+    name = f"{found.name}: " if found.name else ""
+    out.print(printable(f"{name}{found.counts.total:,} parameters ({shape.source})"))
+    for note in shape.notes:
+        out.print(printable(note), style="dim")
+    if found.n_parameters is None:
+        by_type = " · ".join(f"{name} {n:,}" for name, n in shape.by_type().items())
+        out.print(printable(by_type), style="dim")
+        if shape.n_active != shape.n_parameters:
+            out.print(f"{shape.n_active:,} of them meet a token (experts by their share, all else whole)", style="dim")
+    if adapter and found.counts.adapter:
+        targets = found.step.targets if isinstance(found.step.targets, str) else ", ".join(found.step.targets)
+        out.print(printable(f"adapter: rank {found.step.rank} on {targets}, {words.trained(found)}"))
+
+
+def _run(found: "Budget") -> str:
+    step = found.step
+    size = f"{step.batch} × {step.seq:,} tokens a card" if step.seq else "batch and sequence not given"
+    return f"{found.label}; {size}, {found.sharding.label}"
+
+
+def _print_cards(out: Console, found: "Budget", cards: Sequence[Accelerator], price: float | None) -> None:
+    table, known = plain_table(), found.knows_activations
+    heads = ["card", "GiB to use", "one card", "ZeRO 1", "ZeRO 2", "ZeRO 3"]
+    heads += ["largest batch", "largest seq"] if known else []
+    heads += ["price an hour"] if price is not None else []
+    for head in heads:
+        table.add_column(head, justify="left" if head == "card" else "right", no_wrap=True)
+    for card in cards:
+        stages = cards_by_stage(found, card)
+        cells = [card.label, words.gib(card.usable_bytes) + ("*" if card.is_estimate else "")]
+        cells += ["fits" if found.fits(card) else "no", *(_count(stages[stage]) for stage in (1, 2, 3))]
+        if known:
+            cells += [_count(largest(found, what, card)) for what in ("batch", "seq")]
+        if price is not None:
+            n = least_cards(found, card)
+            cells.append("–" if n is None else f"{n} × {price:g} = {n * price:,.2f}")
+        table.add_row(*cells)
+    out.print(table)
+    out.print(
+        "ZeRO 1, 2, 3: the least number of cards at that stage."
+        + (" largest: the other of batch and sequence as given." if known else "")
+        + (" *: an estimate." if any(card.is_estimate for card in cards) else ""),
+        style="dim",
+    )
+
+
+def _print_mends(out: Console, found: "Budget") -> None:
+    saved = mends(found)
+    if not saved:
+        return
+    table = plain_table()
+    for head in ("what would save memory", "option", "saves GiB", "leaves GiB"):
+        table.add_column(head, justify="right" if head.endswith("GiB") else "left", no_wrap=True)
+    for one in saved:
+        table.add_row(one.name, one.option, _gib(one.saved_bytes), _gib(one.total_bytes))
+    out.print(table)
+
+
+def _count(n: int | None) -> str:
+    return "–" if n is None else f"{n:,}"
+
+
+def _gib(n_bytes: float) -> str:
+    return "·" if n_bytes == 0 else f"{n_bytes / 2**30:,.2f}"

@@ -1,0 +1,159 @@
+"""`probe budget`: parse, one library call, print."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from lowrank_probe.cli_shared import Json, Quiet, tell
+
+if TYPE_CHECKING:
+    from lowrank_probe.budgets import Budget
+
+METHODS: Final = ("full", "lora", "qlora", "dora", "rslora")
+
+
+def budget(
+    model: Annotated[
+        str | None, typer.Argument(help="A directory, config.json, safetensors file or hub id; or --params.")
+    ] = None,
+    params: Annotated[str | None, typer.Option(help="A model's size instead of a model: 70B, 7e9, 135M.")] = None,
+    like: Annotated[str, typer.Option(help="The family whose proportions a model of that size has.")] = "llama",
+    method: Annotated[
+        str | None, typer.Option(help="full, lora, qlora, dora, rslora; several: lora,full. Default: all compared.")
+    ] = None,
+    rank: Annotated[str, typer.Option("--rank", "-r", help="A rank, or several: 4,8,16.")] = "16",
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(help="all-linear, everything, default, a layer type or a pattern; repeatable or a,b."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="bf16, mixed (fp32 master weights) or fp32.")] = "bf16",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw (fused), adamw-foreach, adamw-8bit, sgd-momentum or sgd.")
+    ] = "adamw",
+    dtype: Annotated[str, typer.Option(help="Of the adapter in training: float32 or bfloat16.")] = "float32",
+    seq: Annotated[
+        str | None, typer.Option(help="Tokens a sequence, or several: 512,2048. Without: no activations.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a card and step.")] = 1,
+    checkpointing: Annotated[
+        bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Default: only for qlora.")
+    ] = None,
+    flash: Annotated[bool, typer.Option("--flash/--no-flash", help="Fused attention, or scores of s².")] = True,
+    loss: Annotated[str, typer.Option(help="whole, or chunked: head and loss in pieces.")] = "whole",
+    gpus: Annotated[int, typer.Option(min=1, help="Cards.")] = 1,
+    zero: Annotated[int | None, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage over --gpus.")] = None,
+    fsdp: Annotated[int | None, typer.Option(min=2, max=3, help="PyTorch FSDP: 2 SHARD_GRAD_OP, 3 FULL_SHARD.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Does it fit on one? H100, 4090, MI300X, 48GB, …; exit 3 where it does not.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one card an hour, to multiply by.")] = None,
+    storage: Annotated[
+        int | None, typer.Option(min=1, help="That many tuned variants on disk: full or adapters.")
+    ] = None,
+    explain: Annotated[bool, typer.Option(help="Every formula with its source.")] = False,
+    measure: Annotated[bool, typer.Option(help="Measure one real step: on a GPU, else by fake tensors.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Directory for the report page and the table.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What a training run needs: bytes by component and phase, and the cards it fits on.
+
+    From a config or headers alone. With --gpu the exit code is 3 where what was asked for does not fit on one card; of
+    the comparison, where none of its methods does.
+    """
+    methods = _methods(method)
+    ranks, seqs = _numbers(rank, "--rank"), _numbers(seq, "--seq") if seq is not None else [None]
+    if loss not in ("whole", "chunked"):
+        raise typer.BadParameter(f"{loss!r}: expected whole or chunked", param_hint="--loss")
+    from lowrank_probe import budget_fits, budgets
+    from lowrank_probe.accelerators import find_accelerator
+
+    card = find_accelerator(gpu) if gpu is not None else None
+    wanted = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
+    same: dict[str, Any] = {
+        "rank": ranks[0], "targets": wanted, "seq": seqs[0], "batch": batch, "checkpointing": checkpointing,
+        "flash": flash, "chunked_loss": loss == "chunked", "adapter_dtype": dtype, "gpus": gpus, "zero": zero,
+        "fsdp": fsdp,
+    }  # fmt: skip
+    swept = len(ranks) > 1 or len(seqs) > 1
+    compared = methods is None and not swept
+    found: tuple[Budget, ...]
+    if compared:
+        found = budgets.compare(model, params=params, like=like, **same)
+    else:
+        shape, n_parameters, name = budgets.resolve(model, params, like)
+        found = budgets.sweep(
+            shape,
+            methods or ("lora",),
+            ranks,
+            seqs,
+            n_parameters,
+            name,
+            precision=precision,
+            optimizer=optimizer,
+            **same,
+        )
+    measured = _measured(found, compared, measure)
+    if out is not None:
+        from lowrank_probe import budget_reports
+
+        budget_reports.save(found, out, storage)
+    if as_json:
+        print(json.dumps(budget_fits.told(found, card, price, storage, measured), ensure_ascii=False))  # noqa: T201
+    else:
+        _show(found, compared, card, price, storage, explain, measured)
+    if out is not None:
+        tell(f"report: {out / 'report.html'}", quiet)
+    if card is not None and not (any if compared else all)(one.fits(card) for one in found):
+        what = "none of these fits" if compared else "this does not fit"
+        tell(f"--gpu {gpu}: {what} on one {card.label}", False)
+        raise typer.Exit(3)
+
+
+def _show(
+    found: "tuple[Budget, ...]", compared: bool, card: Any, price: float | None, storage: int | None, explain: bool,
+    measured: Any,
+) -> None:  # fmt: skip
+    from lowrank_probe import budget_terminal as terminal
+
+    if compared:
+        terminal.print_comparison(found, card)
+    elif len(found) > 1:
+        terminal.print_sweep(found, card)
+    else:
+        terminal.print_budget(found[0], card, explain, price)
+    if storage is not None:
+        adapted = next((one for one in found if one.counts.adapter), found[0].changed(method="lora"))
+        terminal.print_storage(adapted, storage)
+    if measured is not None:
+        terminal.print_measured(found[0], measured)
+
+
+def _measured(found: "tuple[Budget, ...]", compared: bool, measure: bool) -> Any:
+    """One measured step of a budget; what cannot be is a usage error."""
+    if not measure:
+        return None
+    if compared or len(found) > 1:
+        raise typer.BadParameter("measures one run: give one --method, --rank and --seq", param_hint="--measure")
+    from lowrank_probe.budget_measured import measured_step
+
+    return measured_step(found[0])
+
+
+def _methods(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(one.strip() for one in text.split(","))
+    for name in names:
+        if name not in METHODS:
+            raise typer.BadParameter(f"{name!r}: expected one of {', '.join(METHODS)}", param_hint="--method")
+    return names
+
+
+def _numbers(text: str, hint: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise typer.BadParameter(f"{text!r}: expected a number such as 16, or several such as 4,8,16", param_hint=hint)
+    return list(dict.fromkeys(map(int, text.split(","))))

@@ -1,0 +1,390 @@
+"""Transformers' decoder models on a `Tape`: what each operator of a training step makes and saves, family by family.
+
+The code follows transformers' modelling files and PEFT's layers as far as they make tensors, local names included,
+since these keep tensors alive. Operators are CUDA's. Linear layers are named by their layer type.
+
+Legend: T tokens, s sequence, h hidden, q heads·head_dim, K key/value heads·head_dim, f intermediate, V vocabulary, n
+heads, k key/value heads, r rank, c the fused q, k and v; n·s scores a token.
+Source: transformers 5.24 (modeling_llama.py, modeling_gpt2.py, modeling_gpt_neox.py), PEFT 0.21 (lora/layer.py,
+lora/dora.py), PyTorch 2.11 (derivatives.yaml, autocast_mode.cpp, transformers/cuda/attention.cu).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from lowrank_probe.errors import ProbeError
+from lowrank_probe.model_shapes import ModelShape, Weight
+from lowrank_probe.tape import HEAD, Array, Buffer, Tape
+from lowrank_probe.training_steps import ACCUMULATOR, CHUNKS, LSE_ROWS, Step
+
+# Model types that are run as Llama is; what sets them apart is in the config.
+_LLAMAS: Final = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+_LAYER_NORMS: Final = ("gpt2", "gpt_neox")
+
+
+class TapedModel:
+    """One model and one step on a tape.
+
+    base: bytes an entry of weights and residual stream; adapter: of the adapter. autocast: linear layers run in bf16
+    whatever they get. trains: the model's own weights are trained. casts: autocast's copies of weights. held: the
+    logits, where the caller keeps them.
+    """
+
+    def __init__(self, shape: ModelShape, step: Step, tape: Tape) -> None:
+        self.shape, self.step, self.tape = shape, step, tape
+        self.config: Mapping[str, Any] = shape.config
+        self.autocast, self.trains = step.precision == "mixed", not step.adapted
+        self.base = 2 if step.precision == "bf16" or (self.autocast and step.adapted) else 4
+        self.adapter = 2 if step.adapter_dtype == "bfloat16" else 4
+        self.weights = {weight.layer_type: weight for weight in shape.weights}
+        self.adapted = frozenset(weight.layer_type for weight in _everywhere(shape, step))
+        self._block, self.estimated = _block(shape)
+        self.casts: dict[str, Buffer] = {}
+        self.left_autocast = False
+        self.held: Array | None = None
+
+    # Linear layers and their adapters
+
+    def linear(self, x: Array, layer_type: str, symbol: str) -> Array:
+        """x·Wᵀ + b, with its adapter where it has one."""
+        weight = self.weights[layer_type]
+        out = self._matmul(x, layer_type, symbol, math.prod(weight.shape) + weight.bias, self.base, self.trains)
+        if layer_type not in self.adapted:
+            return out
+        return (self._dora if self.step.method == "dora" else self._lora)(x, out, weight, symbol)
+
+    def _matmul(self, x: Array, name: str, symbol: str, n_parameters: int, item: int, trains: bool) -> Array:
+        """It saves x where the weight is trained. Autocast first makes bf16 copies of both."""
+        saves: list[Array | Buffer] = []
+        # The head's weight is used for every piece of a chunked loss, and where it is tied in the embedding too.
+        shared = "" if name != "lm_head" else "embedding" if self.shape.tied_embeddings else name
+        if self.autocast:
+            x = self.tape.cast(x, 2)
+            if item == 4:
+                saves.append(self._cast_weight(name, n_parameters))
+        if trains:
+            saves.append(x)
+        return self.tape.op(
+            [x], symbol, x.item if self.autocast else item, saves, weight=n_parameters * item * trains, name=shared,
+            back_scratch=2 * n_parameters if self.autocast and item == 4 and trains else 0,
+        )  # fmt: skip
+
+    def _cast_weight(self, name: str, n_parameters: int) -> Buffer:
+        """Autocast's bf16 copy of a weight, kept until autocast is left; what is recomputed makes it anew."""
+        key = f"{self.tape.place}.{name}"
+        copy = self.casts.get(key) or self.tape.hold(2 * n_parameters, "casts")
+        if not self.left_autocast:
+            self.casts[key] = copy
+        return copy
+
+    def leave_autocast(self) -> None:
+        """The end of the model's forward pass."""
+        self.left_autocast = True
+        self.casts.clear()
+
+    def _low_rank(self, x: Array, weight: Weight, symbol: str) -> Array:
+        """B(A(x))."""
+        (m, n), r = weight.sides, self.step.rank
+        a = self._matmul(x, f"{weight.name}.A", "r", r * n, self.adapter, True)
+        return self._matmul(a, f"{weight.name}.B", symbol, r * m, self.adapter, True)
+
+    def _lora(self, x: Array, result: Array, weight: Weight, symbol: str) -> Array:
+        """result + B(A(x))·scaling in the adapter's dtype, and back."""
+        tape, item = self.tape, result.item
+        x = tape.cast(x, self.adapter)
+        low_rank = self._low_rank(x, weight, symbol)
+        low_rank = tape.op([low_rank], symbol, low_rank.item)
+        result = tape.add(result, low_rank)
+        return tape.cast(result, item)
+
+    def _dora(self, x: Array, result: Array, weight: Weight, symbol: str) -> Array:
+        """result + (g − 1)·result + g·B(A(x))·scaling with g = magnitude/‖W + scaling·B·A‖, which is made each time."""
+        tape, item, wide = self.tape, result.item, max(self.adapter, self.base)
+        m, n = weight.sides
+        x = tape.cast(x, self.adapter)
+        # B·A by way of an identity matrix, with its graph, and W in the adapter's dtype: names that last to the end.
+        run_in = 2 if self.autocast else self.adapter
+        matrices = [tape.hold(run_in * (n * n + self.step.rank * n) + self.adapter * m * n)]
+        matrices.append(tape.hold(self.adapter * m * n * (self.base != self.adapter)))
+        tape.hold(2 * self.adapter * m * n)
+        low_rank = self._low_rank(x, weight, symbol)
+        before = tape.op([result], symbol, item) if weight.bias else result
+        product = tape.size(symbol, wide)
+        scaled = tape.op([before], symbol, wide, [before], weight=m * self.adapter, back_scratch=product)
+        low_rank = tape.op([low_rank], symbol, wide, [low_rank], back_scratch=product)
+        low_rank = tape.op([low_rank], symbol, wide)
+        change = tape.add(scaled, low_rank)
+        del matrices, scaled, low_rank, before
+        result = tape.add(result, change)
+        return tape.cast(result, item)
+
+    # Norms, activations, dropout
+
+    def norm(self, x: Array) -> Array:
+        """The family's norm, over the last dimension."""
+        return self._layer_norm(x) if self.shape.model_type in _LAYER_NORMS else self._rms_norm(x)
+
+    def _rms_norm(self, x: Array) -> Array:
+        """x/√mean(x²) in float32, cast back, times the weight; Gemma casts last."""
+        tape, symbol, item = self.tape, x.symbol, x.item
+        gemma, wide = self.shape.model_type == "gemma", tape.size(symbol, 4)
+        width = tape.widths[symbol] if symbol == "h" else self.shape.head_dim
+        x = tape.cast(x, 4)
+        y = tape.op([x], symbol, 4, [x, self._rows(symbol)], scratch=wide, back_scratch=3 * wide)
+        inner = y if gemma else tape.cast(y, item)
+        out = tape.op(
+            [inner], symbol, max(inner.item, self.base), [inner] * self.trains, weight=width * self.base * self.trains,
+            back_scratch=tape.size(symbol, inner.item) * self.trains,
+        )  # fmt: skip
+        return tape.cast(out, item) if gemma else out
+
+    def _rows(self, symbol: str) -> Buffer:
+        """One float32 for each row that is normalised: a token, or one head of it."""
+        rows = {"q": "n", "K": "k"}.get(symbol, "1")
+        return self.tape.hold(self.tape.size(rows, 4), text=f"4{rows}")
+
+    def _layer_norm(self, x: Array) -> Array:
+        """(x − mean)/deviation·weight + bias; in float32 under autocast."""
+        x = self.tape.cast(x, 4) if self.autocast else x
+        weight = 2 * self.shape.hidden * self.base * self.trains
+        return self.tape.op([x], "h", x.item, [x, self._rows("h"), self._rows("h")], weight=weight)
+
+    def activation(self, x: Array) -> Array:
+        """A nonlinearity: one kernel that saves its input, or "gelu_new", which is written out in operators."""
+        tape, symbol = self.tape, x.symbol
+        if self.config.get("activation_function", "gelu_new" if self.shape.model_type == "gpt2" else "") != "gelu_new":
+            return tape.op([x], symbol, x.item, [x])
+        item = 4 if self.autocast else x.item
+        half = tape.op([x], symbol, x.item)
+        inner = tape.cast(x, item)
+        inner = tape.op([inner], symbol, item, [inner], back_scratch=2 * tape.size(symbol, item))
+        inner = tape.op([inner], symbol, item)
+        inner = tape.add(x, inner)
+        inner = tape.op([inner], symbol, item)
+        inner = tape.op([inner], symbol, item, saves_out=True)
+        inner = tape.op([inner], symbol, item)
+        return tape.multiply(half, inner)
+
+    def dropout(self, x: Array, name: str, default: float = 0.0) -> Array:
+        """With the config's share; its mask has one byte an entry."""
+        if not self.config.get(name, default):
+            return x
+        mask = self.tape.hold(self.tape.size(x.symbol, 1), text=f"1{x.symbol}")
+        return self.tape.op([x], x.symbol, x.item, [mask])
+
+    # Attention
+
+    def rotate(self, x: Array) -> Array:
+        """Rotary positions, in the residual stream's dtype where that is wider; nothing of x is saved."""
+        item = max(x.item, self.base)
+        size = self.tape.size(x.symbol, item)
+        return self.tape.op([x], x.symbol, item, scratch=3 * size, back_scratch=3 * size)
+
+    def attention(self, q: Array, k: Array, v: Array, dropout: str = "attention_dropout") -> Array:
+        """softmax(q·kᵀ)·v by the kernel that CUDA takes (`as_on_cuda.attention`)."""
+        if not self.step.flash:
+            return self._eager(q, k, v, dropout)
+        tape, b, n = self.tape, self.step.batch, self.shape.n_heads
+        s = self.step.tokens // b
+        if self.autocast:
+            q, k, v = (tape.cast(x, 2) for x in (q, k, v))
+        masked = s >= _window(self.config, self.shape.model_type)
+        if masked:
+            k, v = self._repeated(k), self._repeated(v)
+        elif q.item == 4 and self.grouped:
+            return self._math(q, k, v)
+        flash, rows = q.item == 2 and not masked, _up(s, LSE_ROWS)
+        mask = [tape.hold(b * s * s * q.item, text="mask")] if masked else []
+        lse = tape.hold(4 * b * n * (s if flash else rows), text="4n")
+        # Beside the gradients: float32 sums, and the gradients of keys and values for each head.
+        scratch = (
+            4 * b * n * (_up(s, ACCUMULATOR[0]) * (1 + _up(self.shape.head_dim, ACCUMULATOR[1])) if flash else rows)
+        )
+        scratch += 2 * tape.size("q", q.item) * (flash and self.grouped)
+        return tape.op([q, k, v], "q", q.item, [q, k, v, *mask, lse], saves_out=True, back_scratch=scratch)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several heads share keys and values."""
+        return self.shape.n_kv_heads != self.shape.n_heads
+
+    def _repeated(self, x: Array) -> Array:
+        """Keys or values for each head: repeated where grouped, else as they are."""
+        return self.tape.op([x], "q", x.item) if self.grouped else x
+
+    def _eager(self, q: Array, k: Array, v: Array, dropout: str) -> Array:
+        """With every matrix of n·s scores a token; the softmax in float32, in GPT-2 in the dtype that there is."""
+        tape, item, gpt2 = self.tape, q.item, self.shape.model_type == "gpt2"
+        # A product of matrices copies what lies in a fused projection.
+        q, k, v = (x if x.buffer.text[1:] != "c" else tape.op([x], "q", x.item) for x in (q, k, v))
+        k, v = self._repeated(k), self._repeated(v)
+        if self.autocast:
+            q, k, v = (tape.cast(x, 2) for x in (q, k, v))
+        scores = tape.op([q, k], "ns", q.item, [q, k])
+        scores = tape.op([scores], "ns", q.item)
+        scores = tape.op([scores], "ns", max(q.item, self.base))
+        scores = tape.cast(scores, scores.item if gpt2 and not self.autocast else 4)
+        scores = tape.op([scores], "ns", scores.item, saves_out=True)
+        scores = tape.cast(scores, v.item if gpt2 else item)
+        scores = self.dropout(scores, dropout, 0.1 * gpt2)
+        scores = tape.cast(scores, v.item)
+        return tape.op([scores, v], "q", v.item, [scores, v])
+
+    def _math(self, q: Array, k: Array, v: Array) -> Array:
+        """What PyTorch falls back to for grouped queries in float32, which no fused kernel takes."""
+        tape = self.tape
+        k, v = self._repeated(k), self._repeated(v)
+        q, k = tape.op([q], "q", 4), tape.op([k], "q", 4)
+        scores = tape.op([q, k], "ns", 4, [q, k])
+        scores = tape.op([scores], "ns", 4, saves_out=True)
+        return tape.op([scores, v], "q", 4, [scores, v])
+
+    # The model from end to end
+
+    def embed(self) -> Array:
+        """Token and position embeddings; checkpointing always wants their gradient (`enable_input_require_grads`)."""
+        tape, family = self.tape, self.shape.model_type
+        x = tape.array("h", self.base)
+        if self.trains:
+            tables = {kind: w for kind, w in self.weights.items() if kind in ("embedding", "position_embedding")}
+            x = tape.leaf(x, {kind: math.prod(w.shape) * self.base for kind, w in tables.items()})
+        elif self.step.checkpointing:
+            x = tape.leaf(x)
+        if family == "gpt2":
+            x = self.dropout(x, "embd_pdrop", 0.1)
+        return tape.op([x], "h", x.item) if family == "gemma" else x
+
+    def block(self, x: Array) -> Array:
+        """One decoder block."""
+        return self._block(self, x)
+
+    def loss(self, hidden: Array) -> Array:
+        """Head, logits and loss; chunked, the pieces of the tokens one by one, and again in the backward pass."""
+        tape = self.tape
+        if not self.step.chunked_loss:
+            logits = self.linear(hidden, "lm_head", "V")
+            self.held = logits if self.step.held_outputs else None
+            return self._cross_entropy(logits)
+        pieces = tape.split(hidden, "h" * CHUNKS)
+        with tape.at(HEAD, math.ceil(self.step.tokens / CHUNKS)):
+            losses = [tape.checkpoint(self._piece, pieces.pop()) for _ in range(CHUNKS)]
+            total = losses.pop()
+            while losses:
+                total = tape.add(total, losses.pop())
+        return total
+
+    def _piece(self, hidden: Array) -> Array:
+        return self._cross_entropy(self.linear(hidden, "lm_head", "V"))
+
+    def _cross_entropy(self, logits: Array) -> Array:
+        """In float32; what is saved is the log-softmax."""
+        tape = self.tape
+        wide = tape.cast(logits, 4)
+        log_softmax = tape.op([wide], "V", 4, saves_out=True)
+        return tape.op([log_softmax], "1", 4)
+
+
+def _llama_block(model: TapedModel, x: Array) -> Array:
+    tape, residual = model.tape, x
+    x = model.norm(x)
+    x = _llama_attention(model, x)
+    x = tape.add(residual, x)
+    residual = x
+    x = model.norm(x)
+    x = _gated_mlp(model, x)
+    return tape.add(residual, x)
+
+
+def _llama_attention(model: TapedModel, x: Array) -> Array:
+    q, k, v = (model.linear(x, kind, symbol) for kind, symbol in (("q", "q"), ("k", "K"), ("v", "K")))
+    if model.shape.model_type == "qwen3":
+        q, k = model.norm(q), model.norm(k)
+    q, k = model.rotate(q), model.rotate(k)
+    out = model.attention(q, k, v)
+    return model.linear(out, "o", "h")
+
+
+def _gated_mlp(model: TapedModel, x: Array) -> Array:
+    gate = model.activation(model.linear(x, "gate", "f"))
+    return model.linear(model.tape.multiply(gate, model.linear(x, "up", "f")), "down", "h")
+
+
+def _gpt2_block(model: TapedModel, x: Array) -> Array:
+    tape, residual = model.tape, x
+    x = model.norm(x)
+    x = model.dropout(_fused_attention(model, x, "attn_pdrop", rotary=False), "resid_pdrop", 0.1)
+    x = tape.add(x, residual)
+    residual = x
+    x = model.norm(x)
+    x = model.dropout(_mlp(model, x), "resid_pdrop", 0.1)
+    return tape.add(residual, x)
+
+
+def _gpt_neox_block(model: TapedModel, x: Array) -> Array:
+    tape = model.tape
+    attended = model.dropout(_fused_attention(model, model.norm(x), "attention_dropout", rotary=True), "hidden_dropout")
+    if not model.config.get("use_parallel_residual", True):
+        x = attended = tape.add(attended, x)
+        return tape.add(model.dropout(_mlp(model, model.norm(attended)), "hidden_dropout"), attended)
+    x_of_mlp = model.dropout(_mlp(model, model.norm(x)), "hidden_dropout")
+    return tape.add(tape.add(x_of_mlp, attended), x)
+
+
+def _fused_attention(model: TapedModel, x: Array, dropout: str, rotary: bool) -> Array:
+    fused = model.linear(x, "qkv", "c")
+    q, k, v = model.tape.split(fused, "qKK")
+    if rotary:
+        q, k = model.rotate(q), model.rotate(k)
+    out = model.attention(q, k, v, dropout)
+    return model.linear(out, "o", "h")
+
+
+def _mlp(model: TapedModel, x: Array) -> Array:
+    x = model.linear(x, "up", "f")
+    x = model.activation(x)
+    return model.linear(x, "down", "h")
+
+
+_BLOCKS: Final[Mapping[str, Callable[[TapedModel, Array], Array]]] = {
+    "gpt2": _gpt2_block, "gpt_neox": _gpt_neox_block, **dict.fromkeys(_LLAMAS, _llama_block),
+}  # fmt: skip
+FAMILIES: Final = tuple(sorted(_BLOCKS))
+
+
+def _block(shape: ModelShape) -> tuple[Callable[[TapedModel, Array], Array], str]:
+    """(block, "") of the model's family, or of the one that has the same linear layers and why it is an estimate."""
+    if shape.model_type in _BLOCKS:
+        return _BLOCKS[shape.model_type], ""
+    there = {weight.layer_type for weight in shape.weights}
+    for kinds, block, like in (
+        ({"q", "k", "v", "o", "gate", "up", "down"}, _llama_block, "Llama"),
+        ({"qkv", "o", "up", "down"}, _gpt_neox_block, "GPT-NeoX"),
+    ):
+        if kinds <= there:
+            return block, f"{shape.model_type} has no formulas of its own: taken as {like}'s with its sizes"
+    raise ProbeError(
+        f"{shape.model_type}: no formula for its activations; there are some for {', '.join(FAMILIES)}, and for models "
+        "with the same linear layers; measure it instead"
+    )
+
+
+def _everywhere(shape: ModelShape, step: Step) -> list[Weight]:
+    """The adapted weights; `ProbeError` where an adapter is on some of the layers only."""
+    found = list(shape.adapted(step.targets)) if step.adapted else []
+    whole = {weight.name: weight.count for weight in shape.weights}
+    for weight in found:
+        if weight.count != whole[weight.name]:
+            raise ProbeError(f"{weight.name}: activations have no formula for an adapter on some layers only")
+    return found
+
+
+def _window(config: Mapping[str, Any], family: str) -> float:
+    """The sliding window, from which on attention gets a mask; ∞ without."""
+    if not config.get("use_sliding_window", family == "mistral"):
+        return math.inf
+    return config.get("sliding_window", 4096 if family == "mistral" else None) or math.inf
+
+
+def _up(n: int, multiple: int) -> int:
+    return math.ceil(n / multiple) * multiple

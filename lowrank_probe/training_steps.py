@@ -1,0 +1,67 @@
+"""One training step: what of it decides how much memory it needs. Read by the closed forms and by the measurements.
+
+It imports nothing heavy, and says nothing of the model: that is a `ModelShape`, or a config.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from lowrank_probe.errors import ProbeError
+
+Method = Literal["full", "lora", "qlora", "dora", "rslora"]
+Precision = Literal["fp32", "bf16", "mixed"]
+PHASES: Final = ("forward", "loss", "backward", "step")
+# What is made in a phase and is no weight, gradient or state.
+COMPONENTS: Final = {"forward": "activations", "loss": "logits", "backward": "working", "step": "step transient"}
+# Head and loss go over the tokens in so many pieces with a chunked loss, each recomputed in the backward pass.
+CHUNKS: Final = 8
+# Granularity of CUDA's attention kernels: rows of the efficient one's log-sum-exp; rows and columns of flash's float32
+# sums in its backward pass.
+LSE_ROWS: Final = 32
+ACCUMULATOR: Final = (128, 32)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step on `batch` sequences of `seq` tokens without padding; seq None where it is not known.
+
+    rank, targets, adapter_dtype: of the adapter, nothing for `full`. precision: "fp32" and "bf16" hold weights,
+    activations, gradients and states of what is trained in that dtype; "mixed" is autocast to bf16, over fp32 weights
+    for `full` and over frozen bf16 ones for an adapter. An adapter is float32 by PEFT's default. flash: PyTorch's
+    fused attention against matrices of s² scores ("eager"). chunked_loss: head and loss in `CHUNKS` pieces.
+    held_outputs: the caller keeps the model's outputs, and so the logits, through the backward pass.
+    """
+
+    batch: int = 1
+    seq: int | None = None
+    method: Method = "lora"
+    rank: int = 16
+    targets: str | Sequence[str] = "all-linear"
+    precision: Precision = "bf16"
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    flash: bool = True
+    chunked_loss: bool = False
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    held_outputs: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "seq", "rank"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ProbeError(f"{name}: expected 1 or more, found {value}")
+        for name, allowed in (("method", get_args(Method)), ("precision", get_args(Precision))):
+            if (value := getattr(self, name)) not in allowed:
+                raise ProbeError(f"{name}: expected one of {', '.join(allowed)}, found {value}")
+
+    @property
+    def tokens(self) -> int:
+        """T = batch·seq; `ProbeError` where seq is not known."""
+        if self.seq is None:
+            raise ProbeError("activations need the sequence length: give --seq")
+        return self.batch * self.seq
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter is trained over frozen weights."""
+        return self.method != "full"

@@ -1,0 +1,93 @@
+"""A budget's page in real headless Chromium, from file://: it draws, sorts, filters, and stays silent."""
+
+import pytest
+from browsers import needs_chromium
+from test_browser import button, choose, column, drawn, driver, find, press, visit  # noqa: F401
+from test_budgets import LLAMA_8B
+
+from lowrank_probe import budget_reports
+from lowrank_probe.budgets import compare
+
+pytestmark = [pytest.mark.browser, needs_chromium]
+
+
+@pytest.fixture(scope="module")
+def budgets():
+    return compare(LLAMA_8B, seq=2048)
+
+
+@pytest.fixture(scope="module")
+def path(budgets, tmp_path_factory):
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    file.write_text(budget_reports.render(budgets, 10), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def page(driver, path):  # noqa: F811
+    visit(driver, path.as_uri())
+    yield driver
+    driver.execute_script("localStorage.clear()")
+    assert [entry["message"] for entry in driver.get_log("browser")] == []
+
+
+def test_every_plot_is_drawn_and_nothing_is_fetched(page, budgets):
+    for name in ("bars", "phases", "ranks", "seqs"):
+        assert page.execute_script("return document.querySelectorAll(arguments[0]).length", f"#{name} svg path") > 3
+    assert page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
+    assert [card.text for card in find(page, ".card h3")] == [one.label for one in budgets]
+
+
+def test_the_bar_of_a_card_is_full(page, budgets):
+    widths = "[...bar.children].reduce((sum, part) => sum + parseFloat(part.style.width), 0)"
+    widths = f"return [...document.querySelectorAll('.card .bar')].map(bar => {widths})"
+    assert page.execute_script(widths) == pytest.approx([100] * len(budgets), abs=0.1)
+
+
+def test_the_menus_choose(page, budgets):
+    choose(page, "#phases select", "lora, bf16 base")
+    lora = next(one for one in budgets if one.step.method == "lora")
+    heights = [sum(values) for values in zip(*drawn(page, "phases", "data.map(t => t.y)"), strict=True)]
+    assert heights == pytest.approx([n / 2**30 for n in lora.phases.values()], rel=1e-4)
+    choose(page, "#ranks select", "adapter file, MB")
+    axis = "return document.querySelector('#ranks .ytitle').textContent"
+    assert page.execute_script(axis) == "adapter file, MB"
+
+
+def test_the_cards_filter_and_sort(page, budgets):
+    choose(page, "#cards [data-facet=fits]", f"true ({sum_fits(budgets)})")
+    assert set(column(page, "cards", "fits")) == {"yes"}
+    choose(page, "#cards [data-facet=run]", "full, fp32 Adam (42)")
+    press(page, button(page, "#cards", "usable gib"))
+    up = [float(x) for x in column(page, "cards", "usable gib")]
+    assert up == sorted(up)
+    assert min(up) * 2**30 >= 0.999 * budgets[0].total_bytes
+
+
+def sum_fits(budgets):
+    return int(budget_reports.cards_table(budgets)["fits"].sum())
+
+
+@pytest.mark.parametrize("section", ["seqs", "cards", "mends", "components", "facts"])
+def test_a_deep_link_arrives(driver, path, section):  # noqa: F811
+    visit(driver, f"{path.as_uri()}#{section}")
+    top, last = driver.execute_script(
+        f"return [document.querySelector('#{section}').getBoundingClientRect().top,"
+        " innerHeight + scrollY >= document.documentElement.scrollHeight - 1]"
+    )
+    assert 0 <= top < 120 or last
+    assert driver.get_log("browser") == []
+
+
+def test_a_narrow_dark_page_fits(page):
+    press(page, find(page, "#theme")[0])
+    size = {"width": 380, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_every_control_is_named(page):
+    shown = [e for e in find(page, "button, main select, main input") if e.is_displayed()]
+    assert len(shown) > 15
+    assert all(e.accessible_name for e in shown)

@@ -1,0 +1,338 @@
+"""Budgets: what texts tell wrong, DeepSpeed's and PEFT's own numbers, sums, and every search by brute force."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lowrank_probe as lp
+from lowrank_probe.accelerators import find_accelerator
+from lowrank_probe.budget_components import CONTEXT
+from lowrank_probe.budget_counts import parse_params
+from lowrank_probe.budget_fits import cards_by_stage, largest, mends, smallest_card, storage
+from lowrank_probe.budget_words import lora_against_full, on_cards, peak, qlora_against_lora
+from lowrank_probe.budgets import COMPARED, Budget, compare, sweep
+from lowrank_probe.errors import ProbeError
+from lowrank_probe.recipes import EIGHT_BIT
+from lowrank_probe.sharding import Sharding
+
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+}  # fmt: skip
+TINY = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 11,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def part(found, name):
+    return next((one.largest for one in found.components if one.name == name), 0)
+
+
+def test_llama_3_8b_at_rank_16_on_all_linear_layers():
+    found = lp.budget(LLAMA_8B, rank=16)
+    assert found.counts.adapter == 41_943_040  # 83,886,080 is rank 32's
+    assert lp.budget(LLAMA_8B, rank=32).counts.adapter == 83_886_080
+    assert found.adapter_file_bytes == pytest.approx(167.8e6, rel=5e-4)  # not 120 MB
+    assert lp.budget(LLAMA_8B, adapter_dtype="bfloat16").adapter_file_bytes == pytest.approx(83.9e6, rel=1e-3)
+
+
+def test_70b_in_fp32_with_adam_is_twice_what_is_often_said():
+    found = lp.budget(params="70B", method="full", precision="fp32")
+    assert found.state_bytes == 1.12e12
+    assert found.recipe.total == 16
+    assert lp.budget(params=70e9, method="full").state_bytes == 560e9  # the text's number is pure bf16's
+
+
+@pytest.mark.parametrize(("config", "codes", "upcast"), [(LLAMA_8B, 5.70, 7.80), (LLAMA_70B, 39.5, 43.7)])
+def test_a_base_in_nf4_is_not_half_a_byte_a_parameter(config, codes, upcast):
+    found = lp.budget(config, method="qlora")
+    low = part(found, "weights") + part(found, "quantization constants")
+    assert low / 1e9 == pytest.approx(codes, abs=0.05 if codes > 10 else 0.005)
+    assert (low + part(found, "fp32 upcasts")) / 1e9 == pytest.approx(upcast, abs=0.05 if codes > 10 else 0.005)
+    assert found.frozen_each == pytest.approx((low + part(found, "fp32 upcasts")) / found.counts.total)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
+def test_the_adapters_file_is_as_peft_writes_it(tmp_path):
+    for rank, dora in ((4, False), (16, True)):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY))
+        adapted = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", use_dora=dora))
+        adapted.save_pretrained(tmp_path / str(rank))
+        real = (tmp_path / str(rank) / "adapter_model.safetensors").stat().st_size
+        found = lp.budget(TINY, rank=rank, method="dora" if dora else "lora")
+        assert found.adapter_file_bytes == pytest.approx(real, rel=0.01)
+        assert found.counts.adapter == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("n", [2, 8, 64])
+def test_deepspeeds_own_estimates(n):
+    total = lp.budget(LLAMA_8B, method="full").counts.total
+    module = 128256 * 4096
+    two, three = (lp.budget(LLAMA_8B, method="full", precision="mixed", gpus=n, zero=stage) for stage in (2, 3))
+    assert two.state_bytes == pytest.approx(4 * total + 16 * total / n, rel=1e-9)
+    assert three.state_bytes == pytest.approx(4 * module + 18 * total / n, rel=1e-9)
+
+
+def test_each_stage_spreads_one_thing_more():
+    sizes = [lp.budget(LLAMA_8B, method="full", precision="fp32", gpus=8, zero=stage) for stage in range(4)]
+    total = sizes[0].counts.total
+    ddp, one, two, three = (found.state_bytes for found in sizes)
+    assert ddp == 20 * total  # DDP keeps a second copy of the gradients
+    assert one == 8 * total + 8 * total // 8
+    assert two == 4 * total + 12 * total // 8
+    assert three == pytest.approx(16 * total / 8 + 8 * 128256 * 4096, rel=1e-9)
+
+
+def test_fsdp_gathers_a_block_or_everything():
+    block = max(128256 * 4096, 218_112_000)
+    found = lp.budget(LLAMA_8B, method="full", precision="mixed", gpus=8, fsdp=3)
+    total = found.counts.total
+    assert found.state_bytes == pytest.approx(16 * total / 8 + 3 * 2 * block, rel=1e-9)
+    found = lp.budget(LLAMA_8B, method="full", precision="mixed", gpus=8, fsdp=2)
+    assert found.state_bytes == pytest.approx(16 * total / 8 + 2 * total, rel=1e-9)
+    frozen = lp.budget(LLAMA_8B, gpus=8, fsdp=3)
+    assert part(frozen, "weights") == pytest.approx(2 * total / 8, rel=1e-9)
+    assert part(frozen, "gathered weights") == 2 * 2 * block
+
+
+def test_eight_bit_adam_keeps_the_tables_in_fp32():
+    found = lp.budget(LLAMA_8B, method="full", optimizer="adamw-8bit")
+    table, total = 128256 * 4096, found.counts.total
+    assert part(found, "optimizer states") == pytest.approx(EIGHT_BIT * (total - table) + 8 * table, rel=1e-9)
+    assert found.bytes_each == "2 + 2 + 2.42 = 6.42"
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora", "rslora"])
+@pytest.mark.parametrize("seq", [None, 256])
+def test_the_parts_are_the_phases_and_the_largest_phase_is_the_total(method, seq):
+    found = lp.budget(TINY, method=method, seq=seq)
+    assert list(found.phases) == (["forward", "loss", "backward", "step"] if seq else ["states"])
+    for phase, total in found.phases.items():
+        assert total == sum(one.at[phase] for one in found.components)
+    assert found.total_bytes == max(found.phases.values()) == found.phases[found.peak_phase]
+    assert found.components[-1].name == "reserve"
+    share = 0.16 if method == "qlora" else 0.05
+    rest = found.total_bytes - found.reserve_bytes
+    assert found.reserve_bytes == pytest.approx(CONTEXT + share * rest, abs=1)
+    assert all(one.formula and one.source for one in found.components)
+    assert not seq or found.state_bytes == lp.budget(TINY, method=method).state_bytes
+
+
+def test_foreach_adam_holds_one_more_copy_in_its_step():
+    fused, foreach = (lp.budget(TINY, method="full", seq=64, optimizer=name) for name in ("adamw", "adamw-foreach"))
+    copy = 2 * fused.counts.total
+    assert foreach.phases["step"] - fused.phases["step"] == pytest.approx(1.05 * copy, abs=2)
+    assert foreach.phases["loss"] == fused.phases["loss"]
+
+
+@pytest.mark.parametrize("gpu", ["T4", "RTX 4090", "H100", "MI355X"])
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [("full", "fp32"), ("full", "mixed"), ("full", "bf16"), ("lora", "bf16"), ("qlora", "bf16")],
+)
+def test_the_least_number_of_cards_by_brute_force(method, precision, gpu):
+    card = find_accelerator(gpu)
+    found = lp.budget(LLAMA_70B, method=method, precision=precision, seq=128, checkpointing=True)
+    stages = cards_by_stage(found, card)
+    if found.fits(card):
+        assert set(stages.values()) == {1}
+        return
+    assert stages[0] is None
+    for stage in (1, 2, 3):
+        n = stages[stage]
+        if n is None:
+            assert not found.over(65536, stage).fits(card)
+            continue
+        assert found.over(n, stage).fits(card)
+        assert n == 2 or not found.over(n - 1, stage).fits(card)
+    if stages[3] is not None:
+        exact = lp.budget(LLAMA_70B, method=method, precision=precision, seq=128, checkpointing=True,
+                          gpus=stages[3], zero=3)  # fmt: skip
+        assert exact.fits(card)
+
+
+@pytest.mark.parametrize("what", ["batch", "seq"])
+@pytest.mark.parametrize(("gpu", "flash"), [("RTX 4090", True), ("H100", True), ("H100", False), ("T4", True)])
+def test_the_largest_batch_and_sequence_by_brute_force(what, gpu, flash):
+    card = find_accelerator(gpu)
+    found = lp.budget(LLAMA_8B, seq=700, flash=flash)
+    most = largest(found, what, card)
+    if most is None:
+        assert not found.changed(**{what: 1}).fits(card)
+        return
+    assert found.changed(**{what: most}).fits(card)
+    if most < 8192 or what == "batch":
+        assert not found.changed(**{what: most + 1}).fits(card)
+
+
+def test_a_sequence_ends_with_the_models_positions():
+    assert largest(lp.budget(TINY, seq=64), "seq", find_accelerator("B300")) == 512
+
+
+def test_what_would_save_memory_is_what_it_saves():
+    found = lp.budget(LLAMA_8B, seq=1024, batch=4)
+    saved = mends(found)
+    by_option = {one.option: one for one in saved}
+    assert set(by_option) >= {"--checkpointing", "--loss chunked", "--seq 512", "--batch 2", "--dtype bfloat16",
+                              "--optimizer adamw-8bit", "--method qlora", "--rank 8"}  # fmt: skip
+    assert all(a.saved_bytes >= b.saved_bytes > 0 for a, b in pairwise(saved))
+    assert (
+        by_option["--checkpointing"].total_bytes
+        == lp.budget(LLAMA_8B, seq=1024, batch=4, checkpointing=True).total_bytes
+    )
+    assert by_option["--seq 512"].total_bytes == lp.budget(LLAMA_8B, seq=512, batch=4).total_bytes
+    assert all(one.saved_bytes == found.total_bytes - one.total_bytes for one in saved)
+    eager = {
+        one.option
+        for one in mends(lp.budget(LLAMA_8B, method="full", seq=4096, optimizer="adamw-foreach", flash=False))
+    }
+    assert "--flash" in eager
+    assert not eager & {"--dtype bfloat16", "--rank 8", "--method qlora", "--batch 0"}
+
+
+def test_variants_on_disk():
+    found = lp.budget(LLAMA_8B)
+    full, adapters = storage(found, 100)
+    assert full == 100 * 2 * found.counts.total
+    assert adapters == 2 * found.counts.total + 100 * found.adapter_file_bytes
+
+
+def test_the_comparison_has_every_usual_method():
+    rows = compare(params=70e9)
+    assert [one.step.method for one in rows] == [method for method, *_ in COMPARED]
+    assert [round(one.state_bytes / 1e9) for one in rows[:5]] == [1120, 1260, 1120, 560, 428]
+    assert len({one.label for one in rows}) == len(rows)
+    assert all(one.counts.total == 70e9 for one in rows)
+    assert [one.fits("H100") for one in rows] == [False] * 6 + [True]
+    assert smallest_card(rows[-2]).name == "B200"
+
+
+def test_a_sweep_has_full_fine_tuning_once_for_all_ranks():
+    shape = lp.budget(TINY).shape
+    found = sweep(shape, ["full", "lora"], [4, 8, 16], [64, 128])
+    assert [(one.step.method, one.step.rank, one.step.seq) for one in found] == [
+        ("full", 4, 64), ("full", 4, 128), ("lora", 4, 64), ("lora", 4, 128), ("lora", 8, 64), ("lora", 8, 128),
+        ("lora", 16, 64), ("lora", 16, 128),
+    ]  # fmt: skip
+
+
+def test_per_card_or_in_total_is_answered_in_words():
+    found = lp.budget(LLAMA_70B, seq=512, checkpointing=True)
+    said = on_cards(found, find_accelerator("RTX A6000"))
+    n = cards_by_stage(found, find_accelerator("RTX A6000"))[3]
+    assert "does not fit" in said
+    assert "with DDP each holds everything" in said
+    assert f"{n} with stage 3" in said
+    assert "fits. That is on one card" in on_cards(lp.budget(TINY), find_accelerator("T4"))
+    spread = lp.budget(LLAMA_70B, seq=512, checkpointing=True, gpus=8, zero=3)
+    assert on_cards(spread, find_accelerator("H100")).startswith("Each of the cards needs")
+
+
+def test_why_lora_is_not_always_smaller_is_answered_in_words():
+    found = lp.budget(LLAMA_8B, seq=2048)
+    said, full = lora_against_full(found), lp.budget(LLAMA_8B, method="full", seq=2048)
+    assert found.activations.saved > full.activations.saved
+    assert f"{found.activations.saved / 2**30:.1f} GiB of activations" in said
+    assert f"{full.activations.saved / 2**30:.1f}:" in said
+    assert "gradients and optimizer states" in lora_against_full(found.changed(checkpointing=True))
+    assert "QLoRA saves" in qlora_against_lora(found.changed(method="qlora"))
+    assert qlora_against_lora(found) == ""
+    assert lora_against_full(full) == lora_against_full(lp.budget(LLAMA_8B)) == ""
+    assert found.peak_phase in peak(found)
+    assert "unknown" in peak(lp.budget(LLAMA_8B))
+
+
+@pytest.mark.parametrize("text", ["70B", "70b", "70e9", "7e10", 70e9, "70_000_000_000", "70,000,000,000", "0.07T"])
+def test_a_size_however_it_is_written(text):
+    assert parse_params(text) == 70_000_000_000
+
+
+@pytest.mark.parametrize("text", ["0", "-7B", "nan", "inf", "7GB", "", "7e99", "seven", "1e-3", "B", "12"])
+def test_nonsense_sizes_are_refused(text):
+    with pytest.raises(ProbeError, match="expected a number of parameters"):
+        lp.budget(params=text)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"targets": "nothing"}, "matches nothing that LoRA can adapt"), ({"rank": 0}, "rank"),
+        ({"zero": 3}, "spreads nothing"),
+        ({"fsdp": 1, "gpus": 8}, "--fsdp 1: expected 2"), ({"fsdp": 2, "zero": 2, "gpus": 8}, "one of the two"),
+        ({"gpus": 0}, "0 GPUs"), ({"precision": "int8"}, "precision"), ({"optimizer": "lion"}, "optimizer 'lion'"),
+        ({"seq": 0}, "seq"), ({"params": "7B"}, "one of the two"), ({"method": "ia3"}, "method"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(options, words):
+    with pytest.raises(ProbeError) as refused:
+        lp.budget(TINY, **options)
+    assert words in str(refused.value)
+
+
+def test_everything_is_json():
+    found = lp.budget(TINY, seq=64)
+    told = json.loads(json.dumps(found.as_dict()))
+    assert sum(one["bytes"][told["peak_phase"]] for one in told["components"]) == told["total_bytes"]
+    assert told["bytes_per_trained_parameter"]["total"] == 16
+    assert told["n_trainable"] == found.counts.adapter
+    assert lp.budget(TINY).as_dict()["peak_phase"] is None
+    assert "GiB on one card" in repr(found)
+
+
+def test_mixed_precision_is_eighteen_bytes_only_while_there_is_a_graph():
+    found = lp.budget(TINY, method="full", precision="mixed", seq=64)
+    total = found.counts.total
+    weights = {one.name: one.at for one in found.components}
+    assert weights["fp32 master weights"]["step"] == 4 * total
+    assert weights["weights"]["step"] == 0 < weights["weights"]["loss"] <= 2 * total
+    assert lp.budget(TINY, method="full", precision="mixed").state_bytes == 18 * total
+
+
+def test_a_spread_run_has_the_gradients_share_in_every_phase():
+    alone = lp.budget(TINY, method="full", seq=64)
+    spread = replace(alone, sharding=Sharding(4, 2))
+    for phase in alone.phases:
+        own, less = ({one.name: one.at for one in found.components}["gradients"][phase] for found in (alone, spread))
+        assert less == pytest.approx(own / 4, abs=1)
+
+
+def test_experts_in_one_tensor_stay_in_bf16():
+    config = {
+        "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }  # fmt: skip
+    found = lp.budget(config, method="qlora", targets=["q", "v"])
+    experts = 2 * 4 * 3 * 64 * 96
+    assert found.counts.stacks == experts
+    assert found.counts.quantizable == 2 * (2 * 64 * 64 + 2 * 32 * 64)
+    assert any("experts" in said for said in found.assumptions)
+
+
+def test_the_meta_device_agrees_on_what_is_quantized():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY))
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear.pop("lm_head")
+    found = lp.budget(TINY).counts
+    assert found.n_quantizable == len(linear)
+    assert found.quantizable == sum(math.prod(module.weight.shape) for module in linear.values())
+
+
+def test_a_budget_is_a_value():
+    a, b = lp.budget(TINY, seq=64), lp.budget(TINY, seq=64)
+    assert isinstance(a, Budget)
+    assert a == b
+    assert a != a.changed(batch=2)

@@ -1,0 +1,201 @@
+"""`probe budget` as a user has it: a real process, its exit code, its stdout, its stderr."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+from test_budgets import LLAMA_8B, TINY
+from test_cli import fails, probe
+
+from lowrank_probe.accelerators import accelerators
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directory with a Llama-3-8B's config.json in `8b` and a tiny one's in `tiny`."""
+    root = tmp_path_factory.mktemp("models")
+    for name, config in (("8b", LLAMA_8B), ("tiny", TINY)):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(config))
+    return root
+
+
+def row(stdout, start):
+    return next(line for line in stdout.splitlines() if line.strip().startswith(start))
+
+
+def test_a_size_alone_is_one_screen_with_every_recipe_named():
+    stdout, stderr = probe("budget", "--params", "70e9")
+    assert stderr == ""
+    assert len(stdout.splitlines()) <= 24
+    assert max(map(len, stdout.splitlines())) <= 120
+    assert re.search(r"full, fp32 Adam +4 \+ 4 \+ 8 = 16 +1,120 +1,043 ", stdout)
+    assert re.search(r"full, mixed precision Adam +2 \+ 4 \+ 4 \+ 8 = 18 +1,260 +1,173 ", stdout)
+    assert re.search(r"full, ZeRO paper's mixed Adam +2 \+ 4 \+ 2 \+ 8 = 16 +1,120 ", stdout)
+    assert re.search(r"full, pure bf16 Adam +2 \+ 2 \+ 4 = 8 +560.0 +521.5 ", stdout)
+    assert "207,093,760 trainable" in stdout
+    assert "828.5 MB" in row(stdout, "lora")
+    assert "none" in row(stdout, "full, fp32")
+    assert "unknown without --seq" in " ".join(stdout.split())
+    assert probe("budget", "--params", "70B")[0] == stdout
+    assert "Qwen2.5-72B" in probe("budget", "--params", "70B", "--like", "qwen")[0]
+
+
+def test_a_model_is_counted_by_layer_type(models):
+    stdout, _ = probe("budget", models / "8b")
+    assert f"{models / '8b'}: 8,030,261,248 parameters (config.json)" in stdout
+    assert "gate 1,879,048,192" in stdout
+    assert "41,943,040 trainable (0.5196 % of all)" in stdout
+    again, _ = probe("budget", models / "8b" / "config.json")
+    assert again.splitlines()[1:] == stdout.splitlines()[1:]
+
+
+def test_one_run_in_full(models):
+    stdout, _ = probe(
+        "budget", models / "8b", "--method", "lora", "--seq", "2048", "--targets", "q,v", "--price", "2.5"
+    )
+    for word in ("weights", "adapter", "gradients", "optimizer states", "activations", "logits", "reserve", "sum"):
+        assert row(stdout, word)
+    assert "6,815,744 trainable" in stdout
+    assert re.search(r"The (forward pass|loss|backward pass|optimizer's step) peaks, at ", stdout)
+    assert "--checkpointing" in row(stdout, "checkpointing")
+    assert "1 × 2.5 = 2.50" in row(stdout, "H100")
+    explained, _ = probe("budget", models / "8b", "--method", "lora", "--seq", "2048", "--explain")
+    assert "autocast_adapter_dtype=True" in " ".join(explained.split())
+    assert "·V·" in explained
+
+
+def test_lists_make_a_table(models):
+    stdout, _ = probe("budget", models / "8b", "--rank", "4,8,256", "--seq", "512,2048", "--method", "lora,dora,full")
+    rows = [line.split() for line in stdout.splitlines() if re.match(r" +(lora|dora|full) ", line)]
+    assert [(cells[0], cells[1], cells[2]) for cells in rows] == [
+        (method, rank, seq)
+        for method in ("lora", "dora", "full")
+        for rank in (("4", "8", "256") if method != "full" else ("–",))
+        for seq in ("512", "2,048")
+    ]
+    assert [cells[3] for cells in rows[:6:2]] == ["10,485,760", "20,971,520", "671,088,640"]
+
+
+def test_the_exit_code_says_whether_it_fits(models):
+    options = ("budget", models / "8b", "--method", "full", "--precision", "fp32")
+    assert "does not fit" in probe(*options, "--gpu", "H100", code=3)[0]
+    _, stderr = probe(*options, "--gpu", "rtx4090", "--quiet", code=3)
+    assert stderr == "--gpu rtx4090: this does not fit on one RTX 4090 (24 GB)\n"
+    assert "fits" in probe(*options, "--gpu", "H200")[0]
+    assert "Each of the cards" in probe(*options, "--gpu", "H100", "--gpus", "4", "--zero", "3")[0]
+    probe("budget", models / "8b", "--gpu", "H100")  # some methods of the comparison do
+    probe("budget", "--params", "1T", "--gpu", "T4", code=3)
+    probe("budget", models / "8b", "--method", "qlora,full", "--rank", "4,8", "--gpu", "RTX 4090", code=3)
+
+
+def test_json_is_one_object(models):
+    stdout, stderr = probe(
+        "budget", models / "8b", "--method", "lora", "--seq", "1024", "--gpu", "L40S", "--storage", "20",
+        "--price", "1",
+        "--json",
+    )  # fmt: skip
+    assert stderr == ""
+    told = json.loads(stdout)
+    assert told["schema_version"] == 1
+    assert told["model"]["by_type"]["q"] == 536_870_912
+    (one,) = told["budgets"]
+    assert one["n_trainable"] == 41_943_040
+    assert one["total_bytes"] == one["phases"][one["peak_phase"]]
+    assert sum(part["bytes"][one["peak_phase"]] for part in one["components"]) == one["total_bytes"]
+    assert told["gpu"]["name"] == "L40S"
+    assert told["gpu"]["fits"] == [one["total_bytes"] <= told["gpu"]["usable_bytes"]]
+    assert [card["name"] for card in one["cards"]] == ["L40S"]
+    assert told["storage"]["full_bytes"] == 20 * 2 * 8_030_261_248
+    saved = [mend["saved_bytes"] for mend in one["mends"]]
+    assert saved == sorted(saved, reverse=True)
+    compared = json.loads(probe("budget", "--params", "7B", "--json")[0])
+    assert len(compared["budgets"]) == 7
+    assert len(compared["budgets"][0]["cards"]) == sum(card.common for card in accelerators())
+    assert compared["gpu"] is None
+
+
+def test_a_directory_holds_the_page_and_the_tables(models, tmp_path):
+    out = tmp_path / "run"
+    stdout, stderr = probe("budget", models / "tiny", "--seq", "128", "--rank", "4,8", "--out", out)
+    assert stderr == f"report: {out / 'report.html'}\n"
+    assert sorted(file.name for file in out.iterdir()) == [
+        "budget.json", "budgets.csv", "cards.csv", "components.csv", "report.html",
+    ]  # fmt: skip
+    runs = pd.read_csv(out / "budgets.csv")
+    told = json.loads((out / "budget.json").read_text())
+    assert list(runs["total_bytes"]) == [one["total_bytes"] for one in told["budgets"]]
+    parts = pd.read_csv(out / "components.csv")
+    assert parts.groupby("run", sort=False)["loss_gib"].sum().tolist() == pytest.approx(
+        [one["phases"]["loss"] / 2**30 for one in told["budgets"]]
+    )
+    fails("budget", models / "tiny", "--out", out, words=["is not empty", "choose another --out"])
+    assert "n_trainable" in runs
+    assert stdout
+
+
+def test_what_n_variants_take_on_disk(models):
+    stdout, _ = probe("budget", models / "8b", "--storage", "100")
+    assert re.search(
+        r"100 tuned variants are 1,606 GB .* as full checkpoints \(16.1 GB each\), 32.8 GB ", " ".join(stdout.split())
+    )
+
+
+def test_measured_beside_the_formula(models):
+    stdout, _ = probe("budget", models / "tiny", "--method", "lora", "--seq", "64", "--measure", "--json")
+    told = json.loads(stdout)
+    measured, one = told["measured"]["peaks"], told["budgets"][0]
+    for phase in ("forward", "loss", "backward", "step"):
+        formula = one["phases"][phase] - one["components"][-1]["bytes"][phase]
+        assert formula == pytest.approx(measured[phase], rel=0.01)
+    rows = told["measured"]["beside_formula"]
+    assert set(rows) >= {"weights", "adapter", "gradients", "optimizer", "activations", "logits", "sum"}
+    for name in ("weights", "adapter", "gradients", "optimizer"):
+        for formula, real in rows[name].values():
+            assert formula == pytest.approx(real, rel=0.01)
+    mixed = ("--method", "full", "--precision", "mixed")
+    stdout, _ = probe("budget", models / "tiny", *mixed, "--seq", "64", "--measure")
+    assert "measured by fake tensors" in stdout
+    offs = re.findall(r"([+-][\d.]+) %", row(stdout, "off by"))
+    assert len(offs) == 4
+    assert all(abs(float(off)) < 1 for off in offs)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--params", "0"], ["--params 0", "such as 70B"]), (["--params", "7GB"], ["7GB"]),
+        (["--params", "nan"], ["nan"]),
+        (["--params", "1e40"], ["between 100K and 100T"]), ([], ["give a model", "--params"]),
+        (["--params", "7B", "--like", "mamba"], ["mamba", "llama"]), (["{}/8b", "--params", "7B"], ["one of the two"]),
+        (["{}/nothing"], ["no such file or directory"]),
+        (["{}/8b", "--targets", "foo"], ["foo", "q_proj", "all-linear"]),
+        (["{}/8b", "--rank", "0"], ["rank", "found 0"]),
+        (["{}/8b", "--gpu", "H10"], ["'H10' is not known; nearest: ", "H100"]),
+        (["{}/8b", "--zero", "3"], ["--zero 3", "--gpus"]),
+        (["{}/8b", "--zero", "1", "--fsdp", "2", "--gpus", "2"], ["one of"]),
+        (["{}/8b", "--method", "lora", "--optimizer", "lion"], ["'lion'", "adamw-8bit"]),
+        (["{}/8b", "--method", "lora", "--precision", "int8"], ["int8", "fp32, bf16, mixed"]),
+        (["{}/8b", "--method", "lora", "--dtype", "float16"], ["float16"]),
+        (["{}/8b", "--method", "lora", "--measure"], ["--measure needs --seq"]),
+        (["--params", "47B", "--like", "mixtral", "--seq", "64"], ["mixtral: no formula for its activations"]),
+        (["--params", "7B", "--method", "lora", "--seq", "8", "--measure"], ["--measure needs a model"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_bad_input_is_one_line(models, options, words):
+    fails("budget", *(option.format(models) for option in options), words=words)
+
+
+@pytest.mark.parametrize("options", [["--method", "ia3"], ["--rank", "a"], ["--seq", "1k"], ["--loss", "half"],
+                                     ["--batch", "0"], ["--zero", "4"], ["--measure"]])  # fmt: skip
+def test_wrong_usage_is_exit_2(models, options):
+    stdout, stderr = probe("budget", models / "8b", *options, code=2)
+    assert stdout == ""
+    assert "Invalid value" in stderr
+
+
+def test_a_config_without_what_is_needed_names_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in LLAMA_8B.items() if k != "hidden_size"}))
+    fails("budget", tmp_path, words=["hidden_size"])
