@@ -36,7 +36,8 @@ def print_comparison(budgets: Sequence["Budget"], gpu: Accelerator | None) -> No
     if known:
         out.print(
             f"GB, GiB: the peak of one card at {first.step.batch} × {first.step.seq:,} tokens, with a reserve "
-            "(CUDA context, fragmentation). --method shows one of them by component and phase.",
+            "(CUDA context, fragmentation). --method shows one of them by component and phase."
+            f"{words.unlike_checkpointing(budgets)}",
             style="dim",
         )
     else:
@@ -106,7 +107,7 @@ def print_sweep(budgets: Sequence["Budget"], gpu: Accelerator | None) -> None:
     known = budgets[0].knows_activations
     out.print(
         f"GB, GiB: on one card, {'at the peak' if known else 'without activations (give --seq)'}, with the reserve. "
-        "file: of the adapter as PEFT saves it, or of the model.",
+        f"file: of the adapter as PEFT saves it, or of the model.{words.unlike_checkpointing(budgets)}",
         style="dim",
     )
 

@@ -1,5 +1,6 @@
 """What a budget says in sentences: per card or in total, which phase peaks and why, why LoRA is not always smaller."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -129,4 +130,16 @@ def qlora_against_lora(found: Budget) -> str:
         f"QLoRA saves {gib(weights)} GiB of LoRA's weights, nothing else. The activations are LoRA's at best: tables "
         "and norms upcast to fp32 make what passes between the layers fp32 too, and weights are unpacked to bf16 where "
         "they are used. So it can take more than LoRA where activations are most of it; the reserve is larger for that."
+    )
+
+
+def unlike_checkpointing(budgets: Sequence[Budget]) -> str:
+    """Which of several methods have gradient checkpointing, where not all do; "" where they are alike."""
+    known = [one for one in budgets if one.knows_activations]
+    with_it = dict.fromkeys(one.step.method for one in known if one.step.checkpointing)
+    if not with_it or all(one.step.checkpointing for one in known):
+        return ""
+    return (
+        f" {', '.join(with_it)}: with gradient checkpointing, as PEFT prepares it; the others without "
+        "(--checkpointing, --no-checkpointing: all alike)."
     )

@@ -15,7 +15,7 @@ from lowrank_probe.accelerators import find_accelerator
 from lowrank_probe.budget_components import CONTEXT
 from lowrank_probe.budget_counts import parse_params
 from lowrank_probe.budget_fits import cards_by_stage, largest, mends, smallest_card, storage
-from lowrank_probe.budget_words import lora_against_full, on_cards, peak, qlora_against_lora
+from lowrank_probe.budget_words import lora_against_full, on_cards, peak, qlora_against_lora, unlike_checkpointing
 from lowrank_probe.budgets import COMPARED, Budget, compare, sweep
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.recipes import EIGHT_BIT
@@ -336,3 +336,10 @@ def test_a_budget_is_a_value():
     assert isinstance(a, Budget)
     assert a == b
     assert a != a.changed(batch=2)
+
+
+def test_a_comparison_says_which_of_its_methods_are_checkpointed():
+    said = unlike_checkpointing(compare(params=8e9, seq=512))
+    assert said.startswith(" qlora: with gradient checkpointing")
+    assert unlike_checkpointing(compare(params=8e9, seq=512, checkpointing=True)) == ""
+    assert unlike_checkpointing(compare(params=8e9)) == ""
