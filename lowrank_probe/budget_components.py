@@ -58,6 +58,9 @@ def components(
     parts += _training(counts, recipe, sharding, found)
     if found is not None:
         parts += _activations(found)
+    if found is not None and counts.adapter:
+        casts = {phase: float(found.peaks[phase].casts) for phase in PHASES}
+        parts.append(("adapter casts", casts, found.formulas.get("casts", ""), "torch.autocast, of fp32 weights"))
     made = [one for part in parts if any((one := _component(part, phases)).at.values())]
     return (*made, _reserve(made, step, phases))
 

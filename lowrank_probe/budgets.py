@@ -65,7 +65,8 @@ class Budget:
         """None where batch and sequence are not given."""
         if self.step.seq is None:
             return None
-        cast = self.step.precision != "mixed" or autocast(self.recipe, self.sharding)
+        adapter = self.step.adapted and not self.sharding.spreads(1)
+        cast = self.step.precision != "mixed" or adapter or autocast(self.recipe, self.sharding)
         return activations(self.shape, self.step if cast else replace(self.step, precision="bf16"))
 
     @cached_property

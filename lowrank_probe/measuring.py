@@ -142,7 +142,7 @@ class _Run:
         def at_head(hidden: Tensor) -> None:
             enter("loss")
             if hidden.requires_grad:
-                hidden.register_hook(lambda _: enter("backward"))
+                hidden.register_hook(lambda _: enter("backward"))  # type: ignore[no-untyped-call]
 
         enter("forward")
         hook = self.head.register_forward_pre_hook(lambda _, args: at_head(args[0]))
@@ -157,7 +157,7 @@ class _Run:
         hook.remove()
         if not self.how.held_outputs:
             del outputs
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         enter("step")
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -188,16 +188,18 @@ def _model(config: Mapping[str, Any], step: Step, device: torch.device) -> Any:
         raise ProbeError(
             "qlora: its kernels (bitsandbytes) are not measured; measure lora, whose activations it shares"
         )
-    try:
-        described = transformers.AutoConfig.for_model(kind, **settings)
-    except (ValueError, TypeError) as error:
-        raise ProbeError(f"model type {kind!r}: transformers cannot build it: {error}") from error
     bf16 = step.precision == "bf16" or (step.precision == "mixed" and step.adapted)
     with device:
-        model = transformers.AutoModelForCausalLM.from_config(
-            described, dtype=torch.bfloat16 if bf16 else torch.float32,
-            attn_implementation="sdpa" if step.flash else "eager",
-        )  # fmt: skip
+        try:
+            described = transformers.AutoConfig.for_model(kind, **settings)
+            model = transformers.AutoModelForCausalLM.from_config(
+                described, dtype=torch.bfloat16 if bf16 else torch.float32,
+                attn_implementation="sdpa" if step.flash else "eager",
+            )  # fmt: skip
+        except (ValueError, TypeError) as error:
+            raise ProbeError(
+                f"model type {kind!r}: transformers cannot build it: {str(error).splitlines()[0]}"
+            ) from error
         if step.adapted:
             model = _adapted(model, config, step)
     if step.checkpointing:
@@ -205,7 +207,7 @@ def _model(config: Mapping[str, Any], step: Step, device: torch.device) -> Any:
         # Renamed in transformers 5.20; the old name warns.
         turn_on = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
         # What `Trainer` asks for. A mode is off in the backward pass, and with it in what is recomputed there.
-        fake = {"context_fn": lambda: (contextlib.nullcontext(), AsOnCuda())} if device.type == "meta" else {}
+        fake = {"context_fn": lambda: (contextlib.nullcontext(), AsOnCuda())} if device.type != "cuda" else {}
         turn_on({"use_reentrant": False, **fake})
     return model.train()
 

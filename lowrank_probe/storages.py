@@ -33,7 +33,7 @@ class _Storage:
     alive: weakref.ref[Any]
 
 
-class LiveStorages(TorchDispatchMode):
+class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows storages while it is entered; `hold` names those that were there before.
 
     phase: what `enter` said last; new storages are `names[phase]`, or the phase itself. peaks: phase → `Peak`.
@@ -42,7 +42,7 @@ class LiveStorages(TorchDispatchMode):
     """
 
     def __init__(self, names: dict[str, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names, self.phase = names, ""
         self.peaks: dict[str, Peak] = {}
         self._live: dict[int, _Storage] = {}

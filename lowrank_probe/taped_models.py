@@ -20,15 +20,14 @@ from lowrank_probe.training_steps import ACCUMULATOR, CHUNKS, LSE_ROWS, Step
 
 # Model types that are run as Llama is; what sets them apart is in the config.
 _LLAMAS: Final = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-_LAYER_NORMS: Final = ("gpt2", "gpt_neox")
 
 
 class TapedModel:
     """One model and one step on a tape.
 
     base: bytes an entry of weights and residual stream; adapter: of the adapter. autocast: linear layers run in bf16
-    whatever they get. trains: the model's own weights are trained. casts: autocast's copies of weights. held: the
-    logits, where the caller keeps them.
+    whatever they get. trains: the model's own weights are trained. layer_norms: its norms have a bias and so are no RMS
+    norms. casts: autocast's copies of weights. held: the logits, where the caller keeps them.
     """
 
     def __init__(self, shape: ModelShape, step: Step, tape: Tape) -> None:
@@ -39,6 +38,7 @@ class TapedModel:
         self.adapter = 2 if step.adapter_dtype == "bfloat16" else 4
         self.weights = {weight.layer_type: weight for weight in shape.weights}
         self.adapted = frozenset(weight.layer_type for weight in _everywhere(shape, step))
+        self.layer_norms = any(weight.kind == "norm" and weight.bias for weight in shape.weights)
         self._block, self.estimated = _block(shape)
         self.casts: dict[str, Buffer] = {}
         self.left_autocast = False
@@ -123,7 +123,7 @@ class TapedModel:
 
     def norm(self, x: Array) -> Array:
         """The family's norm, over the last dimension."""
-        return self._layer_norm(x) if self.shape.model_type in _LAYER_NORMS else self._rms_norm(x)
+        return self._layer_norm(x) if self.layer_norms else self._rms_norm(x)
 
     def _rms_norm(self, x: Array) -> Array:
         """x/√mean(x²) in float32, cast back, times the weight; Gemma casts last."""
@@ -346,26 +346,43 @@ def _mlp(model: TapedModel, x: Array) -> Array:
     return model.linear(x, "down", "h")
 
 
+def _any_block(model: TapedModel, x: Array) -> Array:
+    """Two residual branches with whatever projections there are, rotary positions, an MLP of one-kernel operators."""
+    tape = model.tape
+    y = model.norm(x)
+    y = _llama_attention(model, y) if "q" in model.weights else _fused_attention(model, y, "attention_dropout", True)
+    x = tape.add(x, y)
+    y = model.norm(x)
+    return tape.add(x, _any_mlp(model, y))
+
+
+def _any_mlp(model: TapedModel, x: Array) -> Array:
+    if "gate_up" in model.weights:
+        gate, up = model.tape.split(model.linear(x, "gate_up", "2f"), "ff")
+        return model.linear(model.tape.multiply(model.activation(gate), up), "down", "h")
+    return _gated_mlp(model, x) if "gate" in model.weights else _mlp(model, x)
+
+
 _BLOCKS: Final[Mapping[str, Callable[[TapedModel, Array], Array]]] = {
-    "gpt2": _gpt2_block, "gpt_neox": _gpt_neox_block, **dict.fromkeys(_LLAMAS, _llama_block),
+    "gpt2": _gpt2_block, "gpt_neox": _gpt_neox_block, "phi3": _any_block, "starcoder2": _any_block,
+    **dict.fromkeys(_LLAMAS, _llama_block),
 }  # fmt: skip
 FAMILIES: Final = tuple(sorted(_BLOCKS))
 
 
 def _block(shape: ModelShape) -> tuple[Callable[[TapedModel, Array], Array], str]:
-    """(block, "") of the model's family, or of the one that has the same linear layers and why it is an estimate."""
+    """(block, "") of the model's family, or one of the linear layers that there are, and why it is an estimate."""
     if shape.model_type in _BLOCKS:
         return _BLOCKS[shape.model_type], ""
     there = {weight.layer_type for weight in shape.weights}
-    for kinds, block, like in (
-        ({"q", "k", "v", "o", "gate", "up", "down"}, _llama_block, "Llama"),
-        ({"qkv", "o", "up", "down"}, _gpt_neox_block, "GPT-NeoX"),
-    ):
-        if kinds <= there:
-            return block, f"{shape.model_type} has no formulas of its own: taken as {like}'s with its sizes"
+    if {"o", "down"} <= there and ({"q", "k", "v"} <= there or "qkv" in there) and there & {"up", "gate_up"}:
+        return (
+            _any_block,
+            f"{shape.model_type} has no formulas of its own: an estimate from the linear layers that it has",
+        )
     raise ProbeError(
-        f"{shape.model_type}: no formula for its activations; there are some for {', '.join(FAMILIES)}, and for models "
-        "with the same linear layers; measure it instead"
+        f"{shape.model_type}: no formula for its activations; there are some for {', '.join(FAMILIES)}, and estimates "
+        "for models with one attention and one MLP a block; without a sequence length the rest can be told"
     )
 
 

@@ -1,0 +1,174 @@
+"""Closed forms of activations: against the real step on fake tensors, and against formulas that can be written down."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from lowrank_probe.activations import activations
+from lowrank_probe.errors import ProbeError
+from lowrank_probe.measuring import measure_fake
+from lowrank_probe.model_shapes import shape_of_config
+from lowrank_probe.training_steps import PHASES, Step
+
+# Of middle size, so that lower-order terms do not vanish; six blocks, so that the closed form extrapolates.
+SAME = {
+    "vocab_size": 3000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+}  # fmt: skip
+CONFIGS = {
+    "llama": {"model_type": "llama", **SAME},
+    "llama, one head each, tied": {
+        "model_type": "llama", **SAME, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    },
+    "mistral, in its window": {"model_type": "mistral", **SAME, "sliding_window": 512},
+    "mistral, beyond its window": {"model_type": "mistral", **SAME, "sliding_window": 64},
+    "qwen2": {"model_type": "qwen2", **SAME, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **SAME, "head_dim": 64},
+    "gemma": {"model_type": "gemma", **SAME, "head_dim": 64, "tie_word_embeddings": True},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 3000, "n_embd": 256, "n_layer": 6, "n_head": 8, "n_positions": 512},
+    "gpt_neox": {"model_type": "gpt_neox", **SAME, "intermediate_size": 1024, "rotary_pct": 0.25},
+    "phi3": {"model_type": "phi3", **SAME, "pad_token_id": 0},
+    "starcoder2": {"model_type": "starcoder2", **SAME, "sliding_window": None},
+    "gpt_neox, one after the other": {
+        "model_type": "gpt_neox", **SAME, "intermediate_size": 1024, "use_parallel_residual": False,
+    },
+}  # fmt: skip
+LLAMA = CONFIGS["llama"]
+
+
+def check(config, step, bar=0.01):
+    """Every phase's and so the step's peak: states as measured, the rest in closed form."""
+    found, real = activations(shape_of_config(config), step), measure_fake(config, step)
+    whole = {}
+    for phase in PHASES:
+        states = sum(real.components[phase].get(part, 0) for part in ("weights", "adapter", "optimizer"))
+        whole[phase] = states + found.peaks[phase].total
+    assert max(whole.values()) == pytest.approx(real.peak, rel=bar)
+    assert whole[real.phase] == pytest.approx(real.peak, rel=bar)
+    return found, real
+
+
+METHODS = {
+    "full": {"method": "full"}, "full, checkpointing": {"method": "full", "checkpointing": True},
+    "lora": {"method": "lora"}, "lora, checkpointing": {"method": "lora", "checkpointing": True},
+    "dora": {"method": "dora"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(family, method) for family in ("llama", "gpt2", "gpt_neox") for method in METHODS]
+    + [(family, method) for family in CONFIGS for method in ("full", "lora, checkpointing")
+       if family not in ("llama", "gpt2", "gpt_neox")],
+)  # fmt: skip
+def test_within_one_per_cent_of_the_real_step(family, method):
+    check(CONFIGS[family], Step(batch=2, seq=128, rank=8, **METHODS[method]))
+
+
+@pytest.mark.parametrize(("family", "more"), [
+    ("llama", {"method": "full", "precision": "mixed"}),
+    ("gpt2", {"method": "full", "precision": "mixed", "checkpointing": True}),
+    ("gpt_neox", {"method": "lora", "precision": "mixed"}),
+    ("llama", {"method": "full", "precision": "fp32"}),
+    ("gpt2", {"method": "full", "flash": False}),
+    ("llama", {"method": "lora", "flash": False, "checkpointing": True}),
+    ("llama", {"method": "full", "chunked_loss": True}),
+    ("gpt_neox", {"method": "lora", "chunked_loss": True, "checkpointing": True}),
+    ("llama", {"method": "lora", "adapter_dtype": "bfloat16"}),
+    ("llama", {"method": "rslora", "held_outputs": True}),
+], ids=str)  # fmt: skip
+def test_options_are_within_two_per_cent_of_the_real_step(family, more):
+    check(CONFIGS[family], Step(batch=2, seq=128, rank=8, **more), bar=0.02)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "mlp", ["q_proj", "lm_head"]])
+def test_targets_decide_what_is_saved(targets):
+    check(LLAMA, Step(batch=2, seq=128, rank=8, method="lora", targets=targets))
+
+
+@pytest.mark.parametrize("n_layers", [1, 4, 5])
+def test_few_blocks(n_layers):
+    check({**LLAMA, "num_hidden_layers": n_layers}, Step(batch=2, seq=128, method="lora"))
+
+
+def test_saved_tensors_of_llama_are_those_of_the_text_book():
+    config = {**LLAMA, "num_hidden_layers": 2}
+    T, h, q, K, f, n, r = 2 * 128, 256, 256, 64, 704, 8, 8
+    full = activations(shape_of_config(config), Step(batch=2, seq=128, method="full"))
+    assert full.saved == 2 * T * (16 * h + 4 * q + 4 * K + 8 * f + 4 * n + 8) + T * (8 * h + 4)
+    assert full.formulas["activations"].startswith("2 × T·(16h + 4q + 4K + 8f + 4n + 8) + T·(8h + 4)")
+    # All of q, k, v, o, gate, up, down: 4·(inputs of each) and 4r each; the first block has no gradient to its input.
+    adapted = Step(batch=2, seq=128, method="lora", rank=r)
+    lora = activations(shape_of_config(config), adapted)
+    inputs = 4 * (3 * h + q + 2 * h + f) + 7 * 4 * r
+    block = 8 * h + 4 * q + 4 * K + 6 * f + inputs + 4 * n + 8
+    assert lora.saved == T * (2 * block - 4 * h - 4) + T * (4 * h + 4)
+    outputs = 6 * (q + 2 * K + h + 2 * f + h)
+    dora = activations(shape_of_config(config), replace(adapted, method="dora"))
+    assert dora.saved == lora.saved + 2 * T * outputs
+    again = activations(shape_of_config(config), replace(adapted, checkpointing=True))
+    assert again.recomputed == T * block
+    assert again.saved == 2 * 2 * h * T + T * (4 * h + 4)
+
+
+def test_logits_are_twelve_bytes_an_entry():
+    T, V = 2 * 128, 3000
+    step = Step(batch=2, seq=128)
+    found = {held: activations(shape_of_config(LLAMA), replace(step, held_outputs=held)).logits for held in (0, 1)}
+    assert 0 <= found[0] - 12 * T * V < 3000
+    assert found[1] - found[0] == 2 * T * V
+
+
+def test_gradients_grow_from_phase_to_phase():
+    shape = shape_of_config(LLAMA)
+    peaks = activations(shape, Step(batch=1, seq=16, method="full")).peaks
+    assert peaks["forward"].gradients == 0
+    assert peaks["step"].gradients == 2 * shape.n_parameters
+    assert peaks["loss"].gradients <= peaks["backward"].gradients <= peaks["step"].gradients
+    assert peaks["step"].total == peaks["step"].gradients
+
+
+def test_rank_barely_moves_the_peak_and_length_does():
+    shape = shape_of_config(LLAMA)
+    small, large, long = (
+        activations(shape, Step(batch=1, seq=seq, rank=rank)).peaks["loss"].total
+        for rank, seq in ((8, 256), (16, 256), (8, 512))
+    )
+    assert small < large < 1.02 * small
+    assert long == pytest.approx(2 * small, rel=0.01)
+
+
+def test_another_family_is_an_estimate_and_says_so():
+    config = {"model_type": "olmo2", **SAME}
+    found = activations(shape_of_config(config), Step(batch=2, seq=128))
+    assert "olmo2" in found.estimated
+    assert not activations(shape_of_config(LLAMA), Step(seq=8)).estimated
+    check(config, Step(batch=2, seq=128), bar=0.2)
+
+
+def test_a_model_without_these_layers_has_no_formula():
+    config = {"model_type": "mixtral", **SAME, "num_local_experts": 4, "num_experts_per_tok": 2}
+    with pytest.raises(ProbeError, match=r"mixtral.*gpt2, gpt_neox"):
+        activations(shape_of_config(config), Step(seq=8, targets=["q_proj"]))
+
+
+def test_some_layers_only_and_no_length_have_no_formula():
+    with pytest.raises(ProbeError, match="some layers only"):
+        activations(shape_of_config(LLAMA), Step(seq=8, targets=["model.layers.0.self_attn.q_proj"]))
+    with pytest.raises(ProbeError, match="--seq"):
+        activations(shape_of_config(LLAMA), Step())
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"rank": 0}, {"seq": 0}, {"method": "ia3"}, {"precision": "fp8"}])
+def test_nonsense_is_refused(wrong):
+    with pytest.raises(ProbeError, match=next(iter(wrong))):
+        Step(**wrong)
+
+
+def test_it_imports_no_torch():
+    names = "('torch', 'transformers', 'pandas')"
+    code = f"import sys, lowrank_probe.activations; print([name for name in {names} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
