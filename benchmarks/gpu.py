@@ -204,6 +204,9 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=LAYERS, help=f"default {LAYERS}; others write no page")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
     parser.add_argument("--peer", help="the mergekit-extract-lora executable of another venv")
+    parser.add_argument(
+        "--peer-rounds", type=int, default=PEER_ROUNDS, help=f"in how many it runs (default {PEER_ROUNDS})"
+    )
     options = parser.parse_args()
     tiny = options.tiny
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -221,7 +224,7 @@ def main() -> int:
                 probe_s("spectrum", *sides, "--out", root / "top", "--top", "64"),
                 probe_s("extract", *sides, "--out", root / "adapter", "--rank", str(RANK)),
             ))  # fmt: skip
-            if options.peer and number < PEER_ROUNDS:
+            if options.peer and number < options.peer_rounds:
                 peers.append(peer_s(options.peer, sides, root / "peer", device))
             print(
                 f"round {number + 1}: " + " ".join(f"{seconds:.2f}" for seconds in (*rounds[-1], *peers[number:])),
