@@ -7,6 +7,7 @@ docs/benchmarks-gpu.md.
 
     python benchmarks/gpu.py                                         # about 4 minutes on one H100, 8 GB of disk
     python benchmarks/gpu.py --peer PATH/bin/mergekit-extract-lora   # extract against `mergekit … --cuda` too, one run
+    python benchmarks/gpu.py --layers 16 --rounds 1 --peer-rounds 1 --peer …   # the same at 112 matrices, 4 minutes
     python benchmarks/gpu.py --tiny                                  # small shapes, on the CPU too; judges nothing
 """
 
@@ -201,7 +202,9 @@ def _wait(device: torch.device) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small shapes, on whatever device there is")
-    parser.add_argument("--layers", type=int, default=LAYERS, help=f"default {LAYERS}; others write no page")
+    parser.add_argument(
+        "--layers", type=int, default=LAYERS, help=f"default {LAYERS}; others write a page of their own"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
     parser.add_argument("--peer", help="the mergekit-extract-lora executable of another venv")
     parser.add_argument(
@@ -270,8 +273,8 @@ def main() -> int:
             *(f"- {x}" for x in lines[1:13]),
         ]
     )
-    publish("gpu", "One GPU on Llama-3-8B's shapes", note, [("", ["what", "seconds"], cells)], verdicts,
-            write=not tiny and options.layers == LAYERS)  # fmt: skip
+    publish("gpu", "One GPU on Llama-3-8B's shapes", note, [("", ["what", "seconds"], cells)], verdicts, write=not tiny,
+            page="benchmarks-gpu" + (f"-{options.layers}-layers" if options.layers != LAYERS else ""))  # fmt: skip
     return 0 if tiny or all(ok and math.isfinite(exact) for _, ok in verdicts) else 1
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import NumericsError
-from lowrank_probe.float64 import row_chunks
+from lowrank_probe.float64 import DEVICE_ENTRIES, row_chunks
 from lowrank_probe.layers import Place
 from lowrank_probe.layouts import Part
 from lowrank_probe.ledger import ledger_line
@@ -160,7 +160,8 @@ def _sum_squares(A: Tensor) -> float:
 
 
 def _parts(A: Tensor) -> Iterable[Tensor]:
-    return row_chunks(A.unsqueeze(1) if A.ndim == 1 else A) if A.ndim else (A,)
+    # Small ones on a GPU too: what is read there waits beside what is computed.
+    return row_chunks(A.unsqueeze(1) if A.ndim == 1 else A, device_entries=DEVICE_ENTRIES // 4) if A.ndim else (A,)
 
 
 def _raise_not_finite(tensors: Sequence[tuple[Checkpoint, str, Tensor]]) -> NoReturn:

@@ -21,9 +21,9 @@ GRAM_ENTRIES: Final = 1 << 19
 DEVICE_ENTRIES: Final = 1 << 24
 
 
-def row_chunks(A: Tensor, entries: int | None = None) -> Iterator[Tensor]:
-    """Views of A by rows: about `entries` (`CHUNK_ENTRIES`) entries on a CPU, `DEVICE_ENTRIES` elsewhere."""
-    rows = max(1, ((entries or CHUNK_ENTRIES) if A.is_cpu else DEVICE_ENTRIES) // max(1, A.shape[1]))
+def row_chunks(A: Tensor, entries: int = CHUNK_ENTRIES, device_entries: int = DEVICE_ENTRIES) -> Iterator[Tensor]:
+    """Views of A by rows: about `entries` entries on a CPU, `device_entries` elsewhere."""
+    rows = max(1, (entries if A.is_cpu else device_entries) // max(1, A.shape[1]))
     for start in range(0, A.shape[0], rows):
         yield A[start : start + rows]
 

@@ -120,7 +120,9 @@ def _bounded_by(G: Tensor, V: Tensor, mu: float) -> bool:
     margin = 8 * k * EPS64 * (float(torch.diagonal(G).max()) + mu)
     shifted.diagonal().add_(mu - margin)
     if not shifted.is_cpu:
-        return int(torch.linalg.cholesky_ex(shifted)[1]) == 0
+        failed = torch.empty((), dtype=torch.int32, device=shifted.device)
+        torch.linalg.cholesky_ex(shifted, out=(shifted, failed))  # in place
+        return int(failed) == 0
     return positive_definite(shifted.numpy())
 
 
