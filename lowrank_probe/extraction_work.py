@@ -31,7 +31,7 @@ from lowrank_probe.weighting import Weighting
 
 Left = tuple[Pair | None, dict[str, Any]]
 # Matrices held on a GPU at once, in multiples of what the largest one takes.
-IN_FLIGHT: Final = 2.1
+IN_FLIGHT: Final = 2.0
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def gram(A: Tensor) -> Tensor:
     G = torch.zeros(k, k, dtype=torch.float64, device=A.device)
     product = torch.empty_like(G) if G.is_cpu else G
     buffer = torch.empty(0, dtype=torch.float64, device=A.device)
-    for chunk in row_chunks(A, GRAM_ENTRIES):
+    for chunk in row_chunks(A, GRAM_ENTRIES, DEVICE_ENTRIES // 2):
         # One buffer for all blocks: glibc's heap grows when megabytes are allocated and freed over and over.
         block = buffer.resize_(chunk.shape).copy_(chunk)
         if G.is_cpu:  # numpy sees the symmetry and does half the work (syrk)
@@ -60,11 +60,11 @@ def product(A: Tensor, X: Tensor) -> Tensor:
     if A.T.is_contiguous() and not A.is_contiguous():  # by the rows that lie together in memory
         total = torch.zeros(A.shape[0], X.shape[1], dtype=torch.float64, device=A.device)
         at = 0
-        for chunk in row_chunks(A.T, GRAM_ENTRIES):
+        for chunk in row_chunks(A.T, GRAM_ENTRIES, DEVICE_ENTRIES // 2):
             total += mm(chunk.double().T, X[at : at + len(chunk)])
             at += len(chunk)
         return total
-    return torch.cat([mm(chunk.double(), X) for chunk in row_chunks(A, GRAM_ENTRIES)])
+    return torch.cat([mm(chunk.double(), X) for chunk in row_chunks(A, GRAM_ENTRIES, DEVICE_ENTRIES // 2)])
 
 
 def mm(A: Tensor, B: Tensor) -> Tensor:
