@@ -21,7 +21,7 @@ from lowrank_probe.calibration_text import PARTS, CalibrationText, read_calibrat
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.extraction_work import Piece, Work
-from lowrank_probe.moments import LIMIT_BYTES, SEEN, Moments, collect
+from lowrank_probe.moments import LEAST_RIDGE, LIMIT_BYTES, SEEN, Moments, collect
 from lowrank_probe.options import Progress
 from lowrank_probe.ridge_choice import Candidate, Compared, compare, find_measure
 from lowrank_probe.running_models import CannotRun, Kind
@@ -29,7 +29,7 @@ from lowrank_probe.targets import Selection
 from lowrank_probe.weighting import Weighting
 
 # (two-sided, λ), λ in units of tr C/n and tr G/m, one for all matrices. Below 0.1 little changes.
-WAYS: Final = ((False, 1e-6), (False, 0.1), (False, 1.0), (False, 10.0), (True, 0.01), (True, 1.0), (True, 10.0))
+WAYS: Final = ((False, 1e-3), (False, 0.1), (False, 1.0), (False, 10.0), (True, 0.01), (True, 1.0), (True, 10.0))
 Ranks = dict[str, dict[str, Allotment]]
 
 
@@ -45,8 +45,10 @@ class Calibration:
     limit_bytes: int = LIMIT_BYTES
 
     def __post_init__(self) -> None:
-        if not self.ways or not all(0 < ridge < math.inf for _, ridge in self.ways):
-            raise ProbeError(f"ways {self.ways}: expected (two-sided, ridge), with finite ridges above 0")
+        if not self.ways or not all(LEAST_RIDGE <= ridge < math.inf for _, ridge in self.ways):
+            raise ProbeError(
+                f"ways {self.ways}: expected (two-sided, ridge), with finite ridges of at least {LEAST_RIDGE:g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Calibrator:
 
     def _moments(self, work: Work, progress: Progress | None) -> Moments:
         moments = Moments(work.store, self.text.word)
-        pieces = [piece for piece in work.pieces() if work.held(piece)]
+        pieces = [piece for piece in work.pieces() if work.changed(piece)]
         if all(moments.has(piece) for piece in pieces if piece.target.kind in SEEN):
             return moments
         self._collect(pieces, moments, progress)
@@ -122,15 +124,15 @@ class Calibrator:
         model, missing = running.load(self.tuned.path, self.kind, self.device)
         sequences = self.text.sequences["moments"]
         measure = find_measure(model, sequences[0], missing, self.kind, self.device)
-        generator = torch.Generator().manual_seed(0)
 
-        def loss(ids: torch.Tensor) -> torch.Tensor:
+        def loss(number: int, ids: torch.Tensor) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(number)
             return running.sampled_loss(model, ids, measure, self.device, generator)
 
         collect(model, loss, sequences, pieces, moments, self.calibration.limit_bytes, progress)
 
     def _facts(self, found: Compared, candidates: Sequence[Candidate], work: Work, moments: Moments) -> dict[str, Any]:
-        pieces = [piece for piece in work.pieces() if work.held(piece)]
+        pieces = [piece for piece in work.pieces() if work.changed(piece)]
         unseen = sorted(
             {piece.target.name for piece in pieces} - {p.target.name for p in pieces if moments.n_tokens(p)}
         )

@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +44,9 @@ def extract(
         typer.Option(help="all-linear, everything, default, a layer type or a pattern; repeatable or a,b."),
     ] = None,
     servable: Annotated[bool, typer.Option(help="What servers take: one rank, LoRA on linear layers only.")] = False,
+    tied_lora: Annotated[
+        bool, typer.Option("--tied-lora", help="LoRA on a table tied to the output head: right unmerged only.")
+    ] = False,
     dtype: Annotated[
         str, typer.Option(callback=stored_word, help="Of the stored factors: float32, bfloat16 or float16.")
     ] = "float32",
@@ -86,32 +88,20 @@ def extract(
     with progress_bar(quiet) as on_progress:
         try:
             found = extraction.extract(
-                base, tuned, out, ranks=choice, targets=chosen, servable=servable, dtype=dtype, options=options,
-                calibration=_calibration(calibration), on_progress=on_progress,
+                base, tuned, out, ranks=choice, targets=chosen, servable=servable, tied_lora=tied_lora, dtype=dtype,
+                options=options, calibration=_calibration(calibration), on_progress=on_progress,
             )  # fmt: skip
         except KeyboardInterrupt:
             raise stopped_line(f"finished matrices are kept in {out}", "the same command resumes") from None
-    checks = _verified(found, texts) if verify else {}
+    checks: dict[str, Any] = {}
+    if verify:
+        from lowrank_probe.verification import verify_extraction
+
+        found, checks = verify_extraction(found, texts)
     _show(found, checks, as_json, quiet)
     broken = [label for label, check in checks.items() if tell_problems(check, label, quiet)]
     if broken:
         raise typer.Exit(3)
-
-
-def _verified(found: Any, texts: Any) -> dict[str, Any]:
-    """Label → the verification of that adapter, kept in its `probe` directory too."""
-    from lowrank_probe.outputs import write_directory
-    from lowrank_probe.verification import verify
-
-    where, checks = found.facts["device"]["type"], {}
-    base, tuned = (found.facts[side]["path"] for side in ("base", "tuned"))  # of a hub id, the files it was taken from
-    for label, directory in found.adapters.items():
-        rows = found.ledger[(found.ledger["adapter"] == label) & (found.ledger["status"] == "adapted")]
-        expected = dict(zip(rows["name"] + ".weight", rows["relative_error"], strict=True))
-        checks[label] = check = verify(base, tuned, directory, texts, where, expected=expected)
-        name = f"verification{'-' + label if label else ''}.json"
-        write_directory(found.directory / "probe", {name: partial(Path.write_text, data=check.to_json() + "\n")})
-    return checks
 
 
 def _calibration(file: Path | None) -> Any:

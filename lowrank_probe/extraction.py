@@ -22,13 +22,12 @@ from lowrank_probe.columns import CURVES, EXTRACTION
 from lowrank_probe.devices import choose_device
 from lowrank_probe.errors import ProbeError, UnchangedError
 from lowrank_probe.extraction_ledger import curves, ledger_lines
-from lowrank_probe.extraction_runs import FOLDER, Extraction
+from lowrank_probe.extraction_runs import Extraction
 from lowrank_probe.extraction_summary import adapter_facts
 from lowrank_probe.extraction_work import Work
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.narrowing import stored_dtype
 from lowrank_probe.options import Options, Progress
-from lowrank_probe.outputs import write_directory
 from lowrank_probe.peft_files import write_adapter
 from lowrank_probe.rank_choice import RankChoice
 from lowrank_probe.runs import SCHEMA_VERSION
@@ -50,6 +49,7 @@ def extract(
     ranks: RankChoice | int | Sequence[int] | str = 16,
     targets: Sequence[str] = ("all-linear",),
     servable: bool = False,
+    tied_lora: bool = False,
     dtype: str = "float32",
     options: Options = Options(),  # noqa: B008 - frozen
     calibration: "Calibration | None" = None,
@@ -58,7 +58,8 @@ def extract(
     """Write the truncated-SVD LoRA of ΔW = W_tuned − W_base as PEFT adapters into `out`.
 
     ranks: a rank, several (one adapter each, `out/r4/`, `out/r8/`, …), "auto", or a `RankChoice`. targets: what is
-    adapted, as `selection.select`. servable: one rank, LoRA on linear layers only. dtype: of the stored factors.
+    adapted, as `selection.select`. servable: one rank, LoRA on linear layers only. tied_lora: a table that is tied to
+    the output head by LoRA too, which holds unmerged only, in place of the whole table. dtype: of the stored factors.
     options: include, exclude, layers, device, seed. calibration: a text on whose inputs the factors are to be best,
     where that brings base + adapter nearer to the fine-tune on other text (`calibration`); a budget then goes by the
     weighted energies.
@@ -69,19 +70,26 @@ def extract(
     stored = DTYPES[stored_dtype(dtype)]
     if servable and len(choice.ranks) != 1:
         raise ProbeError("--servable makes an adapter of one rank: give it with --rank 16, no energy, auto or budget")
+    if servable and tied_lora:
+        raise ProbeError("--servable is LoRA on linear layers only, --tied-lora adapts a table; give one of them")
     where = choose_device(options.device)
     base_side, tuned_side = open_checkpoint(base), open_checkpoint(tuned)
     if tuned_side.is_adapter:
         raise ProbeError(f"{tuned_side.path}: is an adapter already; probe resize changes its rank")
     selection = select(
         base_side, tuned_side, targets, include=options.include, exclude=options.exclude, layers=options.layers,
-        servable=servable,
+        servable=servable, tied_lora=tied_lora,
     )  # fmt: skip
     choice, notes = _one_rank(choice, selection) if servable else (choice, [])
     notes += _absent(selection)
+    if tied_lora and not any(target.tied for target in selection.chosen):
+        notes.append(
+            "--tied-lora changes nothing: no table embed_tokens that is tied to the output head is among the --targets"
+        )
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "status": "complete", "base": side_facts(base_side),
-        "tuned": side_facts(tuned_side), "targets": list(targets), "servable": servable, "dtype": dtype,
+        "tuned": side_facts(tuned_side), "targets": list(targets), "servable": servable, "tied_lora": tied_lora,
+        "dtype": dtype,
         "vocabulary": selection.sizes,
         "ranks": choice.facts(), "options": options.facts(),
         "notes": [*selection.notes, *notes, *filter(None, [where.note])], **machine_facts(where),
@@ -103,16 +111,15 @@ def extract(
     norms = selection.weigh(base_side, tuned_side)
     other_bytes = sum(one.n_bytes(tuned_side) for one in selection.whole)
     allotted = _ranks(work, choice, stored, on_progress, other_bytes)
-    moved = {target.name for target in work.targets if work.moved(target)}
     works = dict.fromkeys(allotted, work)
-    if calibrator is not None and moved:
+    if calibrator is not None and any(map(work.changed, work.pieces())):
         again = partial(_ranks, choice=choice, dtype=stored, progress=on_progress, other_bytes=other_bytes)
         works, allotted, facts["calibration"] = calibrator.run(
             work, selection, allotted, stored, again if choice.budget and not choice.denoised else None,
             on_progress,
         )  # fmt: skip
     kept = {
-        label: {name: one.rank for name, one in allotments.items() if name in moved}
+        label: {target.name: allotments[target.name].rank for target in work.targets if works[label].moved(target)}
         for label, allotments in allotted.items()
     }
     carried = {label: selection.at(ranks) for label, ranks in kept.items()}
@@ -141,9 +148,7 @@ def extract(
         for label, path in adapters.items()
     }
     found = Extraction(ledger, pd.DataFrame(curves(work), columns=list(CURVES)), adapters, facts)
-    for label, path in adapters.items():
-        write_directory(path, {"README.md": partial(Path.write_text, data=found.card(label), encoding="utf-8")})
-    found.save(Path(out) / FOLDER)
+    found.write()
     store.remove()
     return found
 

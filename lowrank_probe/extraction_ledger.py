@@ -12,8 +12,9 @@ import numpy as np
 
 from lowrank_probe.allocation import Allotment
 from lowrank_probe.columns import CURVES
-from lowrank_probe.extraction_work import Work, pieces_of
+from lowrank_probe.extraction_work import Piece, Work, pieces_of
 from lowrank_probe.factorisation import relative
+from lowrank_probe.full_spectra import eigenvalue_error
 from lowrank_probe.targets import Selection, Target
 from lowrank_probe.unfinished import Unfinished
 
@@ -70,7 +71,7 @@ def _points(most: int) -> list[int]:
 
 def _target_line(work: Work, target: Target, allotment: Allotment) -> dict[str, Any]:
     rank = allotment.rank
-    square, base_square, kept, upper, stored = 0.0, 0.0, 0.0, 0.0, 0.0
+    square, base_square, stored, best = 0.0, 0.0, 0.0, [0.0, 0.0]
     weighted = _Weighted()
     methods = set()
     for piece in pieces_of(target):
@@ -87,9 +88,8 @@ def _target_line(work: Work, target: Target, allotment: Allotment) -> dict[str, 
             continue
         at = min(rank, *target.shape) - 1
         stored += _entry(work.store, piece.key(what), "stored", at)
-        # The optimum is the plain SVD's, whatever was minimised.
-        kept += _entry(work.store, piece.key("factors"), "kept", at)
-        upper += _entry(work.store, piece.key("factors"), "upper", at)
+        for i, square_kept in enumerate(_optimum(work.store, piece, at)):
+            best[i] += square_kept
         methods.add(facts["method"])
         if "weighted_norm" in facts:
             weighted.add(work.store, piece.key(what), facts["weighted_norm"], at)
@@ -101,11 +101,36 @@ def _target_line(work: Work, target: Target, allotment: Allotment) -> dict[str, 
         "fro_norm": norm, "relative_update": norm / math.sqrt(base_square) if base_square > 0 else math.nan,
         "energy": 1 - stored / square if known else 0.0 if square > 0 else math.nan,
         "relative_error": relative(stored, norm),
-        "optimal_error_low": relative(square - upper, norm) if known else math.nan,
-        "optimal_error_high": relative(square - kept, norm) if known else math.nan,
+        "optimal_error_low": relative(square - best[1], norm) if known else math.nan,
+        "optimal_error_high": relative(square - best[0], norm) if known else math.nan,
         **weighted.columns(), "method": "+".join(sorted(methods)),
-        "note": "holds unmerged only" if target.tied else "",
+        "note": "; ".join(filter(None, ["holds unmerged only" if target.tied else "", _plain_copies(work, target)])),
     }  # fmt: skip
+
+
+def _plain_copies(work: Work, target: Target) -> str:
+    """What to say of experts that the calibration text says nothing of."""
+    if work.weighting is None:
+        return ""
+    unmet = [piece.copy for piece in pieces_of(target) if work.changed(piece) and work.weighting.is_unmet(piece)]
+    if not unmet:
+        return ""
+    which = f"expert {unmet[0]}" if len(unmet) == 1 else f"{len(unmet)} of {target.copies} experts"
+    return f"plain SVD for {which}: no token of the calibration text was routed there"
+
+
+def _optimum(store: Unfinished, piece: Piece, at: int) -> tuple[float, float]:
+    """(what rank at + 1 of the plain SVD keeps of ‖ΔW‖_F², what no matrix of that rank keeps more than).
+
+    It is the optimum whatever was minimised. Of the plain factors; where a budget by weighted energies gave a higher
+    rank than they have, of the spectrum that all budgets begin with, and its certified error.
+    """
+    kept, upper = (_entry(store, piece.key("factors"), name, at) for name in ("kept", "upper"))
+    if not math.isnan(kept):
+        return kept, upper
+    squares = store.get(piece.key("spectrum"), "values").numpy()[: at + 1] ** 2
+    error = len(squares) * eigenvalue_error(float(squares[0]), piece.target.shape)
+    return float(squares.sum()) - error, float(squares.sum()) + error
 
 
 def _entry(store: Unfinished, key: str, name: str, at: int) -> float:

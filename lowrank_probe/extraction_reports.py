@@ -3,12 +3,14 @@
 The page is `extraction.html.j2`, rendered with autoescape: names and paths come from strangers' files.
 """
 
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import jinja2
 
 from lowrank_probe import __version__, words
+from lowrank_probe.check_tables import calibration_table, verification_table
 from lowrank_probe.columns import EXTRACTION, EXTRACTION_SUMMARY
 from lowrank_probe.extraction_figures import PARTS, extraction_specs
 from lowrank_probe.extraction_summary import extraction_totals
@@ -73,12 +75,41 @@ def render(found: "Extraction") -> str:
         parts=[{"word": word, "colour": colour} for word, colour in PARTS.values()],
         adapters=adapters,
         figures=figures,
+        checks=list(_checks(found)),
         types=page_table(found.summary, EXTRACTION_SUMMARY, tuple(types)),
         ledger=page_table(found.ledger, EXTRACTION, tuple(ledger)),
-        facts=list(flat_facts(facts)),
+        facts=list(flat_facts(_listed(facts))),
         version=versions_of(facts).get("lowrank_probe", __version__),
         plotly_js=plotly_js() if figures else "",
     )
+
+
+def _checks(found: "Extraction") -> Iterator[dict[str, Any]]:
+    """What was tried with a calibration text and what a verification found, a table each."""
+    if told := found.facts.get("calibration"):
+        made = calibration_table(told)
+        yield {
+            "name": "calibration", "title": "Which weighting is nearest to the fine-tune?", "table": made,
+            "lead": "Every way was tried at the same ranks, or under the same budget. The one with the least distance "
+            'in "to choose by" was taken; "to report" is other text, which decided nothing.', "notes": (),
+        }  # fmt: skip
+    for label, told in (found.facts.get("verification") or {}).items():
+        yield {
+            "name": f"verification{'-' + label if label else ''}", "table": verification_table(told),
+            "title": f"Base + adapter against the fine-tune{', ' + label if label else ''}",
+            "lead": "By their weights, as the models were not run." if told["measure"] == "weights"
+            else f"Through PEFT, on text, by their {told['measure']}.",
+            "notes": [*told["problems"], *told["notes"]],
+        }  # fmt: skip
+
+
+def _listed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts without those that have tables of their own."""
+    listed = {key: value for key, value in facts.items() if key != "verification"}
+    if "calibration" in facts:
+        tables = ("tried", "base")
+        listed["calibration"] = {key: value for key, value in facts["calibration"].items() if key not in tables}
+    return listed
 
 
 @lru_cache(maxsize=1)

@@ -29,8 +29,9 @@ class Extraction:
 
     ledger: one row an adapter and unit, and one for everything that is not carried (`columns.EXTRACTION`).
     curves: energy against rank of every unit, up to its largest rank (`columns.CURVES`).
-    adapters: label → directory ("" where there is one, else "r4", "r8", …). facts: what was extracted, how, and per
-    adapter its parameters, bytes and the share of ‖ΔW‖² that base + adapter carries.
+    adapters: label → directory ("" where there is one, else "r4", "r8", …). facts: what was extracted, how, per adapter
+    its parameters, bytes and the share of ‖ΔW‖² that base + adapter carries, and what was tried with a calibration text
+    and found by a verification.
     """
 
     ledger: pd.DataFrame
@@ -97,6 +98,13 @@ class Extraction:
             "facts.json": lambda p: p.write_text(facts_text(self.facts, p.parent, _READ), encoding="utf-8"),
         }
         return write_directory(Path(directory), files)
+
+    def write(self) -> Path:
+        """Write every adapter's model card, then the directory `probe` (`save`); returns that. Raises `OutputError`."""
+        for label, path in self.adapters.items():
+            card = partial(Path.write_text, data=self.card(label), encoding="utf-8")
+            write_directory(path, {"README.md": card})
+        return self.save(self.directory / FOLDER)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Extraction":

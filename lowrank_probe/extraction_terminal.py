@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_probe import words
+from lowrank_probe.check_tables import CheckTable, calibration_table, verification_table
 from lowrank_probe.errors import printable
 from lowrank_probe.extraction_summary import ALL, extraction_totals
 
@@ -62,20 +63,9 @@ def print_extraction(found: "Extraction") -> None:
 def _print_calibration(told: dict[str, Any], console: Console) -> None:
     """What was tried with its distance from the fine-tune on both parts; of several adapters, plain and chosen only."""
     several = len({row["adapter"] for row in told["tried"]}) > 1
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
-    for head in (*(("adapter",) if several else ()), "weighted by", "ridge", "to choose by", "to report", ""):
-        table.add_column(head, justify="right" if head.startswith("to") else "left", no_wrap=True)
-    rows = [{"adapter": "", "weighted_by": "base alone", "ridge": "", **told["base"], "chosen": False}]
-    order = list(dict.fromkeys(row["adapter"] for row in told["tried"]))
-    rows += sorted(told["tried"], key=lambda row: order.index(row["adapter"]))
-    for row in rows:
-        if several and row["weighted_by"] not in ("base alone", "plain SVD") and not row["chosen"]:
-            continue
-        cells = [row["weighted_by"], row["ridge"].replace("inf", ""), f"{row['choice']:.5g}", f"{row['report']:.5g}"]
-        table.add_row(*((row["adapter"],) if several else ()), *cells, "chosen" if row["chosen"] else "")
-    console.print(table)
-    tokens = ", ".join(f"{count:,} tokens for {part}" for part, count in told["n_tokens"].items())
-    console.print(f"distance: {told['measure']}; {tokens} of {printable(told['file'])}", style="dim")
+    found = calibration_table(told, every=not several)
+    console.print(_rich(found))
+    console.print(f"{found.line} {printable(told['file'])}", style="dim")
     if told["plain"]:
         console.print(
             f"plain SVD for {len(told['plain'])} without inputs that are known, such as {printable(told['plain'][0])}"
@@ -85,18 +75,19 @@ def _print_calibration(told: dict[str, Any], console: Console) -> None:
 def print_verification(label: str, check: "Verification", other: str = "the tuned model") -> None:
     """One line a model: how far it is from the other one."""
     console = Console(width=120, highlight=False, markup=False, soft_wrap=False)
+    found = verification_table(check.facts())
+    heads = [f"against {other}{', ' + label if label else ''}", *found.heads[1:]]
+    console.print(_rich(found._replace(heads=heads)))
+    console.print(found.line)
+
+
+def _rich(found: CheckTable) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
-    table.add_column(f"against {other}{', ' + label if label else ''}", no_wrap=True)
-    for column in check.table.columns:
-        table.add_column(str(column).replace("_", " "), justify="right", no_wrap=True)
-    for name, row in check.table.iterrows():
-        table.add_row(str(name), *(f"{value:.4g}" for value in row))
-    console.print(table)
-    console.print(
-        f"merged and unmerged differ by {check.merged_gap:.3g}; allowed: {check.tolerance:.3g} (2 % of the base's "
-        f"distance, and {check.storage_rounding:.3g} that {check.storage} rounding makes): "
-        f"{'holds' if check.ok else 'does NOT hold'}"
-    )
+    for i, head in enumerate(found.heads):
+        table.add_column(head, justify="left" if i < found.n_words else "right", no_wrap=True)
+    for row in found.rows:
+        table.add_row(*row)
+    return table
 
 
 def _print_left_out(found: "Extraction", console: Console) -> None:

@@ -167,6 +167,11 @@ class Work:
         """Whether a target has factors, in one of its copies."""
         return any(self.held(piece) for piece in pieces_of(target))
 
+    def changed(self, piece: Piece) -> bool:
+        """Whether its ΔW is not 0; once its spectrum or factors are there, whatever rank it got."""
+        keys = [key for what in (self.spectrum, self.factored) if self.store.has(key := piece.key(what))]
+        return any(self.store.facts(key)["fro_norm"] > 0 for key in keys)
+
     def cut(self, ranks: Mapping[str, int], target: Target) -> tuple[Tensor, Tensor]:
         """(B (E, m, r), A (E, r, n)) of a target at its rank, as stored; zeros where a copy did not move."""
         r, factors = ranks[target.name], []

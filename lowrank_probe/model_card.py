@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pandas as pd
 
 from lowrank_probe import words
+from lowrank_probe.check_tables import CheckTable, calibration_table, verification_table
 from lowrank_probe.errors import printable
 from lowrank_probe.extraction_summary import extraction_totals
 
@@ -48,6 +49,7 @@ def card(extraction: "Extraction", label: str = "") -> str:
         "type. error: ‖ΔW − BA‖/‖ΔW‖ of the stored factors. optimum: no matrices of these ranks have a smaller error "
         "(Eckart–Young, with proven bounds of the singular values). Every matrix has its own line in "
         f"`{extraction_ledger(label)}`.",
+        *_checks(facts, label),
         "## What it does not carry",
         _left_out(ledger, total, told),
         "## How to load it",
@@ -91,7 +93,8 @@ def command(facts: Mapping[str, Any], out: str) -> str:
             said += [f"--{key.replace('_', '-')}", str(ranks[key])]
     if facts["targets"] != ["all-linear"]:
         said += ["--targets", ",".join(facts["targets"])]
-    said += ["--servable"] * bool(facts.get("servable"))
+    for key in ("servable", "tied_lora"):
+        said += [f"--{key.replace('_', '-')}"] * bool(facts.get(key))
     if facts["dtype"] != "float32":
         said += ["--dtype", facts["dtype"]]
     for key in ("include", "exclude"):
@@ -157,6 +160,31 @@ def _made_by(facts: Mapping[str, Any], label: str) -> str:
     )
 
 
+def _checks(facts: Mapping[str, Any], label: str) -> list[str]:
+    """What was tried with a calibration text, and what a verification found; nothing where neither was asked for."""
+    parts = []
+    if calibration := facts.get("calibration"):
+        found = calibration_table(calibration, [label])
+        parts += [
+            "## Chosen on text",
+            _table(found),
+            f'{found.line}. The way with the least distance in "to choose by" was taken; "to report" decided nothing.',
+        ]
+    if told := (facts.get("verification") or {}).get(label):
+        found = verification_table(told)
+        notes = [f"- {_inline(text)}" for text in (*told["problems"], *told["notes"])]
+        parts += ["## Against the fine-tune, on text" if told["measure"] != "weights" else "## Against the fine-tune",
+                  _table(found), f"{found.line}.", *(["\n".join(notes)] if notes else [])]  # fmt: skip
+    return parts
+
+
+def _table(found: CheckTable) -> str:
+    marks = ["---"] * found.n_words + ["--:"] * (len(found.heads) - found.n_words)
+    rows = [found.heads, *found.rows]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{'|'.join(marks)}|", *lines[1:]])
+
+
 def _left_out(ledger: pd.DataFrame, total: Mapping[Any, Any], told: Mapping[str, Any]) -> str:
     lines = [f"- {percent(total['truncated'])} of ‖ΔW‖² is what the ranks cut away from the adapted matrices."]
     if total["carried_whole"] > 0 or ledger["status"].eq("carried whole").any():
@@ -206,7 +234,7 @@ def _loading(facts: Mapping[str, Any], base: str, directory: str) -> str:
 
 def _warnings(ledger: pd.DataFrame, facts: Mapping[str, Any]) -> list[str]:
     found = []
-    unmerged = ledger[(ledger["status"] == "adapted") & (ledger["note"] == "holds unmerged only")]
+    unmerged = ledger[(ledger["status"] == "adapted") & ledger["note"].str.startswith("holds unmerged only")]
     if len(unmerged):
         found.append(f"**Do not merge it**: {_names(unmerged)} shares its weight with the output head.")
     if facts.get("servable"):

@@ -1,4 +1,4 @@
-"""Does an adapter do what it is for: base + adapter against the tuned model; the result, the rule, and the two verbs.
+"""Does an adapter do what it is for: base + adapter against the tuned model; the result, the rule, and the verbs.
 
 `text_checks` runs the models, `weight_checks` compares weights where that is not possible.
 """
@@ -6,14 +6,20 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 import torch
 
+from lowrank_probe.extraction_runs import FOLDER
+from lowrank_probe.outputs import write_directory
 from lowrank_probe.runs import SCHEMA_VERSION, plain
+
+if TYPE_CHECKING:
+    from lowrank_probe.extraction_runs import Extraction
 
 # The share of the base's own distance by which merged and unmerged may differ.
 ALLOWED_SHARE: Final = 0.02
@@ -49,16 +55,20 @@ class Verification:
         """Whether everything that was checked held."""
         return not self.problems
 
+    def facts(self) -> dict[str, Any]:
+        """All but `matrices` as JSON's own types; NaN and ∞ become None."""
+        told: dict[str, Any] = plain({
+            "ok": self.ok, "measure": self.measure, "table": self.table.reset_index().to_dict("records"),
+            "merged_gap": self.merged_gap, "storage": self.storage, "storage_rounding": self.storage_rounding,
+            "tolerance": self.tolerance, "problems": list(self.problems), "notes": list(self.notes),
+        })  # fmt: skip
+        return told
+
     def to_json(self) -> str:
         """One JSON object with `schema_version`; NaN and ∞ become null."""
-        payload = {
-            "schema_version": SCHEMA_VERSION, "ok": self.ok, "measure": self.measure,
-            "table": self.table.reset_index().to_dict("records"), "merged_gap": self.merged_gap,
-            "storage": self.storage, "storage_rounding": self.storage_rounding, "tolerance": self.tolerance,
-            "problems": list(self.problems), "notes": list(self.notes),
-            "matrices": None if self.matrices is None else self.matrices.to_dict("records"),
-        }  # fmt: skip
-        return json.dumps(plain(payload), ensure_ascii=False)
+        matrices = None if self.matrices is None else self.matrices.to_dict("records")
+        payload = {"schema_version": SCHEMA_VERSION, **self.facts(), "matrices": plain(matrices)}
+        return json.dumps(payload, ensure_ascii=False)
 
 
 def verify(
@@ -95,6 +105,27 @@ def verify_merge(
     """
     weighted = [(Path(adapter), float(weight)) for adapter, weight in adapters]
     return _verify(Path(base), Path(merged), weighted, texts, torch.device(device), None, equal=True)
+
+
+def verify_extraction(
+    found: "Extraction", texts: Sequence[str] | None = None
+) -> tuple["Extraction", dict[str, Verification]]:
+    """Every adapter of an extraction by `verify`: (the extraction whose facts have what was found, label → that).
+
+    Written as `probe/verification[-LABEL].json`, and the model cards, report and facts anew, which tell it too.
+    Raises as `verify`, and `OutputError`.
+    """
+    where, checks = found.facts["device"]["type"], {}
+    base, tuned = (found.facts[side]["path"] for side in ("base", "tuned"))  # of a hub id, the files it was taken from
+    for label, directory in found.adapters.items():
+        rows = found.ledger[(found.ledger["adapter"] == label) & (found.ledger["status"] == "adapted")]
+        expected = dict(zip(rows["name"] + ".weight", rows["relative_error"], strict=True))
+        checks[label] = check = verify(base, tuned, directory, texts, where, expected=expected)
+        name = f"verification{'-' + label if label else ''}.json"
+        write_directory(found.directory / FOLDER, {name: partial(Path.write_text, data=check.to_json() + "\n")})
+    told = replace(found, facts=found.facts | {"verification": {label: one.facts() for label, one in checks.items()}})
+    told.write()
+    return told, checks
 
 
 def _verify(

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def root(C: Tensor, ridge: float) -> Tensor:
     """L (n, n) lower, L·Lᵀ = C + ridge·(tr C/n)·I, float64. Raises `NumericsError` where that is not positive."""
     n = C.shape[0]
-    shifted = C.double().clone()
-    shifted.diagonal().add_(ridge * float(torch.diagonal(C).sum()) / n)
+    shifted = C.to(torch.float64, copy=True)
+    shifted.diagonal().add_(ridge * float(torch.diagonal(shifted).sum()) / n)
     L: Tensor
     L, info = torch.linalg.cholesky_ex(shifted)
     if int(info):
@@ -81,15 +81,17 @@ class Weighting:
         """What ‖KᵀΔWL‖_F² is multiplied by so that energies of different pieces compare under one budget.
 
         tr G/m·I stands for a G that is not kept; where no inputs are known C is I a row, a table's rows are each looked
-        up once in m; 0 for an expert that no token met.
+        up once in m; an expert that no token of N met counts as met by one, as it is met by about 1/N of others.
         """
         target = piece.target
         if roots is not None:
             return self.moments.mean_gradient(piece) if self.two_sided and roots.K is None else 1.0
-        if target.copies > 1 and self.moments.has(piece):
-            return 0.0
         rows = self.n_tokens / (target.shape[0] if target.kind == "embedding" else 1)
-        return rows * (self.unseen_gradient if self.two_sided else 1.0)
+        return (1.0 if self.is_unmet(piece) else rows) * (self.unseen_gradient if self.two_sided else 1.0)
+
+    def is_unmet(self, piece: "Piece") -> bool:
+        """Whether it is an expert to which no token of the text was routed."""
+        return piece.target.copies > 1 and self.moments.has(piece) and self.moments.n_tokens(piece) == 0
 
     def _flows(self, piece: "Piece") -> bool:
         return self.moments.mean_gradient(piece) > 0

@@ -118,3 +118,33 @@ def facts(ranks, hostile=None):
         "device": {"type": "cpu", "name": "Intel(R) Xeon(R) Processor", "n_threads": 2},
         "time": "2025-11-24T21:54:10+00:00", "seconds": 3.4,
     }  # fmt: skip
+
+
+def checks(labels=("",), hostile=None):
+    """The facts of a calibration and of a verification, as `extract` and `--verify` write them."""
+    ways = [("plain SVD", "inf"), ("inputs", "0.1"), ("inputs and gradients", "1.0")]
+    tried = [
+        {"adapter": label, "weighted_by": sides, "ridge": ridge, "choice": 0.0123 * (3 - i) + 0.001 * n,
+         "report": 0.0321 * (3 - i) + 0.001 * n, "chosen": i == 2}
+        for i, (sides, ridge) in enumerate(ways) for n, label in enumerate(labels)
+    ]  # fmt: skip
+    models = ("base", "base+adapter", "base+adapter merged")
+    table = [
+        {"model": model, "kl_nats": 0.5 / 7**i, "top1_agreement": 0.7 + 0.1 * i, "mean_abs_logit_error": 0.42 / 7**i,
+         "n_tokens": 1895} for i, model in enumerate(models)
+    ]  # fmt: skip
+    check = {
+        "ok": hostile is None, "measure": "logits", "table": table, "merged_gap": 0.00313, "storage": "bfloat16",
+        "storage_rounding": 0.00313, "tolerance": 0.0115, "problems": [hostile] if hostile else [],
+        "notes": [hostile] if hostile else [],
+    }  # fmt: skip
+    return {
+        "calibration": {
+            "file": f"/home/someone/{hostile or 'text.jsonl'}",
+            "n_documents": {"moments": 30, "choice": 5, "report": 5},
+            "n_tokens": {"moments": 32768, "choice": 4096, "report": 4000}, "tried": tried,
+            "measure": "KL(tuned ‖ base + adapter), nats a row", "base": {"choice": 0.987, "report": 0.876},
+            "plain": [], "stays_tuned": [],
+        },
+        "verification": dict.fromkeys(labels, check),
+    }  # fmt: skip

@@ -4,7 +4,11 @@ import json
 import math
 import random
 import shutil
+import signal
+import subprocess
+import sys
 
+import pandas as pd
 import pytest
 import torch
 import transformers as hf
@@ -143,6 +147,70 @@ def test_a_budget_goes_by_weighted_energies(trained, text, tmp_path):
     assert chosen["report"] < ways["plain SVD", "inf"]["report"]
 
 
+def test_a_matrix_without_a_rank_by_its_plain_energy_gets_one_by_what_it_does(trained, text, tmp_path):
+    base, tuned = trained
+    shutil.copytree(tuned, tmp_path / "tuned")
+    before, after = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
+    name = next(key for key in after if key.endswith(("layers.1.mlp.down_proj.weight", "1.output.dense.weight")))
+    small = {name: before[name] + 0.05 * (after[name] - before[name])}  # of the plain budget it gets nothing
+    loud = next(key for key in after if key.endswith(("layers.1.mlp.up_proj.weight", "1.intermediate.dense.weight")))
+    after |= small | {loud: after[loud] * 30}  # its inputs are large
+    save_file(after, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    choice = RankChoice(budget={"parameters": 6_000})
+    found = extract(base, tmp_path / "tuned", tmp_path / "a", ranks=choice, calibration=Calibration(text))
+    plain = extract(base, tmp_path / "tuned", tmp_path / "b", ranks=choice)
+    rows, others = (one.ledger[one.ledger["kind"] != ""].set_index("name") for one in (found, plain))
+    (chosen,) = [one for one in found.facts["calibration"]["tried"] if one["chosen"]]
+    assert chosen["weighted_by"] != "plain SVD"
+    assert ((others["rank"] == 0) & (rows["rank"] > 0)).any()
+    adapted = rows[rows["status"] == "adapted"]
+    for end in ("low", "high"):
+        assert adapted[f"optimal_error_{end}"].notna().all()
+    assert (adapted["optimal_error_low"] <= adapted["optimal_error_high"]).all()
+    assert (adapted["optimal_error_high"] <= adapted["relative_error"] + 1e-6).all()
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for target, rank in adapted["rank"].items():
+        assert weights[f"base_model.model.{target}.lora_A.weight"].shape[0] == rank
+        delta = after[f"{target}.weight"].double() - before[f"{target}.weight"].double()
+        s = torch.linalg.svdvals(delta)
+        optimum = float(s[rank:].norm() / s.norm())
+        assert rows.loc[target, "optimal_error_high"] == pytest.approx(optimum, rel=1e-4, abs=1e-6)
+
+
+def test_experts_that_no_token_meets_take_part_and_say_so(text, tmp_path):
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 32, "intermediate_size": 16, "num_key_value_heads": 1}
+    model = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, **IDS, num_local_experts=4, num_experts_per_tok=1))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, :3] *= 30  # so that the inputs' directions matter
+        for name, W in model.named_parameters():
+            if name.endswith("gate.weight"):  # one of the first two is always above 0
+                W[1], W[2:] = -W[0], 0.0
+        model.save_pretrained(tmp_path / "base")
+        for name, W in model.named_parameters():
+            if "experts" in name:
+                changed = W[3:] if "layers.0." in name else W[1:]  # of layer 0 what no token meets alone
+                changed += 0.02 * torch.randn(changed.shape)
+            elif "_proj" in name:
+                W += 0.02 * torch.randn(W.shape)
+    model.save_pretrained(tmp_path / "tuned")
+    tokenizer().save_pretrained(tmp_path / "tuned")
+    found = extract(
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "a", targets=["everything"],
+        ranks=RankChoice(budget={"parameters": 16_000}), calibration=Calibration(text, ((False, 1e-3), (True, 0.1))),
+    )  # fmt: skip
+    (chosen,) = [one for one in found.facts["calibration"]["tried"] if one["chosen"]]
+    assert chosen["weighted_by"] != "plain SVD"
+    rows = found.ledger[found.ledger["kind"] == "parameter"].set_index("name")
+    alone, beside = (rows.loc[f"model.layers.{layer}.mlp.experts.gate_up_proj"] for layer in (0, 1))
+    assert alone["note"] == "plain SVD for expert 3: no token of the calibration text was routed there"
+    assert beside["note"] == "plain SVD for 2 of 4 experts: no token of the calibration text was routed there"
+    assert alone["rule"] == "budget"
+    assert 1 <= alone["rank"] < beside["rank"]
+    assert alone["relative_error"] == pytest.approx(alone["optimal_error_high"], rel=1e-4)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in found.facts["calibration"]["plain"]
+
+
 def test_a_frozen_matrix_beside_an_energy(trained, text, tmp_path):
     base, tuned = trained
     shutil.copytree(tuned, tmp_path / "tuned")
@@ -177,6 +245,36 @@ def test_what_a_killed_run_has_finished_is_taken(trained, text, tmp_path, monkey
     monkeypatch.setattr("lowrank_probe.calibration.compare", look)
     with pytest.raises(KeyboardInterrupt):
         extract(*trained, tmp_path / "a", ranks=4, calibration=Calibration(text))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lowrank_probe.calibration import Calibration
+from lowrank_probe.extraction import extract
+
+base, tuned, out, text = sys.argv[1:]
+
+def die(what, done, total):
+    if what == "second moments" and len(list(Path(out, ".unfinished").glob("moments-*"))) >= 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+extract(base, tuned, out, ranks=4, calibration=Calibration(text, ((True, 1.0),), limit_bytes=400_000), on_progress=die)
+"""
+
+
+def test_a_run_killed_between_two_passes_ends_in_the_same_files(trained, text, tmp_path):
+    asked = {"ranks": 4, "calibration": Calibration(text, ((True, 1.0),), limit_bytes=400_000)}
+    whole = extract(*trained, tmp_path / "a", **asked)
+    command = [sys.executable, "-c", KILLED, *trained, tmp_path / "b", text]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    n_left = len(list((tmp_path / "b" / ".unfinished").glob("moments-*")))
+    again = extract(*trained, tmp_path / "b", **asked)
+    assert 4 <= n_left < len(again.ledger[again.ledger["status"] == "adapted"])
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("a", "b")]
+    assert weights[0] == weights[1]
+    assert whole.facts["calibration"] == again.facts["calibration"]
+    pd.testing.assert_frame_equal(whole.ledger, again.ledger)
 
 
 # The text.
@@ -227,7 +325,7 @@ def test_what_cannot_be_run_is_said_before_any_work(trained, text, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("ways", [(), ((False, 0.0),), ((True, math.inf),)])
+@pytest.mark.parametrize("ways", [(), ((False, 0.0),), ((False, 1e-4),), ((True, math.inf),)])
 def test_ridges_are_finite_and_positive(ways):
     with pytest.raises(ProbeError, match="expected \\(two-sided, ridge\\)"):
         Calibration("text.txt", ways=ways)

@@ -31,8 +31,8 @@ OPTIONS = {
     ],
     "extract": [
         "--out", "--rank", "--energy", "--budget", "--denoised", "--max-rank", "--rank-multiple", "--targets",
-        "--servable", "--dtype", "--include", "--exclude", "--layers", "--verify", "--data", "--device", "--seed",
-        "--json", "--quiet",
+        "--servable", "--tied-lora", "--dtype", "--include", "--exclude", "--layers", "--verify", "--data",
+        "--calibration", "--device", "--seed", "--json", "--quiet",
     ],
     "resize": [
         "--out", "--rank", "--energy", "--budget", "--max-rank", "--rank-multiple", "--dtype", "--json", "--quiet",

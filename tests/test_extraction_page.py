@@ -2,7 +2,7 @@
 
 import pytest
 from browsers import needs_chromium
-from extractions import TYPES, build_extraction
+from extractions import TYPES, build_extraction, checks
 from test_browser import HOSTILE, button, choose, column, drawn, driver, find, press, visit  # noqa: F401
 
 from lowrank_probe import extraction_reports
@@ -12,7 +12,9 @@ pytestmark = [pytest.mark.browser, needs_chromium]
 
 @pytest.fixture(scope="module")
 def found():
-    return build_extraction((2, 8, 16), layers=6, hostile=HOSTILE)
+    made = build_extraction((2, 8, 16), layers=6, hostile=HOSTILE)
+    made.facts.update(checks(made.adapters, HOSTILE))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_the_types_sort_by_what_is_cut_away(page, found):
     assert column(page, "types", "layer type")[: len(TYPES)] == list(own["layer_type"])[: len(TYPES)]
 
 
-@pytest.mark.parametrize("section", ["error", "where", "types", "ledger", "facts"])
+@pytest.mark.parametrize("section", ["error", "where", "calibration", "types", "ledger", "facts"])
 def test_a_deep_link_arrives(driver, path, section):  # noqa: F811
     visit(driver, f"{path.as_uri()}#{section}")
     top, last = driver.execute_script(

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browsers import needs_chromium
-from extractions import ROUNDING, TYPES, build_extraction, spectrum
+from extractions import ROUNDING, TYPES, build_extraction, checks, spectrum
 from test_reports import HOSTILE, data, without_scripts
 
 import lowrank_probe as lp
@@ -185,8 +185,41 @@ def test_the_page_holds_every_line_and_loads_nothing(several):
     assert not re.findall(r"url\(|@import", text)
 
 
+def shown(page, section):
+    """(heads, rows, the text) of a table of checks on the page."""
+    part = re.search(rf'<section id="{section}">(.*?)</section>', page, re.S)[1]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", part)]
+    return rows[0], rows[1:], part
+
+
+def test_what_was_tried_and_what_was_verified_is_on_the_page():
+    made = build_extraction((2, 8))
+    made.facts.update(checks(("r2", "r8")))
+    page = extraction_reports.render(made)
+    heads, rows, text = shown(page, "calibration")
+    assert heads == ["adapter", "weighted by", "ridge", "", "to choose by", "to report"]
+    assert rows[0] == ["", "base alone", "", "", "0.987", "0.876"]
+    assert [row[0] for row in rows[1:]] == ["r2"] * 3 + ["r8"] * 3
+    assert rows[3] == ["r2", "inputs and gradients", "1.0", "chosen", "0.0123", "0.0321"]
+    assert rows[6] == ["r8", "inputs and gradients", "1.0", "chosen", "0.0133", "0.0331"]
+    assert "4,000 tokens for report" in text
+    for label in ("r2", "r8"):
+        heads, rows, text = shown(page, f"verification-{label}")
+        assert heads == ["model", "kl nats", "top1 agreement", "mean abs logit error", "n tokens"]
+        assert rows[0] == ["base", "0.5", "0.7", "0.42", "1895"]
+        assert rows[2][0] == "base+adapter merged"
+        assert "allowed: 0.0115" in text
+        assert "holds" in text
+    assert '<a href="#calibration">Checks</a>' in page
+    assert "calibration.tried" not in page
+    none = extraction_reports.render(build_extraction())
+    assert "Checks</a>" not in none
+    assert 'id="calibration"' not in none
+
+
 def test_hostile_names_stay_text():
     hostile = build_extraction(hostile=HOSTILE)
+    hostile.facts.update(checks(hostile=HOSTILE))
     hostile.ledger.loc[hostile.ledger["layer_type"] == "o", "layer_type"] = HOSTILE
     hostile.curves.loc[hostile.curves["layer_type"] == "o", "layer_type"] = HOSTILE
     page = extraction_reports.render(hostile)

@@ -2,11 +2,12 @@
 
 import re
 import shlex
+from itertools import takewhile
 
 import pytest
 import typer
 import yaml
-from extractions import ROOT, build_extraction
+from extractions import ROOT, build_extraction, checks
 
 from lowrank_probe.allocation import parse_budget
 from lowrank_probe.cli_extract import _ranks, extract
@@ -166,6 +167,7 @@ def test_the_command_asks_for_the_same_again(found, choice):
     """The command, read by the real command line, has the options that the facts were told of."""
     options = Options(include=("layers.1 x",), exclude=("q_proj", "lm_head"), layers=(0, 3), seed=5)
     asked = {"ranks": choice.facts(), "options": options.facts(), "targets": ["q", "*mlp*"], "servable": True}
+    asked["tied_lora"] = True
     words = shlex.split(command(found.facts | asked, "out dir"))
     assert words[:2] == ["probe", "extract"]
     app = typer.Typer()
@@ -177,16 +179,56 @@ def test_the_command_asks_for_the_same_again(found, choice):
     same = {key: given[key] for key in ("energy", "denoised", "max_rank", "rank_multiple")}
     assert RankChoice(ranks=ranks, auto=auto, budget=budget, **same) == choice
     assert given["targets"] == ["q,*mlp*"]
-    assert (given["dtype"], given["servable"], given["seed"]) == ("bfloat16", True, 5)
+    assert (given["dtype"], given["servable"], given["tied_lora"], given["seed"]) == ("bfloat16", True, True, 5)
     assert (tuple(given["include"]), tuple(given["exclude"])) == (options.include, options.exclude)
     assert layer_span(given["layers"]) == options.layers
 
 
+def table_after(text, heading):
+    """(heads, rows) of the first table after a heading."""
+    lines = text[text.index(f"{heading}\n\n|") :].splitlines()[2:]
+    table = [[cell.strip() for cell in line[1:-1].split("|")] for line in takewhile(bool, lines)]
+    return table[0], table[2:]
+
+
+def test_what_was_tried_and_what_was_verified_is_told_with_its_numbers():
+    made = build_extraction((2, 8))
+    made.facts.update(checks(("r2", "r8")))
+    text = card(made, "r8")
+    heads, tried = table_after(text, "## Chosen on text")
+    assert heads == ["weighted by", "ridge", "", "to choose by", "to report"]
+    assert tried == [
+        ["base alone", "", "", "0.987", "0.876"],
+        ["plain SVD", "", "", "0.0379", "0.0973"],
+        ["inputs", "0.1", "", "0.0256", "0.0652"],
+        ["inputs and gradients", "1.0", "chosen", "0.0133", "0.0331"],
+    ]
+    assert "32,768 tokens for moments, 4,096 tokens for choice, 4,000 tokens for report" in text
+    heads, verified = table_after(text, "## Against the fine-tune, on text")
+    assert heads == ["model", "kl nats", "top1 agreement", "mean abs logit error", "n tokens"]
+    assert verified[1] == ["base+adapter", "0.07143", "0.8", "0.06", "1895"]
+    assert "merged and unmerged differ by 0.00313; allowed: 0.0115 (2 % of the base's distance" in text
+    assert "makes): holds." in text
+    assert "/home" not in text
+    plain = card(build_extraction((2, 8)), "r8")
+    assert "Chosen on text" not in plain
+    assert "Against the fine-tune" not in plain
+
+
+def test_a_verification_that_did_not_hold_says_so_as_text():
+    made = build_extraction()
+    made.facts["verification"] = checks(hostile=HOSTILE)["verification"]
+    text = card(made)
+    assert "makes): does NOT hold." in text
+    assert "<img" not in text
+    assert not re.search(r"^# head", text, re.M)
+
+
 def test_a_calibrated_adapter_says_by_what_it_is_weighted():
     made = build_extraction((4, 8))
-    plain = {"adapter": "r4", "weighted_by": "plain SVD", "ridge": "inf", "chosen": True}
-    weighted = {"adapter": "r8", "weighted_by": "inputs and gradients", "ridge": "1.0", "chosen": True}
-    made.facts["calibration"] = {"file": "/home/someone/text.jsonl", "tried": [plain, weighted]}
+    made.facts.update(checks(("r4", "r8")))
+    for row in made.facts["calibration"]["tried"]:
+        row["chosen"] = row["weighted_by"] == {"r4": "plain SVD", "r8": "inputs and gradients"}[row["adapter"]]
     assert "in a fine-tune: the truncated SVD of ΔW" in card(made, "r4")
     assert "the truncated SVD, weighted by the inputs and gradients of a calibration text (ridge 1.0), of ΔW" in card(
         made, "r8"
