@@ -4,8 +4,8 @@ Thirteen configurations of 135M to 8B parameters, full, LoRA, rsLoRA and DoRA, w
 process of its own, two at a time (each counts its own memory; together they stay under 80 GB). The bar is 5 % of the
 prediction without its reserve. Beside it fitcheck-llm 0.3.1. Writes docs/benchmarks-budget-gpu.md; exit 1 on a FAIL.
 
-    python benchmarks/budget_gpu.py --peer-json FILE     # under 4 minutes on an H100, no network
-    python benchmarks/budget_gpu.py --write-peer FILE --peer PATH/bin/python   # anywhere: fitcheck's answers, no more
+    python benchmarks/budget_gpu.py --peer-json benchmarks/budget_fitcheck.json    # under 4 minutes on an H100, no network
+    python benchmarks/budget_gpu.py --peer PATH/bin/python --write-peer FILE       # anywhere: fitcheck's answers, no more
     python benchmarks/budget_gpu.py --tiny               # small shapes on the CPU's fake tensors; judges those
 """
 

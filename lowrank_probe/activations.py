@@ -1,6 +1,6 @@
 """Activations of one training step in closed form: bytes by phase, and their formulas. Imports no torch.
 
-A few blocks of the model are run on sizes alone (`taped_models`), once with three and once with four of them: all
+A few blocks of the model are run on sizes alone (`taped_blocks`), once with three and once with four of them: all
 further blocks are alike, so every sum is linear in their number and follows exactly. Formulas are written from the same
 list of saved tensors that the numbers come from.
 
@@ -10,10 +10,12 @@ Legend: as in `taped_models`; L blocks.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Final
 
 from lowrank_probe.model_shapes import ModelShape
 from lowrank_probe.tape import HEAD, Tape, saved
+from lowrank_probe.taped_blocks import block_of
 from lowrank_probe.taped_models import TapedModel
 from lowrank_probe.training_steps import CHUNKS, PHASES, Step
 
@@ -65,7 +67,7 @@ class Activations:
 def activations(shape: ModelShape, step: Step) -> Activations:
     """The activations of one step, by phase. Raises `ProbeError` where the model has no formula, or no length is given.
 
-    A family that is not among `taped_models.FAMILIES` is estimated from the linear layers that it has, and `estimated`
+    A family that is not among `taped_blocks.FAMILIES` is estimated from the linear layers that it has, and `estimated`
     says so: within 15 % of real steps of Falcon, GPT-J, OLMo 2, OPT, Phi, StableLM and Cohere.
     """
     n = shape.n_layers
@@ -100,7 +102,7 @@ def activations(shape: ModelShape, step: Step) -> Activations:
     }
     if step.precision == "mixed":
         formulas["casts"] = "2 × each float32 weight of a linear layer, from its use to its backward pass"
-    return Activations(total, peaks["loss"].logits, again.total(), peaks, formulas, exact.model.estimated)
+    return Activations(total, peaks["loss"].logits, again.total(), peaks, formulas, exact.estimated)
 
 
 class _Run:
@@ -109,10 +111,12 @@ class _Run:
     def __init__(self, shape: ModelShape, step: Step, n_layers: int) -> None:
         self.tape = tape = Tape(step.tokens, _widths(shape, step))
         self.model = model = TapedModel(shape, step, tape)
+        block, self.estimated = block_of(shape)
+        run = partial(block, model)
         x = model.embed()
         for i in range(n_layers):
             with tape.at("first" if i == 0 else "last" if i == n_layers - 1 else "second" if i == 1 else "middle"):
-                x = tape.checkpoint(model.block, x) if step.checkpointing else model.block(x)
+                x = tape.checkpoint(run, x) if step.checkpointing else run(x)
         with tape.at("end"):
             x = model.norm(x)
         tape.phase = "loss"

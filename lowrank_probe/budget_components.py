@@ -57,10 +57,8 @@ def components(
         parts += _adapter(counts, step, recipe)
     parts += _training(counts, recipe, sharding, found)
     if found is not None:
-        parts += _activations(found)
-    if found is not None and counts.adapter:
-        casts = {phase: float(found.peaks[phase].casts) for phase in PHASES}
-        parts.append(("adapter casts", casts, found.formulas.get("casts", ""), "torch.autocast, of fp32 weights"))
+        # Autocast's copies are the weights of full fine-tuning; beside an adapter they are few.
+        parts += _activations(found, casts=bool(counts.adapter))
     made = [one for part in parts if any((one := _component(part, phases)).at.values())]
     return (*made, _reserve(made, step, phases))
 
@@ -185,13 +183,18 @@ def optimizer_bytes(counts: Counts, recipe: Recipe) -> float:
     return recipe.optimizer * counts.trained
 
 
-def _activations(found: Activations) -> list[Part]:
+def _activations(found: Activations, casts: bool) -> list[Part]:
+    """What the forward pass saves (with autocast's copies of weights, where `casts`), logits, working memory."""
     source = "closed form of transformers' and PEFT's layers, checked against measured steps"
     formulas = {"working": found.formulas.get("recomputed", "gradients of one block's tensors"), **found.formulas}
     return [
         (
             name,
-            {phase: float(getattr(found.peaks[phase], part)) for phase in PHASES},
+            {
+                phase: float(getattr(found.peaks[phase], part))
+                + (found.peaks[phase].casts if casts and part == "activations" else 0)
+                for phase in PHASES
+            },
             formulas.get(part, ""),
             source,
         )

@@ -210,7 +210,7 @@ class Budget:
         if step.method == "qlora":
             said.append(
                 "QLoRA: all linear layers but the output head in 4 bits, everything else upcast to fp32 by "
-                "prepare_model_for_kbit_training; needs bitsandbytes, hence an NVIDIA or AMD GPU"
+                "prepare_model_for_kbit_training, under bf16 autocast; needs bitsandbytes, hence an NVIDIA or AMD GPU"
             )
             if self.counts.stacks:
                 said.append(f"stacks of experts ({self.counts.stacks:,} parameters) are not linear: they stay in bf16")

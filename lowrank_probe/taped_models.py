@@ -1,4 +1,4 @@
-"""Transformers' decoder models on a `Tape`: what each operator of a training step makes and saves, family by family.
+"""The layers of transformers' decoder models on a `Tape`: what each of them makes and saves in a training step.
 
 The code follows transformers' modelling files and PEFT's layers as far as they make tensors, local names included,
 since these keep tensors alive. Operators are CUDA's. Linear layers are named by their layer type.
@@ -6,40 +6,40 @@ since these keep tensors alive. Operators are CUDA's. Linear layers are named by
 Legend: T tokens, s sequence, h hidden, q heads·head_dim, K key/value heads·head_dim, f intermediate, V vocabulary, n
 heads, k key/value heads, r rank, c the fused q, k and v; n·s scores a token.
 Source: transformers 5.24 (modeling_llama.py, modeling_gpt2.py, modeling_gpt_neox.py), PEFT 0.21 (lora/layer.py,
-lora/dora.py), PyTorch 2.11 (derivatives.yaml, autocast_mode.cpp, transformers/cuda/attention.cu).
+lora/dora.py, lora/bnb.py), bitsandbytes 0.50 (autograd/_functions.py), PyTorch 2.11 (derivatives.yaml,
+autocast_mode.cpp, transformers/cuda/attention.cu).
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.model_shapes import ModelShape, Weight
 from lowrank_probe.tape import HEAD, Array, Buffer, Tape
 from lowrank_probe.training_steps import ACCUMULATOR, CHUNKS, LSE_ROWS, Step
 
-# Model types that are run as Llama is; what sets them apart is in the config.
-_LLAMAS: Final = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-
 
 class TapedModel:
-    """One model and one step on a tape.
+    """The layers of one model in one step on a tape; `taped_blocks` puts them together.
 
     base: bytes an entry of weights and residual stream; adapter: of the adapter. autocast: linear layers run in bf16
-    whatever they get. trains: the model's own weights are trained. layer_norms: its norms have a bias and so are no RMS
-    norms. casts: autocast's copies of weights. held: the logits, where the caller keeps them.
+    whatever they get. quantized: those of the blocks have 4-bit weights. trains: the model's own weights are trained.
+    layer_norms: its norms have a bias and so are no RMS norms. casts: autocast's copies of weights. held: the logits,
+    where the caller keeps them.
     """
 
     def __init__(self, shape: ModelShape, step: Step, tape: Tape) -> None:
         self.shape, self.step, self.tape = shape, step, tape
         self.config: Mapping[str, Any] = shape.config
-        self.autocast, self.trains = step.precision == "mixed", not step.adapted
-        self.base = 2 if step.precision == "bf16" or (self.autocast and step.adapted) else 4
+        self.quantized, self.trains = step.method == "qlora", not step.adapted
+        self.autocast = step.precision == "mixed" or self.quantized
+        narrow = step.precision == "bf16" or (self.autocast and step.adapted)
+        self.base = 2 if narrow and not self.quantized else 4
         self.adapter = 2 if step.adapter_dtype == "bfloat16" else 4
         self.weights = {weight.layer_type: weight for weight in shape.weights}
         self.adapted = frozenset(weight.layer_type for weight in _everywhere(shape, step))
         self.layer_norms = any(weight.kind == "norm" and weight.bias for weight in shape.weights)
-        self._block, self.estimated = _block(shape)
         self.casts: dict[str, Buffer] = {}
         self.left_autocast = False
         self.held: Array | None = None
@@ -49,6 +49,8 @@ class TapedModel:
     def linear(self, x: Array, layer_type: str, symbol: str) -> Array:
         """x·Wᵀ + b, with its adapter where it has one."""
         weight = self.weights[layer_type]
+        if self.quantized and layer_type != "lm_head":
+            return self._quantized_linear(x, layer_type, weight, symbol)
         out = self._matmul(x, layer_type, symbol, math.prod(weight.shape) + weight.bias, self.base, self.trains)
         if layer_type not in self.adapted:
             return out
@@ -82,6 +84,18 @@ class TapedModel:
         """The end of the model's forward pass."""
         self.left_autocast = True
         self.casts.clear()
+
+    def _quantized_linear(self, x: Array, layer_type: str, weight: Weight, symbol: str) -> Array:
+        """x·Wᵀ in bf16 from 4 bits, back in x's own dtype, cloned where it is adapted (bitsandbytes, PEFT's bnb.py)."""
+        tape, item = self.tape, x.item
+        out = tape.op([tape.cast(x, 2)], symbol, 2)
+        out = tape.cast(out, item)
+        if layer_type not in self.adapted:
+            return out
+        out = tape.op([out], symbol, item)
+        low_rank = self._low_rank(x, weight, symbol)
+        low_rank = tape.op([low_rank], symbol, low_rank.item)
+        return tape.add(out, low_rank)
 
     def _low_rank(self, x: Array, weight: Weight, symbol: str) -> Array:
         """B(A(x))."""
@@ -255,10 +269,6 @@ class TapedModel:
             x = self.dropout(x, "embd_pdrop", 0.1)
         return tape.op([x], "h", x.item) if family == "gemma" else x
 
-    def block(self, x: Array) -> Array:
-        """One decoder block."""
-        return self._block(self, x)
-
     def loss(self, hidden: Array) -> Array:
         """Head, logits and loss; chunked, the pieces of the tokens one by one, and again in the backward pass."""
         tape = self.tape
@@ -283,107 +293,6 @@ class TapedModel:
         wide = tape.cast(logits, 4)
         log_softmax = tape.op([wide], "V", 4, saves_out=True)
         return tape.op([log_softmax], "1", 4)
-
-
-def _llama_block(model: TapedModel, x: Array) -> Array:
-    tape, residual = model.tape, x
-    x = model.norm(x)
-    x = _llama_attention(model, x)
-    x = tape.add(residual, x)
-    residual = x
-    x = model.norm(x)
-    x = _gated_mlp(model, x)
-    return tape.add(residual, x)
-
-
-def _llama_attention(model: TapedModel, x: Array) -> Array:
-    q, k, v = (model.linear(x, kind, symbol) for kind, symbol in (("q", "q"), ("k", "K"), ("v", "K")))
-    if model.shape.model_type == "qwen3":
-        q, k = model.norm(q), model.norm(k)
-    q, k = model.rotate(q), model.rotate(k)
-    out = model.attention(q, k, v)
-    return model.linear(out, "o", "h")
-
-
-def _gated_mlp(model: TapedModel, x: Array) -> Array:
-    gate = model.activation(model.linear(x, "gate", "f"))
-    return model.linear(model.tape.multiply(gate, model.linear(x, "up", "f")), "down", "h")
-
-
-def _gpt2_block(model: TapedModel, x: Array) -> Array:
-    tape, residual = model.tape, x
-    x = model.norm(x)
-    x = model.dropout(_fused_attention(model, x, "attn_pdrop", rotary=False), "resid_pdrop", 0.1)
-    x = tape.add(x, residual)
-    residual = x
-    x = model.norm(x)
-    x = model.dropout(_mlp(model, x), "resid_pdrop", 0.1)
-    return tape.add(residual, x)
-
-
-def _gpt_neox_block(model: TapedModel, x: Array) -> Array:
-    tape = model.tape
-    attended = model.dropout(_fused_attention(model, model.norm(x), "attention_dropout", rotary=True), "hidden_dropout")
-    if not model.config.get("use_parallel_residual", True):
-        x = attended = tape.add(attended, x)
-        return tape.add(model.dropout(_mlp(model, model.norm(attended)), "hidden_dropout"), attended)
-    x_of_mlp = model.dropout(_mlp(model, model.norm(x)), "hidden_dropout")
-    return tape.add(tape.add(x_of_mlp, attended), x)
-
-
-def _fused_attention(model: TapedModel, x: Array, dropout: str, rotary: bool) -> Array:
-    fused = model.linear(x, "qkv", "c")
-    q, k, v = model.tape.split(fused, "qKK")
-    if rotary:
-        q, k = model.rotate(q), model.rotate(k)
-    out = model.attention(q, k, v, dropout)
-    return model.linear(out, "o", "h")
-
-
-def _mlp(model: TapedModel, x: Array) -> Array:
-    x = model.linear(x, "up", "f")
-    x = model.activation(x)
-    return model.linear(x, "down", "h")
-
-
-def _any_block(model: TapedModel, x: Array) -> Array:
-    """Two residual branches with whatever projections there are, rotary positions, an MLP of one-kernel operators."""
-    tape = model.tape
-    y = model.norm(x)
-    y = _llama_attention(model, y) if "q" in model.weights else _fused_attention(model, y, "attention_dropout", True)
-    x = tape.add(x, y)
-    y = model.norm(x)
-    return tape.add(x, _any_mlp(model, y))
-
-
-def _any_mlp(model: TapedModel, x: Array) -> Array:
-    if "gate_up" in model.weights:
-        gate, up = model.tape.split(model.linear(x, "gate_up", "2f"), "ff")
-        return model.linear(model.tape.multiply(model.activation(gate), up), "down", "h")
-    return _gated_mlp(model, x) if "gate" in model.weights else _mlp(model, x)
-
-
-_BLOCKS: Final[Mapping[str, Callable[[TapedModel, Array], Array]]] = {
-    "gpt2": _gpt2_block, "gpt_neox": _gpt_neox_block, "phi3": _any_block, "starcoder2": _any_block,
-    **dict.fromkeys(_LLAMAS, _llama_block),
-}  # fmt: skip
-FAMILIES: Final = tuple(sorted(_BLOCKS))
-
-
-def _block(shape: ModelShape) -> tuple[Callable[[TapedModel, Array], Array], str]:
-    """(block, "") of the model's family, or one of the linear layers that there are, and why it is an estimate."""
-    if shape.model_type in _BLOCKS:
-        return _BLOCKS[shape.model_type], ""
-    there = {weight.layer_type for weight in shape.weights}
-    if {"o", "down"} <= there and ({"q", "k", "v"} <= there or "qkv" in there) and there & {"up", "gate_up"}:
-        return (
-            _any_block,
-            f"{shape.model_type} has no formulas of its own: an estimate from the linear layers that it has",
-        )
-    raise ProbeError(
-        f"{shape.model_type}: no formula for its activations; there are some for {', '.join(FAMILIES)}, and estimates "
-        "for models with one attention and one MLP a block; without a sequence length the rest can be told"
-    )
 
 
 def _everywhere(shape: ModelShape, step: Step) -> list[Weight]:

@@ -26,9 +26,10 @@ ACCUMULATOR: Final = (128, 32)
 class Step:
     """One optimizer step on `batch` sequences of `seq` tokens without padding; seq None where it is not known.
 
-    rank, targets, adapter_dtype: of the adapter, nothing for `full`. precision: "fp32" and "bf16" hold weights,
-    activations, gradients and states of what is trained in that dtype; "mixed" is autocast to bf16, over fp32 weights
-    for `full` and over frozen bf16 ones for an adapter. An adapter is float32 by PEFT's default. flash: PyTorch's
+    rank, targets, adapter_dtype: of the adapter, nothing for `full`; it is float32 by PEFT's default. precision: "fp32"
+    and "bf16" hold weights, activations, gradients and states of what is trained in that dtype; "mixed" is autocast to
+    bf16, over fp32 weights for `full` and over frozen bf16 ones for an adapter. "qlora" is always under autocast, over
+    4-bit weights and all else in float32 (`prepare_model_for_kbit_training`, `Trainer(bf16=True)`). flash: PyTorch's
     fused attention against matrices of s² scores ("eager"). chunked_loss: head and loss in `CHUNKS` pieces.
     held_outputs: the caller keeps the model's outputs, and so the logits, through the backward pass.
     """
