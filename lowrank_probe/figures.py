@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from lowrank_probe import outputs
 from lowrank_probe.errors import ProbeError
@@ -35,6 +34,8 @@ from lowrank_probe.figure_style import Spec
 from lowrank_probe.runs import Result
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from lowrank_probe.trajectory_runs import Trajectory
 
 FORMATS: Final = ("svg", "png")
@@ -42,52 +43,52 @@ WIDTH: Final = 1100  # pixels of a written figure; a PNG has twice as many
 _PAPER: Final = {"paper_bgcolor": "#ffffff", "plot_bgcolor": "#ffffff"}
 
 
-def heatmap(table: pd.DataFrame, metric: str = "relative_r90") -> go.Figure:
+def heatmap(table: pd.DataFrame, metric: str = "relative_r90") -> "go.Figure":
     """Where in the model is the update low-rank? Layer type × layer, coloured by `metric`; a menu changes the metric.
 
     A cell is the median of its matrices (several only where a layer has several of a type, as experts). "?" marks what
     storage noise makes undecidable, "–" a value that was not reached or not computed. Raises `ProbeError`.
     """
-    return go.Figure(heatmap_spec(table, known_metric(metric)))
+    return _figure(heatmap_spec(table, known_metric(metric)))
 
 
-def relative_update(table: pd.DataFrame) -> go.Figure:
+def relative_update(table: pd.DataFrame) -> "go.Figure":
     """How large is the update, layer by layer? ‖ΔW‖_F / ‖W_base‖_F of each layer type; the median where there are more.
 
     ‖ΔW‖_F alone where no base is known (an adapter by itself). Logarithmic where a type stands far out.
     """
-    return go.Figure(relative_update_spec(table))
+    return _figure(relative_update_spec(table))
 
 
-def distribution(table: pd.DataFrame, metric: str = "relative_r90") -> go.Figure:
+def distribution(table: pd.DataFrame, metric: str = "relative_r90") -> "go.Figure":
     """How do the layer types differ? A box of `metric` over the matrices of each type, and dots; a menu changes it.
 
     Boxes span the quartiles, whiskers end at the outermost value within 1.5 interquartile ranges (Tukey). At most 60
     dots a type, evenly spaced in rank. "?" at a type counts in its hover the matrices left out as undecidable.
     Raises `ProbeError`.
     """
-    return go.Figure(distribution_spec(table, known_metric(metric)))
+    return _figure(distribution_spec(table, known_metric(metric)))
 
 
-def bracket(result: Result) -> go.Figure:
+def bracket(result: Result) -> "go.Figure":
     """What is the true r90, layer by layer? The bracket's lower to upper end beside the r90 of noise, a panel a type.
 
     "?" marks undecidable matrices, "–" those where `--top` did not reach r90. Dotted lines are the verdict's
     thresholds, half and three quarters of the null.
     """
-    return go.Figure(bracket_spec(result.table))
+    return _figure(bracket_spec(result.table))
 
 
-def energy_curves(result: Result) -> go.Figure:
+def energy_curves(result: Result) -> "go.Figure":
     """How much of the update does rank r keep? Energy against rank for each layer type, beside noise of its shape.
 
     Lines are medians over the matrices of a type, bands their 10th to 90th percentile, dashed lines the
     Marchenko–Pastur energy of the type's most common shape. ΔW is as stored.
     """
-    return go.Figure(energy_curves_spec(result))
+    return _figure(energy_curves_spec(result))
 
 
-def singular_values(result: Result, name: str | None = None) -> go.Figure:
+def singular_values(result: Result, name: str | None = None) -> "go.Figure":
     """What does one ΔW's spectrum look like? σ against its index, raw and denoised, beside what storage noise has.
 
     The grey area is the Marchenko–Pastur law of the storage noise: the singular values that independent errors of
@@ -96,7 +97,7 @@ def singular_values(result: Result, name: str | None = None) -> go.Figure:
     """
     if name is not None and name not in result.singular_values:
         raise ProbeError(f"{name}: no spectrum of that name in this run; the table lists the names")
-    return go.Figure(singular_values_spec(result, name, with_menu=name is None))
+    return _figure(singular_values_spec(result, name, with_menu=name is None))
 
 
 def specs(result: Result) -> dict[str, Spec]:
@@ -118,10 +119,16 @@ def specs(result: Result) -> dict[str, Spec]:
     return figures
 
 
-def all_figures(result: Result) -> dict[str, go.Figure]:
+def all_figures(result: Result) -> dict[str, "go.Figure"]:
     """The report's figures by name, in its order; empty where no matrix was analysed."""
-    found = {name: go.Figure(spec) for name, spec in specs(result).items() if name != "singular_values"}
+    found = {name: _figure(spec) for name, spec in specs(result).items() if name != "singular_values"}
     return found | ({"singular_values": singular_values(result)} if found and result.singular_values else {})
+
+
+def _figure(spec: Spec) -> "go.Figure":
+    import plotly.graph_objects as go
+
+    return go.Figure(spec)
 
 
 _ELSEWHERE: Final = "choose another --figures"
