@@ -1,4 +1,4 @@
-"""Positive definite or not: the Cholesky factorisation by which every certificate here is proven. numpy only."""
+"""Positive definite or not: the Cholesky factorisation by which certificates are proven on a CPU. numpy only."""
 
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ BLOCK: Final = 96
 def positive_definite(M: NDArray[np.floating[Any]]) -> bool:
     """Whether the Cholesky factorisation of a symmetric M (k, k) succeeds; M is overwritten, its upper half not read.
 
+    A NaN is not definite.
     By blocks, because numpy's own goes through strided copies that take six times as long as the arithmetic.
     """
     k = len(M)
@@ -20,6 +21,8 @@ def positive_definite(M: NDArray[np.floating[Any]]) -> bool:
         try:
             L = np.linalg.cholesky(M[start:stop, start:stop])
         except np.linalg.LinAlgError:
+            return False
+        if not np.isfinite(L).all():  # some LAPACKs let NaN through
             return False
         X = M[stop:, start:stop] @ np.linalg.inv(L).T
         for at in range(stop, k, 2 * BLOCK):

@@ -268,8 +268,8 @@ def _config(side: Checkpoint, ranks: Mapping[LoraModule, int]) -> dict[str, Any]
         else:
             modules[name] = ranks[module]
     # Where the old names left out no module that ends in one of them, the adapter has every module that could.
-    narrowed = ("exclude_modules", "layers_to_transform")
-    listed = not isinstance(side.config.get("target_modules"), str) and not any(map(side.config.get, narrowed))
+    limits = ("exclude_modules", "layers_to_transform")
+    listed = not isinstance(side.config.get("target_modules"), str) and not any(map(side.config.get, limits))
     return {
         **side.config, **ranks_and_patterns(modules, parameters),
         "target_modules": target_modules(modules, others if listed else None),

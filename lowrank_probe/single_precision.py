@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowrank_probe.definite import positive_definite
-from lowrank_probe.float64 import eigh, mm, product, qr
+from lowrank_probe.float64 import eigh, fro_norm, mm, product, qr
 from lowrank_probe.krylov import ENERGY_BAR, cut, upper_bounds
 
 Matrix = NDArray[np.float32]
 EPS32: Final = 2.0**-24
-# Sums of squares beyond which float32 may under- or overflow inside the Gram matrix.
-TRACE_RANGE: Final = (1e-20, 1e30)
+# Sums of squares outside of which float32 may under- or overflow: G² is formed too.
+TRACE_RANGE: Final = (1e-15, 1e17)
 # More rounds than this and float64 does not cost more.
 ROUNDS: Final = 4
 
@@ -32,9 +32,9 @@ def certified(
     does not prove Σ of them within tail_bar of what they leave of tr G, nor within 5e-7·tr G.
 
     tall: A, (long, k) on the CPU, r < k ≤ long. As `svd.top_spectrum`, whose bounds these are, but μ is proven with the
-    float32 Gram matrix Ĝ and its Cholesky factorisation; to μ is added by how much rounding can be wrong:
-    ‖Ĝ − G‖ ≤ 2√long·u·tr G (Higham & Mary 2019), 8p·u·λ₁ for the deflation, 8k·u·μ for the factorisation (Demmel 1989).
-    θ and the residual ‖GV − VΘ‖ come from A in float64.
+    float32 Gram matrix Ĝ and its Cholesky factorisation, and rounding is added to it: ‖Ĝ − G‖ ≤ 4√long·u·tr G (Higham &
+    Mary 2019), 8p·u·λ₁ for the deflation, 8k·u·μ for the factorisation. Those are bounds for roundings that do not
+    conspire, not for the worst case; μ counts them twice. θ and the residual ‖GV − VΘ‖ come from A in float64.
     """
     single = tall.float().numpy()
     G: Matrix = np.matmul(single.T, single)  # numpy sees the symmetry and does half the work (syrk)
@@ -55,22 +55,29 @@ def certified(
         basis, GX = wide @ W, GW @ W
         p = cut(theta, r, q)
         off = float(np.linalg.norm(GX[:, :p] - basis[:, :p] * theta[:p].astype(np.float32)))
-        rounding = 2 * math.sqrt(len(tall)) * EPS32 * trace + 8 * p * EPS32 * float(theta[0])
+        rounding = 4 * math.sqrt(len(tall)) * EPS32 * trace + 8 * p * EPS32 * float(theta[0])
         # The Ritz value of the rest is from below; any bound well below θᵣ does.
         shift = float(theta[p] + max(1e-3 * theta[p], 0.25 * (theta[r - 1] - theta[p]))) + rounding
         mu = shift * (1 + 8 * k * EPS32) + rounding
-        tail = trace - float(theta[:r].sum())
-        bar = min(0.5 * ENERGY_BAR * trace, tail_bar * tail)
-        if _slack(theta[:r], mu, off) > bar:
+        total = trace
+        if trace - float(theta[:r].sum()) < 1e-3 * trace:  # float32 does not say what is left
+            total = fro_norm(tall if tall.is_contiguous() else tall.T) ** 2
+        if _slack(theta[:r], mu, off) > _bar(total, theta[:r], tail_bar):
             if off > 0.5 * before:  # as good as float32 makes it
                 return None
             before = off
             continue
         lower, V, AV, off = _refined(tall, basis[:, :p])
         upper = upper_bounds(lower[:r], mu, off)
-        if float((upper - lower[:r]).sum()) <= bar and _bounded_by(G, V, shift):
+        enough = float((upper - lower[:r]).sum()) <= _bar(total, lower[:r], tail_bar)
+        if enough and _bounded_by(G, V, shift):
             return upper, V[:, :r], AV[:, :r]
     return None
+
+
+def _bar(total: float, theta: NDArray[np.float64], tail_bar: float) -> float:
+    """By how much Σλᵢ may stay open; never more than rounding in θ where nothing is left of tr G."""
+    return min(0.5 * ENERGY_BAR * total, max(0.0, tail_bar * (total - float(theta.sum()))))
 
 
 def _slack(theta: NDArray[np.float64], mu: float, off: float) -> float:

@@ -6,7 +6,7 @@ import torch
 
 from lowrank_probe import single_precision
 from lowrank_probe.definite import BLOCK, positive_definite
-from lowrank_probe.truncation import TAIL_BAR
+from lowrank_probe.truncation import TAIL_BAR, truncate
 
 
 def spectrum_of(A: torch.Tensor) -> np.ndarray:
@@ -21,7 +21,7 @@ def matrix(shape: tuple[int, int], s: np.ndarray, seed: int = 0) -> torch.Tensor
 
 
 @pytest.mark.parametrize("shape", [(700, 500), (500, 700)], ids=str)
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6, 1e8])
 @pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])
 def test_the_bounds_hold_and_are_tight(shape, scale, decay):
     A = matrix(shape, scale / np.arange(1, 501) ** decay)
@@ -58,9 +58,10 @@ def test_noise_with_spikes_is_bracketed():
     [
         matrix((600, 500), np.r_[1.0 / np.arange(1, 6), np.zeros(495)]),  # below float32's own errors from the 6th on
         1e-25 * matrix((600, 500), 1.0 / np.arange(1, 501)),  # squares underflow
+        1e10 * matrix((600, 500), 1.0 / np.arange(1, 501)),  # G² overflows
         torch.zeros(600, 500),
     ],
-    ids=["rank 5", "tiny", "zero"],
+    ids=["rank 5", "tiny", "huge", "zero"],
 )
 def test_what_float32_cannot_prove_is_left_to_float64(A):
     assert single_precision.certified(A, 8, tail_bar=TAIL_BAR) is None
@@ -94,3 +95,19 @@ def test_the_last_pivot_decides_too():
     M = np.eye(2 * BLOCK + 3)
     M[-1, -1] = -1e-8
     assert not positive_definite(M)
+
+
+@pytest.mark.parametrize("at", [0, BLOCK - 1, BLOCK + 5, 2 * BLOCK + 2])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nan_is_not_definite(at, dtype):
+    for i, j in ((at, at), (2 * BLOCK + 2, at)):
+        M = np.eye(2 * BLOCK + 3, dtype=dtype)
+        M[i, j] = np.nan
+        assert not positive_definite(M)
+
+
+def test_truncation_of_large_and_small_numbers_is_that_of_float64():
+    A = matrix((600, 500), 1.0 / np.arange(1, 501))
+    for scale in (1e-12, 1e10, 1e14):
+        found, plain = truncate(A * scale, 8), truncate(A, 8)
+        np.testing.assert_allclose(found.s.numpy() / scale, plain.s.numpy(), rtol=1e-6)
