@@ -12,8 +12,8 @@ BLOCK: Final = 96
 def positive_definite(M: NDArray[np.floating[Any]]) -> bool:
     """Whether the Cholesky factorisation of a symmetric M (k, k) succeeds; M is overwritten, its upper half not read.
 
-    A NaN is not definite.
-    By blocks, because numpy's own goes through strided copies that take six times as long as the arithmetic.
+    A NaN is not definite. By blocks, because numpy's own goes through strided copies that take six times as long as
+    the arithmetic.
     """
     k = len(M)
     for start in range(0, k, BLOCK):

@@ -154,13 +154,14 @@ class Tape:
 
     def op(
         self, inputs: Iterable[Array], symbol: str, item: int, saves: Iterable[Array | Buffer] = (), *,
-        weight: int = 0, name: str = "", scratch: int = 0, back_scratch: int = 0, saves_out: bool = False,
+        weight: int = 0, name: str = "", narrow: int = 0, scratch: int = 0, back_scratch: int = 0,
+        saves_out: bool = False,
     ) -> Array:  # fmt: skip
         """A new array from `inputs`, each of which gets a new gradient of its own size.
 
         saves: what backward needs. weight: bytes of the gradient of the weight that it trains; name: the weight's, of
-        those that are used several times. scratch, back_scratch: bytes that only the operator itself, or its backward
-        pass, has beside that.
+        those that are used several times; narrow: bytes of the copy that is used in its place, whose gradient is made
+        first. scratch, back_scratch: bytes that only the operator itself, or its backward pass, has beside that.
         """
         inputs = list(inputs)
         if scratch:
@@ -169,8 +170,13 @@ class Tape:
         if not self.records or not (weight or any(x.node for x in inputs)):
             return out
         saved = [x.buffer if isinstance(x, Array) else x for x in saves] + [out.buffer] * saves_out
-        out.node = Node(self, [x.node for x in inputs], saved)
+        parents = [x.node for x in inputs]
         sizes = [self.size(x.symbol, x.item) if x.node else 0 for x in inputs]
+        if narrow:
+            parents.append(self.leaf(out, {name or f"{next(self.counter)}": weight}).node)
+            sizes.append(narrow)
+            weight = 0
+        out.node = Node(self, parents, saved)
 
         def back(_: Buffer) -> list[Buffer | None]:
             made = [self.hold(n) if n else None for n in sizes]

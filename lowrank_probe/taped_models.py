@@ -69,7 +69,7 @@ class TapedModel:
             saves.append(x)
         return self.tape.op(
             [x], symbol, x.item if self.autocast else item, saves, weight=n_parameters * item * trains, name=shared,
-            back_scratch=2 * n_parameters if self.autocast and item == 4 and trains else 0,
+            narrow=2 * n_parameters if self.autocast and item == 4 and trains else 0,
         )  # fmt: skip
 
     def _cast_weight(self, name: str, n_parameters: int) -> Buffer:

@@ -69,6 +69,7 @@ def test_within_one_per_cent_of_the_real_step(family, method):
 
 @pytest.mark.parametrize(("family", "more"), [
     ("llama", {"method": "full", "precision": "mixed"}),
+    ("llama, one head each, tied", {"method": "full", "precision": "mixed", "checkpointing": True}),
     ("gpt2", {"method": "full", "precision": "mixed", "checkpointing": True}),
     ("gpt_neox", {"method": "lora", "precision": "mixed"}),
     ("llama", {"method": "full", "precision": "fp32"}),
