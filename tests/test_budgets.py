@@ -107,6 +107,24 @@ def test_fsdp_gathers_a_block_or_everything():
     assert part(frozen, "gathered weights") == 2 * 2 * block
 
 
+def test_what_a_card_gathers_of_a_4_bit_base_is_as_it_is_stored():
+    table, block = 128256 * 4096, 218_112_000 - 2 * 4096
+    spread = {"method": "qlora", "gpus": 8}
+    module = lp.budget(LLAMA_8B, zero=3, **spread)
+    assert part(module, "gathered weights") == 4 * table  # the embedding, upcast to fp32
+    assert f"4 B × {table:,} of the largest module" in {one.formula for one in module.components}
+    alone = lp.budget(LLAMA_8B, method="qlora")
+    base = part(alone, "weights") + part(alone, "fp32 upcasts")
+    assert (
+        part(lp.budget(LLAMA_8B, fsdp=2, **spread), "gathered weights")
+        == base
+        == 0.5 * 6_979_321_856 + 4 * 1_050_939_392
+    )
+    assert part(lp.budget(LLAMA_8B, fsdp=3, **spread), "gathered weights") == 2 * 4 * table
+    small = lp.budget(LLAMA_8B | {"vocab_size": 1000}, fsdp=3, **spread)
+    assert part(small, "gathered weights") == 2 * (0.5 * block + 4 * 2 * 4096)
+
+
 def test_eight_bit_adam_keeps_the_tables_in_fp32():
     found = lp.budget(LLAMA_8B, method="full", optimizer="adamw-8bit")
     table, total = 128256 * 4096, found.counts.total
