@@ -112,16 +112,17 @@ def _frozen(counts: Counts, step: Step, sharding: Sharding) -> list[Part]:
         )
     else:
         rest, codes = counts.total - counts.quantizable, counts.quantizable
+        stacks = "stacks of experts, " if counts.stacks else ""
         parts.append((
             "weights", share * (NF4_CODES * codes + 2 * rest),
-            f"({NF4_CODES:g} B × {codes:,} in 4 bits + 2 B × {rest:,} that stay in bf16){over}", NF4_SOURCE,
+            f"({NF4_CODES:g} B × {codes:,} in 4 bits + 2 B × {rest:,} loaded in bf16){over}", NF4_SOURCE,
         ))  # fmt: skip
         parts.append((
             "quantization constants", NF4_DOUBLE_ABSMAX * codes + NF4_TENSOR * counts.n_quantizable,
             f"{NF4_DOUBLE_ABSMAX:.5f} B × {codes:,} + {NF4_TENSOR:,} B × {counts.n_quantizable} tensors", NF4_SOURCE,
         ))  # fmt: skip
         parts.append((
-            "fp32 upcasts", share * 2 * rest, f"2 B × {rest:,} more: tables, output head, norms, biases{over}",
+            "fp32 upcasts", share * 2 * rest, f"2 B × {rest:,} more: {stacks}tables, output head, norms, biases{over}",
             "peft.prepare_model_for_kbit_training",
         ))  # fmt: skip
         parts.append((
@@ -186,7 +187,6 @@ def optimizer_bytes(counts: Counts, recipe: Recipe) -> float:
 def _activations(found: Activations, casts: bool) -> list[Part]:
     """What the forward pass saves (with autocast's copies of weights, where `casts`), logits, working memory."""
     source = "closed form of transformers' and PEFT's layers, checked against measured steps"
-    formulas = {"working": found.formulas.get("recomputed", "gradients of one block's tensors"), **found.formulas}
     return [
         (
             name,
@@ -195,7 +195,7 @@ def _activations(found: Activations, casts: bool) -> list[Part]:
                 + (found.peaks[phase].casts if casts and part == "activations" else 0)
                 for phase in PHASES
             },
-            formulas.get(part, ""),
+            found.formulas[part],
             source,
         )
         for name, part in (("activations", "activations"), ("logits", "logits"), ("working memory", "working"))
