@@ -68,7 +68,7 @@ def activations(shape: ModelShape, step: Step) -> Activations:
     """The activations of one step, by phase. Raises `ProbeError` where the model has no formula, or no length is given.
 
     A family that is not among `taped_blocks.FAMILIES` is estimated from the linear layers that it has, and `estimated`
-    says so: within 15 % of real steps of Falcon, GPT-J, OLMo 2, OPT, Phi, StableLM and Cohere.
+    says so; no bound on its error is known.
     """
     n = shape.n_layers
     exact = _Run(shape, step, min(n, _FEW))

@@ -9,7 +9,6 @@ Source: ATen/native/transformers/cuda/sdp_utils.cpp and attention.cu, flash_attn
 PyTorch 2.11; FlashAttention 2 (Dao, arXiv 2307.08691, section 3).
 """
 
-import math
 from typing import Any, Final
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lowrank_probe.training_steps import ACCUMULATOR, LSE_ROWS
+from lowrank_probe.training_steps import ACCUMULATOR, LSE_ROWS, up
 
 _FP32_ON_CUDA: Final = (functional.layer_norm, functional.softmax, torch.softmax, torch.pow, Tensor.pow, Tensor.softmax)
 
@@ -68,7 +67,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flash: bool) -> Tensor:
         b, n, s, _ = q.shape
         out = q.new_empty(b, s, n, v.shape[-1]).transpose(1, 2)
-        rows = s if flash else _up(s, LSE_ROWS)
+        rows = s if flash else up(s, LSE_ROWS)
         ctx.flash = flash
         ctx.save_for_backward(q, k, v, mask, out, q.new_empty(b, n, rows, dtype=torch.float32))
         return out
@@ -79,13 +78,13 @@ class _Attention(torch.autograd.Function):
         b, n, s, d = q.shape
         dq, dk, dv = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
         if ctx.flash:
-            rows, width = _up(s, ACCUMULATOR[0]), _up(d, ACCUMULATOR[1])
+            rows, width = up(s, ACCUMULATOR[0]), up(d, ACCUMULATOR[1])
             held = [q.new_empty(b, n, rows, dtype=torch.float32), q.new_empty(b, rows, n, width, dtype=torch.float32)]
             if k.shape[1] != n:
                 held += [k.new_empty(b, s, n, d), v.new_empty(b, s, n, d)]
             del held
         else:
-            q.new_empty(b, n, _up(s, LSE_ROWS), dtype=torch.float32)
+            q.new_empty(b, n, up(s, LSE_ROWS), dtype=torch.float32)
         return dq, dk, dv, None, None
 
 
@@ -94,7 +93,3 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
         return input
     kept: Tensor = torch.native_dropout(input, p, True)[0]
     return kept
-
-
-def _up(n: int, multiple: int) -> int:
-    return math.ceil(n / multiple) * multiple

@@ -112,17 +112,17 @@ def _frozen(counts: Counts, step: Step, sharding: Sharding) -> list[Part]:
         )
     else:
         rest, codes = counts.total - counts.quantizable, counts.quantizable
-        each = NF4_CODES
+        stacks = "stacks of experts, " if counts.stacks else ""
         parts.append((
             "weights", share * (NF4_CODES * codes + 2 * rest),
-            f"({NF4_CODES:g} B × {codes:,} in 4 bits + 2 B × {rest:,} that stay in bf16){over}", NF4_SOURCE,
+            f"({NF4_CODES:g} B × {codes:,} in 4 bits + 2 B × {rest:,} loaded in bf16){over}", NF4_SOURCE,
         ))  # fmt: skip
         parts.append((
             "quantization constants", NF4_DOUBLE_ABSMAX * codes + NF4_TENSOR * counts.n_quantizable,
             f"{NF4_DOUBLE_ABSMAX:.5f} B × {codes:,} + {NF4_TENSOR:,} B × {counts.n_quantizable} tensors", NF4_SOURCE,
         ))  # fmt: skip
         parts.append((
-            "fp32 upcasts", share * 2 * rest, f"2 B × {rest:,} more: tables, output head, norms, biases{over}",
+            "fp32 upcasts", share * 2 * rest, f"2 B × {rest:,} more: {stacks}tables, output head, norms, biases{over}",
             "peft.prepare_model_for_kbit_training",
         ))  # fmt: skip
         parts.append((
@@ -130,6 +130,7 @@ def _frozen(counts: Counts, step: Step, sharding: Sharding) -> list[Part]:
             f"2 B × {counts.largest_quantizable:,} of the largest 4-bit weight, while it is used",
             "bitsandbytes' MatMul4Bit",
         ))  # fmt: skip
+        each = 4.0  # of what is not in 4 bits, with its upcast
     if spread:
         parts.append(_gathered(counts, each, sharding, gradients=False))
     return parts
@@ -186,7 +187,6 @@ def optimizer_bytes(counts: Counts, recipe: Recipe) -> float:
 def _activations(found: Activations, casts: bool) -> list[Part]:
     """What the forward pass saves (with autocast's copies of weights, where `casts`), logits, working memory."""
     source = "closed form of transformers' and PEFT's layers, checked against measured steps"
-    formulas = {"working": found.formulas.get("recomputed", "gradients of one block's tensors"), **found.formulas}
     return [
         (
             name,
@@ -195,7 +195,7 @@ def _activations(found: Activations, casts: bool) -> list[Part]:
                 + (found.peaks[phase].casts if casts and part == "activations" else 0)
                 for phase in PHASES
             },
-            formulas.get(part, ""),
+            found.formulas[part],
             source,
         )
         for name, part in (("activations", "activations"), ("logits", "logits"), ("working memory", "working"))
@@ -203,19 +203,20 @@ def _activations(found: Activations, casts: bool) -> list[Part]:
 
 
 def _gathered(counts: Counts, each: float, sharding: Sharding, *, gradients: bool) -> Part:
-    """Weights that a card has in full while it needs them."""
+    """Weights that a card has in full while it needs them, as they are stored: `each` bytes, or 4 bits."""
     if sharding.is_fsdp and sharding.stage == 2:
-        n_bytes, formula = each * counts.total, f"{each:g} B × {counts.total:,}, whole between forward and backward"
+        n_bytes = counts.whole.n_bytes(each)
+        formula = f"{counts.whole.formula(each)}, whole between forward and backward"
     elif sharding.is_fsdp:
         units = 3 if gradients else 2
-        n_bytes = units * each * counts.largest_block
-        formula = f"{units} × {each:g} B × {counts.largest_block:,}: a block, the next one" + (
+        n_bytes = units * counts.largest_block.n_bytes(each)
+        formula = f"{units} × {counts.largest_block.formula(each)}: a block, the next one" + (
             " and its gradient" if gradients else ""
         )
     else:
         units = 2 if gradients else 1
-        n_bytes = units * each * counts.largest_module
-        formula = f"{units * each:g} B × {counts.largest_module:,} of the largest module"
+        n_bytes = units * counts.largest_module.n_bytes(each)
+        formula = f"{f'{units} × ' * (units > 1)}{counts.largest_module.formula(each)} of the largest module"
     source = "torch.distributed.fsdp, one unit a block" if sharding.is_fsdp else "DeepSpeed's estimate for stage 3"
     return "gathered weights", n_bytes, formula, source
 

@@ -5,10 +5,12 @@ A size without a model (`--params`) has the proportions of a typical model of th
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from lowrank_probe.errors import ProbeError
+from lowrank_probe.recipes import NF4_CODES
 from lowrank_probe.training_steps import Step
 from lowrank_probe.weight_shapes import ModelShape, Weight
 
@@ -18,14 +20,33 @@ _LEAST, _MOST = 1e5, 1e14  # nothing that is trained is smaller or larger
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """Entries that a card gathers at once: `codes` stored in 4 bits, the `rest` as the base's other weights are."""
+
+    codes: int
+    rest: int
+
+    def n_bytes(self, each: float) -> float:
+        """Bytes, at `each` of what is not in 4 bits."""
+        return NF4_CODES * self.codes + each * self.rest
+
+    def formula(self, each: float) -> str:
+        """How these bytes come about."""
+        rest = f"{each:g} B × {self.rest:,}"
+        both = f"({NF4_CODES:g} B × {self.codes:,} + {rest})" if self.rest else f"{NF4_CODES:g} B × {self.codes:,}"
+        return both if self.codes else rest
+
+
+@dataclass(frozen=True)
 class Counts:
     """Parameters of a model and of its adapter.
 
     total: all of the model's. quantizable: entries of what bitsandbytes makes 4-bit, in n_quantizable tensors of which
     the largest has largest_quantizable: every Linear and Conv1D but the output head, no biases, no stacks of experts.
-    stacks: entries of those. tables: entries of embedding tables. largest_module: of one module; largest_block: of one
-    block, or of a table that is larger. adapter: trainable parameters of the adapter, 0 for full fine-tuning.
-    adapter_header: bytes of its file that are not parameters.
+    stacks: entries of those. tables: entries of embedding tables. whole: of the model as the method stores it;
+    largest_module: of the module with the most bytes; largest_block: of such a block, or of a table that has more.
+    adapter: trainable parameters of the adapter, 0 for full fine-tuning. adapter_header: bytes of its file that are not
+    parameters.
     """
 
     total: int
@@ -34,8 +55,9 @@ class Counts:
     largest_quantizable: int
     stacks: int
     tables: int
-    largest_module: int
-    largest_block: int
+    whole: Gathered
+    largest_module: Gathered
+    largest_block: Gathered
     adapter: int
     adapter_header: int
 
@@ -62,11 +84,26 @@ def count(shape: ModelShape, step: Step, n_parameters: int | None = None) -> Cou
     quantizable = [w for w in shape.weights if w.kind in ("linear", "conv1d") and w.name != shape.head and not w.tied]
     stacks = sum(w.n_parameters for w in shape.weights if w.kind == "parameter" and len(w.shape) == 3)
     tables = [w for w in shape.weights if w.kind == "embedding" and not w.tied]
-    modules = [w.n_parameters // w.count for w in shape.weights]
-    per_layer: dict[int, int] = {}
+    packed = {w.name for w in quantizable} if step.method == "qlora" else set()
+    per_layer: dict[int, list[Weight]] = {}
     for weight in shape.weights:
         for layer in weight.layers:
-            per_layer[layer] = per_layer.get(layer, 0) + weight.n_parameters // len(weight.layers)
+            per_layer.setdefault(layer, []).append(weight)
+
+    def gathered(weights: Iterable[tuple[Weight, int]]) -> Gathered:
+        """Of so many of each of these modules."""
+        codes = rest = 0
+        for weight, n in weights:
+            inside = math.prod(weight.shape) if weight.name in packed else 0
+            codes, rest = codes + n * inside, rest + n * (weight.n_parameters // weight.count - inside)
+        return Gathered(round(scale * codes), round(scale * rest))
+
+    def most(units: Iterable[Gathered]) -> Gathered:
+        return max(units, key=lambda one: one.n_bytes(4.0))
+
+    whole = gathered((w, w.count) for w in shape.weights)
+    modules = [gathered([(w, 1)]) for w in shape.weights]
+    blocks = [gathered((w, w.count // len(w.layers)) for w in weights) for weights in per_layer.values()]
     adapter, header = 0, 0
     if step.method != "full":
         dora = step.method == "dora"
@@ -79,8 +116,9 @@ def count(shape: ModelShape, step: Step, n_parameters: int | None = None) -> Cou
         largest_quantizable=round(scale * max((math.prod(w.shape) for w in quantizable), default=0)),
         stacks=round(scale * stacks),
         tables=round(scale * sum(w.n_parameters for w in tables)),
-        largest_module=round(scale * max(modules)),
-        largest_block=round(scale * max([*per_layer.values(), *(w.n_parameters for w in tables)])),
+        whole=whole,
+        largest_module=most(modules),
+        largest_block=most([*blocks, *(gathered([(w, w.count)]) for w in tables)]),
         adapter=adapter,
         adapter_header=header + 64 if adapter else 0,
     )

@@ -94,7 +94,10 @@ def mends(found: Budget) -> tuple[Mend, ...]:
     if step.method != "full" and step.rank > 1:
         tried.append(("half the rank", f"--rank {step.rank // 2}", {"rank": step.rank // 2}))
     if step.method in ("lora", "rslora"):
-        tried.append(("4-bit base (QLoRA)", "--method qlora", {"method": "qlora"}))
+        # --method qlora alone turns checkpointing on: where the run has none, the option says so too.
+        on = " --checkpointing" if found.knows_activations and not step.checkpointing else ""
+        name = f"4-bit base (QLoRA){' with checkpointing' if on else ''}"
+        tried.append((name, f"--method qlora{on}", {"method": "qlora", "checkpointing": True}))
     made = []
     for name, option, change in tried:
         total = found.changed(**change).total_bytes

@@ -16,7 +16,7 @@ from lowrank_probe.budget_components import STATES, Component, autocast, compone
 from lowrank_probe.budget_counts import Counts, count, parse_params
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.model_shapes import ModelShape, model_shape, typical_shape
-from lowrank_probe.recipes import ZERO_PAPER, Recipe, adapter_recipe, recipe
+from lowrank_probe.recipes import ZERO_PAPER, Recipe, adapter_recipe, frozen_bytes, recipe
 from lowrank_probe.sharding import Sharding
 from lowrank_probe.training_steps import Step
 
@@ -111,8 +111,14 @@ class Budget:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of the whole model's weights: 4 bytes a parameter where it is trained in fp32, else 2."""
-        return (4 if self.step.precision == "fp32" else 2) * self.counts.total
+        """Size of the whole model's weights: 4 bytes a parameter where those that `Trainer` saves are fp32, else 2.
+
+        In mixed precision it trains and saves fp32 ones; DeepSpeed saves 16 bits (accelerate's `get_state_dict`).
+        """
+        if self.step.method != "full":
+            return round(frozen_bytes(self.step.precision)) * self.counts.total
+        wide = self.sharding.is_fsdp or autocast(self.recipe, self.sharding)
+        return (4 if self.recipe.weights == 4 or (self.recipe.master and wide) else 2) * self.counts.total
 
     @property
     def knows_activations(self) -> bool:
@@ -213,7 +219,10 @@ class Budget:
                 "prepare_model_for_kbit_training, under bf16 autocast; needs bitsandbytes, hence an NVIDIA or AMD GPU"
             )
             if self.counts.stacks:
-                said.append(f"stacks of experts ({self.counts.stacks:,} parameters) are not linear: they stay in bf16")
+                said.append(
+                    f"stacks of experts ({self.counts.stacks:,} parameters) are no linear layers: not in 4 bits, "
+                    f"and upcast like the rest: {4 * self.counts.stacks:,} bytes in fp32"
+                )
         return tuple(said)
 
     def as_dict(self) -> dict[str, Any]:

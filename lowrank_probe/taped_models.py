@@ -12,12 +12,17 @@ autocast_mode.cpp, transformers/cuda/attention.cu).
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.model_shapes import ModelShape, Weight
 from lowrank_probe.tape import HEAD, Array, Buffer, Tape
-from lowrank_probe.training_steps import ACCUMULATOR, CHUNKS, LSE_ROWS, Step
+from lowrank_probe.training_steps import ACCUMULATOR, CHUNKS, LSE_ROWS, Step, up
+
+_ACTIVATIONS: Final = ("activation_function", "hidden_act", "feed_forward_proj")  # where a config names it
+# Model types that have the window wherever the config names one; others ask `use_sliding_window`.
+_WINDOWED: Final = ("mistral", "phi3", "starcoder2")
+_GELU_NEW: Final = ("gpt2", "gptj", "phi")  # model types whose config class has it where config.json says nothing
 
 
 class TapedModel:
@@ -26,7 +31,7 @@ class TapedModel:
     base: bytes an entry of weights and residual stream; adapter: of the adapter. autocast: linear layers run in bf16
     whatever they get. quantized: those of the blocks have 4-bit weights. trains: the model's own weights are trained.
     layer_norms: its norms have a bias and so are no RMS norms. casts: autocast's copies of weights. held: the logits,
-    where the caller keeps them.
+    where the caller keeps them. mask: of the sliding window, while the blocks run.
     """
 
     def __init__(self, shape: ModelShape, step: Step, tape: Tape) -> None:
@@ -43,6 +48,7 @@ class TapedModel:
         self.casts: dict[str, Buffer] = {}
         self.left_autocast = False
         self.held: Array | None = None
+        self.mask: Buffer | None = None
 
     # Linear layers and their adapters
 
@@ -165,9 +171,14 @@ class TapedModel:
         return self.tape.op([x], "h", x.item, [x, self._rows("h"), self._rows("h")], weight=weight)
 
     def activation(self, x: Array) -> Array:
-        """A nonlinearity: one kernel that saves its input, or "gelu_new", which is written out in operators."""
+        """A nonlinearity: one kernel that saves its input, or "gelu_new" and "gelu_fast", written out in operators."""
         tape, symbol = self.tape, x.symbol
-        if self.config.get("activation_function", "gelu_new" if self.shape.model_type == "gpt2" else "") != "gelu_new":
+        named = (self.config.get(name) for name in _ACTIVATIONS)
+        usual = "gelu_new" if self.shape.model_type in _GELU_NEW else ""
+        name = next(filter(None, named), usual)
+        if name == "gelu_fast":
+            return self._gelu_fast(x)
+        if name not in ("gelu_new", "gated-gelu"):
             return tape.op([x], symbol, x.item, [x])
         item = 4 if self.autocast else x.item
         half = tape.op([x], symbol, x.item)
@@ -176,6 +187,17 @@ class TapedModel:
         inner = tape.op([inner], symbol, item)
         inner = tape.add(x, inner)
         inner = tape.op([inner], symbol, item)
+        inner = tape.op([inner], symbol, item, saves_out=True)
+        inner = tape.op([inner], symbol, item)
+        return tape.multiply(half, inner)
+
+    def _gelu_fast(self, x: Array) -> Array:
+        """½·x·(1 + tanh(x·√(2/π)·(1 + 0.044715·x·x))), as GPT-NeoX-20B's config has it."""
+        tape, symbol, item = self.tape, x.symbol, x.item
+        half, scaled = tape.op([x], symbol, item), tape.op([x], symbol, item)
+        square = tape.multiply(tape.op([x], symbol, item), x)
+        inner = tape.multiply(scaled, tape.op([square], symbol, item))
+        del scaled, square
         inner = tape.op([inner], symbol, item, saves_out=True)
         inner = tape.op([inner], symbol, item)
         return tape.multiply(half, inner)
@@ -199,24 +221,30 @@ class TapedModel:
         """softmax(q·kᵀ)·v by the kernel that CUDA takes (`as_on_cuda.attention`)."""
         if not self.step.flash:
             return self._eager(q, k, v, dropout)
-        tape, b, n = self.tape, self.step.batch, self.shape.n_heads
-        s = self.step.tokens // b
+        tape, b, n, s, masked = self.tape, self.step.batch, self.shape.n_heads, self.length, self.masked
         if self.autocast:
             q, k, v = (tape.cast(x, 2) for x in (q, k, v))
-        masked = s >= _window(self.config, self.shape.model_type)
         if masked:
             k, v = self._repeated(k), self._repeated(v)
         elif q.item == 4 and self.grouped:
             return self._math(q, k, v)
-        flash, rows = q.item == 2 and not masked, _up(s, LSE_ROWS)
+        flash, rows = q.item == 2 and not masked, up(s, LSE_ROWS)
         mask = [tape.hold(b * s * s * q.item, text="mask")] if masked else []
         lse = tape.hold(4 * b * n * (s if flash else rows), text="4n")
         # Beside the gradients: float32 sums, and the gradients of keys and values for each head.
-        scratch = (
-            4 * b * n * (_up(s, ACCUMULATOR[0]) * (1 + _up(self.shape.head_dim, ACCUMULATOR[1])) if flash else rows)
-        )
+        scratch = 4 * b * n * (up(s, ACCUMULATOR[0]) * (1 + up(self.shape.head_dim, ACCUMULATOR[1])) if flash else rows)
         scratch += 2 * tape.size("q", q.item) * (flash and self.grouped)
         return tape.op([q, k, v], "q", q.item, [q, k, v, *mask, lse], saves_out=True, back_scratch=scratch)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.step.tokens // self.step.batch
+
+    @property
+    def masked(self) -> bool:
+        """Whether a sequence fills the sliding window, and so fused attention gets a mask."""
+        return self.length >= _window(self.config, self.shape.model_type)
 
     @property
     def grouped(self) -> bool:
@@ -260,18 +288,22 @@ class TapedModel:
         """Token and position embeddings; checkpointing always wants their gradient (`enable_input_require_grads`)."""
         tape, family = self.tape, self.shape.model_type
         x = tape.array("h", self.base)
+        if self.masked and self.step.flash:  # one byte an entry for all sequences; each layer makes its own of it
+            self.mask = tape.hold(self.length**2, text="mask")
         if self.trains:
             tables = {kind: w for kind, w in self.weights.items() if kind in ("embedding", "position_embedding")}
             x = tape.leaf(x, {kind: math.prod(w.shape) * self.base for kind, w in tables.items()})
         elif self.step.checkpointing:
             x = tape.leaf(x)
+        if self.mask and self.step.checkpointing and x.node:  # an argument of every block, also when it is run again
+            x.node.saved.append(self.mask)
         if family == "gpt2":
             x = self.dropout(x, "embd_pdrop", 0.1)
         return tape.op([x], "h", x.item) if family == "gemma" else x
 
     def loss(self, hidden: Array) -> Array:
         """Head, logits and loss; chunked, the pieces of the tokens one by one, and again in the backward pass."""
-        tape = self.tape
+        tape, self.mask = self.tape, None
         if not self.step.chunked_loss:
             logits = self.linear(hidden, "lm_head", "V")
             self.held = logits if self.step.held_outputs else None
@@ -307,10 +339,6 @@ def _everywhere(shape: ModelShape, step: Step) -> list[Weight]:
 
 def _window(config: Mapping[str, Any], family: str) -> float:
     """The sliding window, from which on attention gets a mask; ∞ without."""
-    if not config.get("use_sliding_window", family == "mistral"):
+    if family not in _WINDOWED and not config.get("use_sliding_window", False):
         return math.inf
     return config.get("sliding_window", 4096 if family == "mistral" else None) or math.inf
-
-
-def _up(n: int, multiple: int) -> int:
-    return math.ceil(n / multiple) * multiple

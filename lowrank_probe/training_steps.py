@@ -22,6 +22,11 @@ LSE_ROWS: Final = 32
 ACCUMULATOR: Final = (128, 32)
 
 
+def up(n: int, multiple: int) -> int:
+    """⌈n/multiple⌉·multiple."""
+    return -(-n // multiple) * multiple
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimizer step on `batch` sequences of `seq` tokens without padding; seq None where it is not known.

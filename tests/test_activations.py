@@ -84,6 +84,33 @@ def test_options_are_within_two_per_cent_of_the_real_step(family, more):
     check(CONFIGS[family], Step(batch=2, seq=128, rank=8, **more), bar=0.02)
 
 
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [("llama", "gelu_new"), ("gpt_neox", "gelu_new"), ("gpt_neox", "gelu_fast")],
+)
+def test_the_nonlinearity_that_a_config_names_decides_what_is_saved(family, named):
+    check({**CONFIGS[family], "hidden_act": named}, Step(batch=2, seq=128, rank=8))
+
+
+def test_gpt_2_names_its_nonlinearity_elsewhere():
+    check({**CONFIGS["gpt2"], "activation_function": "gelu"}, Step(batch=2, seq=128, rank=8, method="full"))
+
+
+@pytest.mark.parametrize("family", ["mistral, beyond its window", "phi3", "starcoder2"])
+@pytest.mark.parametrize("method", ["full", "lora, checkpointing"])
+def test_a_sequence_beyond_the_window_has_a_mask(family, method):
+    # As published configs are: without use_sliding_window. So long that the mask matters.
+    config = {**CONFIGS[family], "sliding_window": 64}
+    found, _ = check(config, Step(batch=2, seq=768, rank=8, **METHODS[method]), bar=0.003)
+    assert "(mask)" in found.formulas["activations"]
+
+
+def test_a_window_that_the_sequence_does_not_fill_has_none():
+    config = {**CONFIGS["phi3"], "sliding_window": 129}
+    found, _ = check(config, Step(batch=2, seq=128, method="full"))
+    assert "(mask)" not in found.formulas["activations"]
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "mlp", ["q_proj", "lm_head"]])
 def test_targets_decide_what_is_saved(targets):
     check(LLAMA, Step(batch=2, seq=128, rank=8, method="lora", targets=targets))

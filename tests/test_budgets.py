@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowrank_probe as lp
@@ -107,6 +107,24 @@ def test_fsdp_gathers_a_block_or_everything():
     assert part(frozen, "gathered weights") == 2 * 2 * block
 
 
+def test_what_a_card_gathers_of_a_4_bit_base_is_as_it_is_stored():
+    table, block = 128256 * 4096, 218_112_000 - 2 * 4096
+    spread = {"method": "qlora", "gpus": 8}
+    module = lp.budget(LLAMA_8B, zero=3, **spread)
+    assert part(module, "gathered weights") == 4 * table  # the embedding, upcast to fp32
+    assert f"4 B × {table:,} of the largest module" in {one.formula for one in module.components}
+    alone = lp.budget(LLAMA_8B, method="qlora")
+    base = part(alone, "weights") + part(alone, "fp32 upcasts")
+    assert (
+        part(lp.budget(LLAMA_8B, fsdp=2, **spread), "gathered weights")
+        == base
+        == 0.5 * 6_979_321_856 + 4 * 1_050_939_392
+    )
+    assert part(lp.budget(LLAMA_8B, fsdp=3, **spread), "gathered weights") == 2 * 4 * table
+    small = lp.budget(LLAMA_8B | {"vocab_size": 1000}, fsdp=3, **spread)
+    assert part(small, "gathered weights") == 2 * (0.5 * block + 4 * 2 * 4096)
+
+
 def test_eight_bit_adam_keeps_the_tables_in_fp32():
     found = lp.budget(LLAMA_8B, method="full", optimizer="adamw-8bit")
     table, total = 128256 * 4096, found.counts.total
@@ -186,20 +204,51 @@ def test_what_would_save_memory_is_what_it_saves():
     saved = mends(found)
     by_option = {one.option: one for one in saved}
     assert set(by_option) >= {"--checkpointing", "--loss chunked", "--seq 512", "--batch 2", "--dtype bfloat16",
-                              "--optimizer adamw-8bit", "--method qlora", "--rank 8"}  # fmt: skip
+                              "--optimizer adamw-8bit", "--method qlora --checkpointing", "--rank 8"}  # fmt: skip
     assert all(a.saved_bytes >= b.saved_bytes > 0 for a, b in pairwise(saved))
-    assert (
-        by_option["--checkpointing"].total_bytes
-        == lp.budget(LLAMA_8B, seq=1024, batch=4, checkpointing=True).total_bytes
-    )
-    assert by_option["--seq 512"].total_bytes == lp.budget(LLAMA_8B, seq=512, batch=4).total_bytes
     assert all(one.saved_bytes == found.total_bytes - one.total_bytes for one in saved)
     eager = {
         one.option
         for one in mends(lp.budget(LLAMA_8B, method="full", seq=4096, optimizer="adamw-foreach", flash=False))
     }
     assert "--flash" in eager
-    assert not eager & {"--dtype bfloat16", "--rank 8", "--method qlora", "--batch 0"}
+    assert not {option for option in eager if option.startswith(("--dtype", "--rank", "--method", "--batch 0"))}
+
+
+# Option → the argument of `lp.budget` that it gives, and what makes its value of the word behind it.
+OPTIONS = {
+    "--checkpointing": ("checkpointing", None), "--flash": ("flash", None), "--seq": ("seq", int),
+    "--batch": ("batch", int), "--rank": ("rank", int), "--loss": ("chunked_loss", "chunked".__eq__),
+    "--optimizer": ("optimizer", str), "--dtype": ("adapter_dtype", str), "--method": ("method", str),
+}  # fmt: skip
+
+
+def arguments(option):
+    words, found = option.split(), {}
+    while words:
+        name, read = OPTIONS[words.pop(0)]
+        found[name] = True if read is None else read(words.pop(0))
+    return found
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"method": "lora", "seq": 2048}, {"method": "lora", "seq": 2048, "batch": 2, "checkpointing": True},
+        {"method": "lora"}, {"method": "rslora", "seq": 512, "flash": False, "gpus": 4, "zero": 3},
+        {"method": "full", "seq": 1024, "optimizer": "adamw-foreach", "precision": "mixed"},
+        {"method": "qlora", "seq": 512, "checkpointing": False, "optimizer": "adamw-foreach"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_mend_is_the_budget_with_its_option(run):
+    offered = mends(lp.budget(LLAMA_8B, **run))
+    assert offered
+    for one in offered:
+        assert one.total_bytes == lp.budget(LLAMA_8B, **run | arguments(one.option)).total_bytes, one.option
+        # QLoRA turns checkpointing on by itself: the option is true without that word too.
+        if arguments(one.option) == {"method": "qlora", "checkpointing": True}:
+            assert one.total_bytes == lp.budget(LLAMA_8B, **run | {"method": "qlora"}).total_bytes
 
 
 def test_variants_on_disk():
@@ -207,6 +256,22 @@ def test_variants_on_disk():
     full, adapters = storage(found, 100)
     assert full == 100 * 2 * found.counts.total
     assert adapters == 2 * found.counts.total + 100 * found.adapter_file_bytes
+
+
+@pytest.mark.parametrize(
+    ("run", "each"),
+    [
+        ({"method": "full", "precision": "fp32"}, 4), ({"method": "full", "precision": "bf16"}, 2),
+        ({"method": "full", "precision": "mixed"}, 4), ({"method": "lora", "precision": "mixed"}, 2),
+        ({"method": "full", "precision": "mixed", "gpus": 8, "fsdp": 3}, 4),
+        # DeepSpeed's engine has 16-bit weights, and those are saved.
+        ({"method": "full", "precision": "mixed", "gpus": 8, "zero": 3}, 2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_has_the_weights_that_are_trained(run, each):
+    found = lp.budget(LLAMA_8B, **run)
+    assert found.checkpoint_bytes == each * found.counts.total
 
 
 def test_the_comparison_has_every_usual_method():
@@ -308,17 +373,30 @@ def test_a_spread_run_has_the_gradients_share_in_every_phase():
         assert less == pytest.approx(own / 4, abs=1)
 
 
-def test_experts_in_one_tensor_stay_in_bf16():
+def test_experts_in_one_tensor_are_upcast_as_peft_does():
     config = {
         "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "num_local_experts": 4,
         "num_experts_per_tok": 2,
     }  # fmt: skip
     found = lp.budget(config, method="qlora", targets=["q", "v"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+    model.is_loaded_in_4bit = True
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    stacks = [x for x in model.parameters() if x.ndim == 3]
+    assert {x.dtype for x in stacks} == {torch.float32}
     experts = 2 * 4 * 3 * 64 * 96
-    assert found.counts.stacks == experts
-    assert found.counts.quantizable == 2 * (2 * 64 * 64 + 2 * 32 * 64)
-    assert any("experts" in said for said in found.assumptions)
+    assert found.counts.stacks == experts == sum(x.numel() for x in stacks)
+    packed = 2 * (2 * 64 * 64 + 2 * 32 * 64)
+    assert found.counts.quantizable == packed
+    held = sum(x.nbytes for x in model.parameters()) - 4 * packed
+    assert part(found, "weights") + part(found, "fp32 upcasts") == 0.5 * packed + held
+    said = next(said for said in found.assumptions if "experts" in said)
+    assert f"{4 * experts:,} bytes in fp32" in said
+    upcasts = next(one.formula for one in found.components if one.name == "fp32 upcasts")
+    assert "stacks of experts" in upcasts
+    assert "experts" not in "".join(one.formula for one in lp.budget(TINY, method="qlora").components)
 
 
 def test_the_meta_device_agrees_on_what_is_quantized():
