@@ -15,13 +15,15 @@ from typing import Final
 
 from lowrank_probe.model_shapes import ModelShape
 from lowrank_probe.tape import HEAD, Tape, saved
-from lowrank_probe.taped_blocks import block_of
+from lowrank_probe.taped_estimates import EAGER, block_of
 from lowrank_probe.taped_models import TapedModel
 from lowrank_probe.training_steps import CHUNKS, PHASES, Step
 
 __all__ = ["Activations", "Held", "Step", "activations"]
 
 _FEW: Final = 4
+# What does not grow with the tokens alone: the text of such a buffer → its name.
+_WHOLE: Final = {"mask": "mask", "2W": "adapted stacks of experts", "4W": "adapted stacks of experts"}
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,13 @@ class Activations:
 
 
 def activations(shape: ModelShape, step: Step) -> Activations:
-    """The activations of one step, by phase. Raises `ProbeError` where the model has no formula, or no length is given.
+    """The activations of one step, by phase. Raises `NoFormulaError` where the model has no closed form.
 
-    A family that is not among `taped_blocks.FAMILIES` is estimated from the linear layers that it has, and `estimated`
-    says so; no bound on its error is known.
+    A family that is not among `taped_blocks.FAMILIES` is estimated (`taped_estimates`), and `estimated` says so; no
+    bound on its error is known.
     """
+    if shape.model_type in EAGER:
+        step = replace(step, flash=False)
     n = shape.n_layers
     exact = _Run(shape, step, min(n, _FEW))
     parts = {mark: Counter(moment.parts) for mark, moment in exact.tape.moments.items()}
@@ -93,7 +97,7 @@ def activations(shape: ModelShape, step: Step) -> Activations:
             exact.formula(first) if first != block else "",
             exact.formula(ends),
         ),
-        "logits": _logits_formula(step),
+        "logits": _logits_formula(step, exact.model.wide_loss),
         "working": f"one recomputed block, {exact.formula(again)}, and the gradients on their way through it"
         if again
         else "the gradients on their way through one block",
@@ -145,22 +149,28 @@ class _Run:
         names = {"h": "hidden", "q": "heads × head size", "K": "key/value heads × head size", "f": "intermediate",
                  "n": "heads", "s": "sequence", "r": "rank", "V": "vocabulary"}  # fmt: skip
         sizes = {**widths, "s": step.tokens // step.batch}
-        told = [f"{symbol} = {sizes[symbol]} {name}" for symbol, name in names.items() if step.adapted or symbol != "r"]
+        told = [
+            f"{symbol} = {sizes[symbol]} {name}"
+            for symbol, name in names.items()
+            if sizes[symbol] and (step.adapted or symbol != "r")
+        ]
         return f"T = {step.batch} × {sizes['s']} tokens; " + ", ".join(told) + "; c = q + 2K"
 
     def formula(self, parts: "Counter[str]") -> str:
         """T·(16h + 4q + …) of what was saved; a mask's b·s² apart."""
         sums: Counter[str] = Counter()
         for text, n_bytes in parts.items():
-            if text != "mask":
+            if text not in _WHOLE and n_bytes:
                 sums[text[1:]] += n_bytes
         terms = []
-        for symbol in sorted(sums, key=list(self.tape.widths).index):
+        order = list(self.tape.widths)
+        for symbol in sorted(sums, key=lambda one: order.index(one) if one in order else len(order) + int(one)):
             factor = sums[symbol] / (self.tape.tokens * self.tape.widths[symbol])
-            terms.append(f"{factor:.6g}" if symbol == "1" else f"{factor:.6g}{'·' * (symbol == 'ns')}{symbol}")
+            times = "·" if symbol == "ns" or symbol.isdecimal() else ""
+            terms.append(f"{factor:.6g}" if symbol == "1" else f"{factor:.6g}{times}{symbol}")
         a_token = f"({' + '.join(terms)})" if len(terms) > 1 else "".join(terms)
-        mask = f"{parts['mask']} (mask)" if parts["mask"] else ""
-        return _plus(f"T·{a_token}" if terms else "", mask)
+        whole = (f"{parts[text]:,} ({said})" for text, said in _WHOLE.items() if parts[text])
+        return _plus(f"T·{a_token}" if terms else "", *whole)
 
 
 def _plus(*terms: str) -> str:
@@ -168,19 +178,34 @@ def _plus(*terms: str) -> str:
     return " + ".join(term for term in terms if term)
 
 
-def _widths(shape: ModelShape, step: Step) -> dict[str, int]:
-    """symbol → entries a token."""
-    q, K = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-    return {
-        "h": shape.hidden, "q": q, "K": K, "c": q + 2 * K, "f": shape.intermediate, "2f": 2 * shape.intermediate,
-        "r": step.rank, "V": shape.vocab,
-        "ns": shape.n_heads * (step.tokens // step.batch), "n": shape.n_heads, "k": shape.n_kv_heads, "1": 1,
-    }  # fmt: skip
+class _Widths(dict[str, int]):
+    """symbol → entries a token; a number is its own."""
+
+    def __missing__(self, symbol: str) -> int:
+        return int(symbol)
 
 
-def _logits_formula(step: Step) -> str:
+def _widths(shape: ModelShape, step: Step) -> _Widths:
+    """By the config, and by the weights where it does not tell."""
+    of = {weight.layer_type: weight for weight in shape.weights if weight.layers and len(weight.shape) > 1}
+    q = shape.n_heads * shape.head_dim or (of["o"].sides[1] if "o" in of else 0)
+    K = shape.n_kv_heads * shape.head_dim
+    if not K:
+        K = of["k"].sides[0] if "k" in of else (of["qkv"].sides[0] - q) // 2 if "qkv" in of else 0
+    f = of["down"].sides[1] if "down" in of else shape.intermediate
+    e, wide = shape.experts_per_token, of["expert_down"].sides[1] if "expert_down" in of else 0
+    return _Widths({
+        "h": shape.hidden, "q": q, "K": K, "c": q + 2 * K, "f": f, "2f": 2 * f, "r": step.rank, "V": shape.vocab,
+        "ns": shape.n_heads * (step.tokens // step.batch), "n": shape.n_heads, "k": shape.n_kv_heads,
+        "eh": e * shape.hidden, "ef": e * wide, "2ef": 2 * e * wide,
+        "E": of["expert_down"].copies if "expert_down" in of else 0, "1": 1,
+    })  # fmt: skip
+
+
+def _logits_formula(step: Step, wide: bool) -> str:
     """Bytes of the logits at the loss peak: in the backward pass of the log-softmax."""
     tokens = f"T/{CHUNKS}" if step.chunked_loss else "T"
     held = (4 if step.precision == "fp32" else 2) * (step.held_outputs and not step.chunked_loss)
     kept = f" + {held} (the logits, kept by the caller)" if held else ""
-    return f"{tokens}·V·(4 (log-softmax) + 4 (its gradient) + 4 (the logits' gradient){kept})"
+    each = 4 if wide or step.precision != "bf16" else 2
+    return f"{tokens}·V·({each} (log-softmax) + {each} (its gradient) + {each} (the logits' gradient){kept})"

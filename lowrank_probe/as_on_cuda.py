@@ -74,7 +74,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, _, _, _ = ctx.saved_tensors
+        q, k, v, mask, _, _ = ctx.saved_tensors
         b, n, s, d = q.shape
         dq, dk, dv = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
         if ctx.flash:
@@ -85,7 +85,7 @@ class _Attention(torch.autograd.Function):
             del held
         else:
             q.new_empty(b, n, up(s, LSE_ROWS), dtype=torch.float32)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, mask.new_empty(mask.shape) if ctx.needs_input_grad[3] else None, None
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

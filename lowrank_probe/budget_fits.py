@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from lowrank_probe.accelerators import Accelerator, accelerators
-from lowrank_probe.budget_measured import beside
+from lowrank_probe.budget_measured import beside, measured_total
 from lowrank_probe.budgets import SCHEMA_VERSION, Budget
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ def told(
         full, adapters = storage(adapted, n_stored)
         found["storage"] = {"n": n_stored, "full_bytes": full, "adapter_bytes": adapters}
     if measured is not None:
-        found["measured"] = asdict(measured) | {"beside_formula": beside(first, measured)}
+        told = {"beside_formula": beside(first, measured), "total_bytes": measured_total(measured)}
+        found["measured"] = asdict(measured) | told
     return found
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from lowrank_probe import budget_words as words
 from lowrank_probe.accelerators import Accelerator, accelerators, find_accelerator
 from lowrank_probe.budget_fits import cards_by_stage, largest, least_cards, mends, smallest_card, storage
-from lowrank_probe.budget_measured import beside
+from lowrank_probe.budget_measured import beside, measured_total
 from lowrank_probe.console import console, plain_table
 from lowrank_probe.errors import printable
 
@@ -40,6 +40,7 @@ def print_comparison(budgets: Sequence["Budget"], gpu: Accelerator | None) -> No
             f"{words.unlike_checkpointing(budgets)}",
             style="dim",
         )
+        _print_estimated(out, budgets)
     else:
         out.print(
             "GB, GiB: weights, gradients and optimizer states. Not in it: activations and logits, unknown without "
@@ -110,6 +111,7 @@ def print_sweep(budgets: Sequence["Budget"], gpu: Accelerator | None) -> None:
         f"file: of the adapter as PEFT saves it, or of the model.{words.unlike_checkpointing(budgets)}",
         style="dim",
     )
+    _print_estimated(out, budgets)
 
 
 def print_storage(found: "Budget", n: int) -> None:
@@ -122,18 +124,25 @@ def print_storage(found: "Budget", n: int) -> None:
     )
 
 
-def print_measured(found: "Budget", measured: "Measured") -> None:
-    """Formula and measurement by component and phase; how far the sums are apart."""
+def print_measured(found: "Budget", measured: "Measured", gpu: Accelerator | None) -> None:
+    """Formula and measurement by component and phase, how far the sums are apart; or the measurement alone."""
     out, table, rows = console(), plain_table(), beside(found, measured)
-    table.add_column("GiB: formula, measured", no_wrap=True)
+    table.add_column("GiB, measured" if rows is None else "GiB: formula, measured", no_wrap=True)
     for phase in measured.peaks:
         table.add_column(phase, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        table.add_row(name, *(f"{_gib(own)} {_gib(real):>6}" for own, real in row.values()))
-    off = (f"{100 * (own / real - 1):+.2f} %" for own, real in rows["sum"].values())
-    table.add_row("off by", *off)
+    if rows is None:
+        for name in dict.fromkeys(name for parts in measured.components.values() for name in parts):
+            table.add_row(name, *(_gib(parts.get(name, 0)) for parts in measured.components.values()))
+        table.add_row("sum", *map(_gib, measured.peaks.values()))
+    else:
+        for name, row in rows.items():
+            table.add_row(name, *(f"{_gib(own)} {_gib(real):>6}" for own, real in row.values()))
+        off = (f"{100 * (own / real - 1):+.2f} %" for own, real in rows["sum"].values())
+        table.add_row("off by", *off)
     out.print(table)
     out.print(f"measured by {measured.how} in {measured.seconds:.0f} s; the reserve is not in it", style="dim")
+    if rows is None:
+        out.print(words.measured(measured_total(measured), measured.phase, gpu or find_accelerator("H100")))
 
 
 def _print_model(out: Console, found: "Budget", adapter: bool = True) -> None:
@@ -194,6 +203,11 @@ def _print_mends(out: Console, found: "Budget") -> None:
     for one in saved:
         table.add_row(one.name, one.option, _gib(one.saved_bytes), _gib(one.total_bytes))
     out.print(table)
+
+
+def _print_estimated(out: Console, budgets: Sequence["Budget"]) -> None:
+    if said := words.estimated(budgets):
+        out.print(printable(f"activations are an {said}"), style="dim")
 
 
 def _count(n: int | None) -> str:

@@ -70,6 +70,14 @@ def on_cards(found: Budget, gpu: Accelerator) -> str:
     return f"{first} Cards do not add up by themselves: with DDP each holds everything; {together}."
 
 
+def measured(n_bytes: int, phase: str, gpu: Accelerator) -> str:
+    """What a measured step needs with the reserve, and whether a card has it."""
+    return (
+        f"The {PHASE_WORDS[phase]} peaks; with the reserve a card needs {both(n_bytes)}; {gpu.label} has "
+        f"{gib(gpu.usable_bytes)} GiB for it: {'fits' if n_bytes <= gpu.usable_bytes else 'does not fit'}."
+    )
+
+
 def peak(found: Budget) -> str:
     """Which phase peaks and what it is made of."""
     phase, total = found.peak_phase, found.total_bytes
@@ -131,6 +139,11 @@ def qlora_against_lora(found: Budget) -> str:
         "and norms upcast to fp32 make what passes between the layers fp32 too, and weights are unpacked to bf16 where "
         "they are used. So it can take more than LoRA where activations are most of it; the reserve is larger for that."
     )
+
+
+def estimated(budgets: Sequence[Budget]) -> str:
+    """Why the activations are an estimate; "" where none is."""
+    return next((one.activations.estimated for one in budgets if one.activations), "")
 
 
 def unlike_checkpointing(budgets: Sequence[Budget]) -> str:

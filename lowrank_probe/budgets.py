@@ -18,6 +18,7 @@ from lowrank_probe.errors import ProbeError
 from lowrank_probe.model_shapes import ModelShape, model_shape, typical_shape
 from lowrank_probe.recipes import ZERO_PAPER, Recipe, adapter_recipe, frozen_bytes, recipe
 from lowrank_probe.sharding import Sharding
+from lowrank_probe.taped_estimates import EAGER
 from lowrank_probe.training_steps import Step
 
 SCHEMA_VERSION: Final = 1
@@ -198,17 +199,25 @@ class Budget:
         return lines
 
     @property
+    def _attention(self) -> str:
+        eager = self.shape.model_type in EAGER
+        return "eager (the only one that this model has)" if eager else "fused" if self.step.flash else "eager"
+
+    @property
     def assumptions(self) -> tuple[str, ...]:
         """What the numbers take for granted, one sentence each."""
         step, said = self.step, list[str]()
         if self.n_parameters is not None:
             said.append(f"proportions and adapter of {self.shape.source}")
         if not self.knows_activations:
-            said.append("activations and logits are not in it: they need --seq (and --batch)")
+            said.append(
+                "activations and logits are not in it: they need --seq (and --batch), or --measure where the model has "
+                "no formula for them"
+            )
         else:
             said.append(
                 f"{step.batch} × {step.seq:,} tokens a card, {'with' if step.checkpointing else 'no'} checkpointing, "
-                f"{'fused' if step.flash else 'eager'} attention, {'chunked' if step.chunked_loss else 'whole'} loss, "
+                f"{self._attention} attention, {'chunked' if step.chunked_loss else 'whole'} loss, "
                 "gradients set to None between steps, no padding"
             )
         if self.activations is not None and self.activations.estimated:
@@ -307,13 +316,19 @@ def compare(
     *,
     params: str | float | None = None,
     like: str = "llama",
+    n_parameters: int | None = None,
+    name: str = "",
     **same: Any,
 ) -> tuple[Budget, ...]:
-    """The budgets of the usual methods for one model: `COMPARED`, with everything else as in `budget`."""
-    shape, n_parameters, name = resolve(model, params, like)
+    """The budgets of the usual methods for one model: `COMPARED`, with everything else as in `budget`.
+
+    n_parameters, name: of a shape that stands for a size, or has another name.
+    """
+    if not isinstance(model, ModelShape):
+        model, n_parameters, name = resolve(model, params, like)
     found = []
     for method, precision, optimizer, special in COMPARED:
-        one = budget(shape, method=method, precision=precision, optimizer=optimizer, **same)
+        one = budget(model, method=method, precision=precision, optimizer=optimizer, **same)
         found.append(replace(one, n_parameters=n_parameters, special=special, name=name))
     return tuple(found)
 

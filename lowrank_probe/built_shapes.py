@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.layers import place, starred
+from lowrank_probe.shape_families import FAMILIES
 from lowrank_probe.shape_mixtures import active_parameters, mixture_notes
 from lowrank_probe.weight_shapes import Kind, ModelShape, Weight
 
@@ -52,17 +53,29 @@ def built_shape(config: Mapping[str, Any]) -> ModelShape:
 
 def _model(config: dict[str, Any]) -> Any:
     import torch
+
+    architecture, read = model_class(config)
+    with torch.device("meta"):
+        return architecture._from_config(read)
+
+
+def model_class(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(transformers' class of the model that is counted, the config as its own class).
+
+    The architecture that the config names, else the family's, else the first of `_AUTO`. Raises what transformers does.
+    """
     import transformers
 
-    architecture = getattr(transformers, str((config.get("architectures") or [None])[0]), None)
-    with torch.device("meta"):
-        if architecture is not None:
-            return architecture(architecture.config_class.from_dict(config))
-        read = transformers.AutoConfig.for_model(config.get("model_type")).from_dict(config)
-        for task in _AUTO:
-            auto = getattr(transformers, f"AutoModelFor{task}" if task else "AutoModel")
-            if type(read) in auto._model_mapping:
-                return auto.from_config(read)
+    usual = FAMILIES[config["model_type"]][0] if config.get("model_type") in FAMILIES else None
+    architecture = getattr(transformers, str((config.get("architectures") or [usual])[0]), None)
+    if architecture is not None:
+        return architecture, architecture.config_class.from_dict(dict(config))
+    read = transformers.AutoConfig.for_model(config.get("model_type")).from_dict(dict(config))
+    for task in _AUTO:
+        known = getattr(transformers, f"AutoModelFor{task}" if task else "AutoModel")._model_mapping
+        if type(read) in known:
+            found = known[type(read)]
+            return found[0] if isinstance(found, tuple) else found, read
     raise ValueError("it has no such model")
 
 

@@ -2,15 +2,19 @@
 
 import json
 import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from lowrank_probe.cli_shared import Json, Quiet, tell
+from lowrank_probe.errors import NoFormulaError
 
 if TYPE_CHECKING:
+    from lowrank_probe.accelerators import Accelerator
     from lowrank_probe.budgets import Budget
+    from lowrank_probe.measuring import Measured
 
 METHODS: Final = ("full", "lora", "qlora", "dora", "rslora")
 
@@ -80,23 +84,24 @@ def budget(
     }  # fmt: skip
     swept = len(ranks) > 1 or len(seqs) > 1
     compared = methods is None and not swept
-    found: tuple[Budget, ...]
-    if compared:
-        found = budgets.compare(model, params=params, like=like, **same)
-    else:
-        shape, n_parameters, name = budgets.resolve(model, params, like)
-        found = budgets.sweep(
-            shape,
-            methods or ("lora",),
-            ranks,
-            seqs,
-            n_parameters,
-            name,
-            precision=precision,
-            optimizer=optimizer,
+    shape, n_parameters, name = budgets.resolve(model, params, like)
+
+    def made(seqs: Sequence[int | None]) -> "tuple[Budget, ...]":
+        if compared:
+            return budgets.compare(shape, n_parameters=n_parameters, name=name, **same | {"seq": seqs[0]})
+        return budgets.sweep(
+            shape, methods or ("lora",), ranks, seqs, n_parameters, name, precision=precision, optimizer=optimizer,
             **same,
-        )
-    measured = _measured(found, compared, measure)
+        )  # fmt: skip
+
+    try:
+        found = made(seqs)
+    except NoFormulaError as error:
+        if not measure:
+            raise
+        found = made([None])
+        tell(f"note: {str(error).partition(';')[0]}: only the measurement knows them", quiet)
+    measured = _measured(found, compared, seqs, measure)
     if out is not None:
         from lowrank_probe import budget_reports
 
@@ -107,7 +112,7 @@ def budget(
         _show(found, compared, card, price, storage, explain, measured)
     if out is not None:
         tell(f"report: {out / 'report.html'}", quiet)
-    if card is not None and not (any if compared else all)(one.fits(card) for one in found):
+    if card is not None and not _fits(found, card, compared, measured):
         what = "none of these fits" if compared else "this does not fit"
         tell(f"--gpu {gpu}: {what} on one {card.label}", False)
         raise typer.Exit(3)
@@ -129,18 +134,28 @@ def _show(
         adapted = next((one for one in found if one.counts.adapter), found[0].changed(method="lora"))
         terminal.print_storage(adapted, storage)
     if measured is not None:
-        terminal.print_measured(found[0], measured)
+        terminal.print_measured(found[0], measured, card)
 
 
-def _measured(found: "tuple[Budget, ...]", compared: bool, measure: bool) -> Any:
+def _fits(found: "tuple[Budget, ...]", card: "Accelerator", compared: bool, measured: "Measured | None") -> bool:
+    """Whether what was asked for does; of activations that only the measurement knows, by that."""
+    if measured is not None and not found[0].knows_activations:
+        from lowrank_probe.budget_measured import measured_total
+
+        return measured_total(measured) <= card.usable_bytes
+    some_or_all: Callable[[Iterable[bool]], bool] = any if compared else all
+    return some_or_all(one.fits(card) for one in found)
+
+
+def _measured(found: "tuple[Budget, ...]", compared: bool, seqs: "Sequence[int | None]", measure: bool) -> Any:
     """One measured step of a budget; what cannot be is a usage error."""
     if not measure:
         return None
-    if compared or len(found) > 1:
+    if compared or len(found) > 1 or len(seqs) > 1:
         raise typer.BadParameter("measures one run: give one --method, --rank and --seq", param_hint="--measure")
     from lowrank_probe.budget_measured import measured_step
 
-    return measured_step(found[0])
+    return measured_step(found[0], seqs[0])
 
 
 def _methods(text: str | None) -> tuple[str, ...] | None:

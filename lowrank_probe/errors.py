@@ -4,6 +4,7 @@
     ├── CheckpointError     a file or directory that cannot be read as a checkpoint
     ├── MatchError          two checkpoints that cannot be compared
     ├── NumericsError       NaN or Inf, or an algorithm that did not deliver what it certifies
+    ├── NoFormulaError      activations that have no closed form; they can be measured
     ├── UnchangedError      two checkpoints without a difference, where one was wanted; exit code 3
     ├── OutputError         a run directory that cannot be written
     └── Interrupted         Ctrl-C; it carries what was finished (in `spectra`)
@@ -26,6 +27,10 @@ class MatchError(ProbeError):
 
 class NumericsError(ProbeError):
     """NaN or Inf in a tensor, or a kernel that could not certify its result."""
+
+
+class NoFormulaError(ProbeError):
+    """Activations of a training step that have no closed form here; `--measure` can tell them."""
 
 
 class UnchangedError(ProbeError):

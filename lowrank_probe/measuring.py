@@ -6,6 +6,8 @@ the head, "loss" the head and the loss with their backward pass, "backward" the 
 """
 
 import contextlib
+import inspect
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_probe.as_on_cuda import AsOnCuda
+from lowrank_probe.built_shapes import model_class
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.model_shapes import shape_of_config
 from lowrank_probe.storages import LiveStorages
@@ -87,7 +90,7 @@ def measure_fake(config: Mapping[str, Any], step: Step) -> Measured:
             hook.remove()
     peaks = {phase: tracker.peaks[phase].n_bytes for phase in PHASES}
     parts = {phase: {k: v for k, v in tracker.peaks[phase].parts.items() if v} for phase in PHASES}
-    return Measured("fake tensors", peaks, parts, *run.sizes(), time.perf_counter() - started)
+    return Measured(f"fake tensors{_attention(run, step)}", peaks, parts, *run.sizes(), time.perf_counter() - started)
 
 
 def measure_cuda(config: Mapping[str, Any], step: Step) -> Measured:
@@ -117,7 +120,13 @@ def measure_cuda(config: Mapping[str, Any], step: Step) -> Measured:
     except torch.OutOfMemoryError as error:
         raise ProbeError(f"out of memory on {torch.cuda.get_device_name()}: {str(error).splitlines()[0]}") from error
     parts = {phase: {"before the step": before, "the rest": peak - before} for phase, peak in peaks.items()}
-    return Measured(torch.cuda.get_device_name(), peaks, parts, *run.sizes(), time.perf_counter() - started)
+    how = f"{torch.cuda.get_device_name()}{_attention(run, step)}"
+    return Measured(how, peaks, parts, *run.sizes(), time.perf_counter() - started)
+
+
+def _attention(run: "_Run", step: Step) -> str:
+    """Where fused attention was asked for and the model has none."""
+    return " (eager attention, the only one that this model has)" if step.flash and not run.plain._supports_sdpa else ""
 
 
 class _Run:
@@ -130,8 +139,13 @@ class _Run:
         self.ids = torch.randint(0, self.head.weight.shape[0], (step.batch, step.tokens // step.batch), device=device)
 
     @property
+    def plain(self) -> Any:
+        """transformers' model, without PEFT around it."""
+        return self.model.get_base_model() if self.how.adapted else self.model
+
+    @property
     def head(self) -> Any:
-        return self.model.get_output_embeddings()
+        return self.plain.get_output_embeddings()
 
     def sizes(self) -> tuple[int, int]:
         """(trainable, all) entries."""
@@ -153,7 +167,8 @@ class _Run:
                 hook.remove()
                 outputs, loss = None, self._chunked(at_head)
             else:
-                outputs = self.model(input_ids=self.ids, labels=self.ids, use_cache=False)
+                decoded = {"decoder_input_ids": self.ids} if self.plain.config.is_encoder_decoder else {}
+                outputs = self.model(input_ids=self.ids, labels=self.ids, **decoded, **self._cache)
                 loss = outputs.loss
         hook.remove()
         if not self.how.held_outputs:
@@ -163,11 +178,14 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    @property
+    def _cache(self) -> dict[str, bool]:
+        """No keys and values are kept; an encoder has none."""
+        return {"use_cache": False} if "use_cache" in inspect.signature(type(self.plain).forward).parameters else {}
+
     def _chunked(self, at_head: Callable[[Tensor], None]) -> Tensor:
         """The loss of `CHUNKS` pieces of the tokens, each piece's logits made again in the backward pass."""
-        body = getattr(self.model, "base_model", self.model)
-        body = body.model.base_model if self.how.adapted else body
-        hidden = body(input_ids=self.ids, use_cache=False).last_hidden_state
+        hidden = self.plain.base_model(input_ids=self.ids, **self._cache).last_hidden_state
         at_head(hidden)
         labels = functional.pad(self.ids, (0, 1), value=-100)[:, 1:].reshape(-1)
 
@@ -180,28 +198,33 @@ class _Run:
 
 
 def _model(config: Mapping[str, Any], step: Step, device: torch.device) -> Any:
-    """The model with its adapter on a device, ready to train; `ProbeError` where transformers cannot build it."""
-    import transformers
+    """The model with its adapter on a device, ready to train; `ProbeError` where transformers cannot build it.
 
-    settings = dict(config)
-    kind = settings.pop("model_type", None)
+    An encoder and decoder get as many tokens each. Attention is eager where the model knows no fused one.
+    """
+    kind = config.get("model_type")
     if step.method == "qlora":
         raise ProbeError(
             "qlora: its kernels (bitsandbytes) are not measured; measure lora, whose activations it shares"
         )
     bf16 = step.precision == "bf16" or (step.precision == "mixed" and step.adapted)
-    with device:
-        try:
-            described = transformers.AutoConfig.for_model(kind, **settings)
-            model = transformers.AutoModelForCausalLM.from_config(
+    try:
+        architecture, described = model_class(config)
+        fused = step.flash and architecture._supports_sdpa
+        with device:
+            model = architecture._from_config(
                 described, dtype=torch.bfloat16 if bf16 else torch.float32,
-                attn_implementation="sdpa" if step.flash else "eager",
+                attn_implementation="sdpa" if fused else "eager",
             )  # fmt: skip
-        except (ValueError, TypeError) as error:
-            raise ProbeError(
-                f"model type {kind!r}: transformers cannot build it: {str(error).splitlines()[0]}"
-            ) from error
-        if step.adapted:
+    except Exception as error:  # whatever the code of a model may raise
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ProbeError(f"model type {kind!r}: transformers cannot build it: {why}") from error
+    if model.get_output_embeddings() is None:
+        raise ProbeError(f"--measure trains on a language model's loss: {architecture.__name__} has no such head")
+    if step.chunked_loss and not architecture.__name__.endswith("CausalLM"):
+        raise ProbeError(f"--loss chunked is measured of decoders alone, which {architecture.__name__} is not")
+    if step.adapted:
+        with device:
             model = _adapted(model, config, step)
     if step.checkpointing:
         body = model.get_base_model() if step.adapted else model
@@ -231,21 +254,37 @@ def _adapted(model: nn.Module, config: Mapping[str, Any], step: Step) -> Any:
     """The model with PEFT's adapter on what `targets` select, in the dtype that the step asks for."""
     import peft
 
-    names = [weight.name for weight in shape_of_config(config).adapted(step.targets)]
-    pattern = "|".join(name.replace(".", r"\.").replace("*", r"\d+") for name in names)
+    weights = shape_of_config(config).adapted(step.targets)
+    modules = [re.escape(name) for weight in weights if weight.kind != "parameter" for name in weight.modules()]
+    bare = {
+        _parameter(model, name): weight for weight in weights if weight.kind == "parameter" for name in weight.modules()
+    }
     settings = peft.LoraConfig(
-        r=step.rank, lora_alpha=2 * step.rank, target_modules=f"(?:{pattern})", task_type="CAUSAL_LM",
+        r=step.rank, lora_alpha=2 * step.rank, target_modules=f"(?:{'|'.join(modules)})" if modules else [],
+        target_parameters=list(bare) or None,
+        rank_pattern={name: weight.rank_factor * step.rank for name, weight in bare.items() if weight.rank_factor > 1},
         use_dora=step.method == "dora", use_rslora=step.method == "rslora",
-        fan_in_fan_out=config.get("model_type") == "gpt2",
+        fan_in_fan_out=any(weight.kind == "conv1d" for weight in weights),
     )  # fmt: skip
     with warnings.catch_warnings():
         # peft 0.21 asks transformers for a property that transformers 5.24 has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        adapted = peft.get_peft_model(model, settings)
+        # It takes ranks of parameters, and looks for them among the modules too.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+        try:
+            adapted = peft.get_peft_model(model, settings)
+        except ValueError as error:
+            raise ProbeError(f"PEFT does not adapt these targets here: {str(error).partition(chr(10))[0]}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad and step.adapter_dtype == "bfloat16":
             parameter.data = parameter.data.to(torch.bfloat16)
     return adapted
+
+
+def _parameter(model: nn.Module, name: str) -> str:
+    """The name of a bare parameter, or of that of a module which is nothing else, as a router."""
+    names = dict(model.named_parameters())
+    return name if name in names else f"{name}.weight"
 
 
 def _optimizer(trained: list[nn.Parameter], step: Step) -> torch.optim.Optimizer:

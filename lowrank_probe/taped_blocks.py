@@ -1,7 +1,7 @@
 """Decoder blocks on a `Tape`, family by family, as transformers' modelling files put their layers together.
 
 Local names are as there, since these keep tensors alive: a block's input until it returns, q, k and v until attention
-does. A family without a block of its own is estimated from the linear layers that it has.
+does. A family without a block of its own has that of `taped_estimates`.
 
 Legend: as in `taped_models`.
 """
@@ -9,8 +9,6 @@ Legend: as in `taped_models`.
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from lowrank_probe.errors import ProbeError
-from lowrank_probe.model_shapes import ModelShape
 from lowrank_probe.tape import Array
 from lowrank_probe.taped_models import TapedModel
 
@@ -31,7 +29,7 @@ def _llama_block(model: TapedModel, x: Array) -> Array:
 
 def _llama_attention(model: TapedModel, x: Array) -> Array:
     q, k, v = (model.linear(x, kind, symbol) for kind, symbol in (("q", "q"), ("k", "K"), ("v", "K")))
-    if model.shape.model_type == "qwen3":
+    if "q_norm" in model.weights:
         q, k = model.norm(q), model.norm(k)
     q, k = model.rotate(q), model.rotate(k)
     out = model.attention(q, k, v)
@@ -79,41 +77,33 @@ def _mlp(model: TapedModel, x: Array) -> Array:
     return model.linear(x, "down", "h")
 
 
-def _any_block(model: TapedModel, x: Array) -> Array:
-    """Two residual branches with whatever projections there are, rotary positions, an MLP of one-kernel operators."""
+def gated_by_one(model: TapedModel, x: Array) -> Array:
+    """An MLP whose gate and up projections are one."""
+    gate, up = model.tape.split(model.linear(x, "gate_up", "2f"), "ff")
+    return model.linear(model.tape.multiply(model.activation(gate), up), "down", "h")
+
+
+def sequential_block(model: TapedModel, x: Array) -> Array:
+    """Attention, then an MLP, each on a norm of the stream; with whatever projections there are."""
     tape = model.tape
-    y = model.norm(x)
-    y = _llama_attention(model, y) if "q" in model.weights else _fused_attention(model, y, "attention_dropout", True)
-    x = tape.add(x, y)
-    y = model.norm(x)
-    return tape.add(x, _any_mlp(model, y))
+    x = tape.add(x, attend(model, model.norm(x)))
+    return tape.add(x, feed_forward(model, model.norm(x)))
 
 
-def _any_mlp(model: TapedModel, x: Array) -> Array:
+def attend(model: TapedModel, x: Array) -> Array:
+    """Attention by q, k and v, or by the one projection of them."""
+    return _llama_attention(model, x) if "q" in model.weights else _fused_attention(model, x, "attention_dropout", True)
+
+
+def feed_forward(model: TapedModel, x: Array) -> Array:
+    """The MLP, gated where there is a gate."""
     if "gate_up" in model.weights:
-        gate, up = model.tape.split(model.linear(x, "gate_up", "2f"), "ff")
-        return model.linear(model.tape.multiply(model.activation(gate), up), "down", "h")
+        return gated_by_one(model, x)
     return _gated_mlp(model, x) if "gate" in model.weights else _mlp(model, x)
 
 
-_BLOCKS: Final[Mapping[str, Callable[[TapedModel, Array], Array]]] = {
-    "gpt2": _gpt2_block, "gpt_neox": _gpt_neox_block, "phi3": _any_block, "starcoder2": _any_block,
+BLOCKS: Final[Mapping[str, Callable[[TapedModel, Array], Array]]] = {
+    "gpt2": _gpt2_block, "gpt_neox": _gpt_neox_block, "phi3": sequential_block, "starcoder2": sequential_block,
     **dict.fromkeys(LLAMAS, _llama_block),
 }  # fmt: skip
-FAMILIES: Final = tuple(sorted(_BLOCKS))
-
-
-def block_of(shape: ModelShape) -> tuple[Callable[[TapedModel, Array], Array], str]:
-    """(block, "") of the model's family, or one of the linear layers that there are, and why it is an estimate."""
-    if shape.model_type in _BLOCKS:
-        return _BLOCKS[shape.model_type], ""
-    there = {weight.layer_type for weight in shape.weights}
-    if {"o", "down"} <= there and ({"q", "k", "v"} <= there or "qkv" in there) and there & {"up", "gate_up"}:
-        return (
-            _any_block,
-            f"{shape.model_type} has no formulas of its own: an estimate from the linear layers that it has",
-        )
-    raise ProbeError(
-        f"{shape.model_type}: no formula for its activations; there are some for {', '.join(FAMILIES)}, and estimates "
-        "for models with one attention and one MLP a block; without a sequence length the rest can be told"
-    )
+FAMILIES: Final = tuple(sorted(BLOCKS))

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from lowrank_probe.errors import ProbeError
+from lowrank_probe.errors import NoFormulaError
 from lowrank_probe.model_shapes import ModelShape, Weight
 from lowrank_probe.tape import HEAD, Array, Buffer, Tape
 from lowrank_probe.training_steps import ACCUMULATOR, CHUNKS, LSE_ROWS, Step, up
@@ -23,6 +23,9 @@ _ACTIVATIONS: Final = ("activation_function", "hidden_act", "feed_forward_proj")
 # Model types that have the window wherever the config names one; others ask `use_sliding_window`.
 _WINDOWED: Final = ("mistral", "phi3", "starcoder2")
 _GELU_NEW: Final = ("gpt2", "gptj", "phi")  # model types whose config class has it where config.json says nothing
+# What takes its loss in the logits' own dtype: encoders, with a decoder or without.
+_NARROW: Final = ("ForMaskedLM", "ForConditionalGeneration")
+_NARROW_TYPES: Final = ("bert", "roberta", "distilbert", "t5")
 
 
 class TapedModel:
@@ -30,8 +33,9 @@ class TapedModel:
 
     base: bytes an entry of weights and residual stream; adapter: of the adapter. autocast: linear layers run in bf16
     whatever they get. quantized: those of the blocks have 4-bit weights. trains: the model's own weights are trained.
-    layer_norms: its norms have a bias and so are no RMS norms. casts: autocast's copies of weights. held: the logits,
-    where the caller keeps them. mask: of the sliding window, while the blocks run.
+    adapted: the weights that an adapter is on, by name. layer_norms: its norms have a bias and so are no RMS norms.
+    gemma: they are Gemma's. wide_loss: the loss is taken in float32. casts: autocast's copies of weights. held: the
+    logits, where the caller keeps them. mask: of the sliding window, while the blocks run.
     """
 
     def __init__(self, shape: ModelShape, step: Step, tape: Tape) -> None:
@@ -42,9 +46,13 @@ class TapedModel:
         narrow = step.precision == "bf16" or (self.autocast and step.adapted)
         self.base = 2 if narrow and not self.quantized else 4
         self.adapter = 2 if step.adapter_dtype == "bfloat16" else 4
-        self.weights = {weight.layer_type: weight for weight in shape.weights}
-        self.adapted = frozenset(weight.layer_type for weight in _everywhere(shape, step))
+        # A stack of experts may have a bias of the same layer type.
+        self.weights = {weight.layer_type: weight for weight in sorted(shape.weights, key=lambda one: len(one.shape))}
+        self.adapted = {weight.name: weight for weight in _everywhere(shape, step)}
         self.layer_norms = any(weight.kind == "norm" and weight.bias for weight in shape.weights)
+        self.gemma = shape.model_type.startswith("gemma")
+        named = str((self.config.get("architectures") or [""])[0])
+        self.wide_loss = not named.endswith(_NARROW) and shape.model_type not in _NARROW_TYPES
         self.casts: dict[str, Buffer] = {}
         self.left_autocast = False
         self.held: Array | None = None
@@ -54,13 +62,22 @@ class TapedModel:
 
     def linear(self, x: Array, layer_type: str, symbol: str) -> Array:
         """x·Wᵀ + b, with its adapter where it has one."""
-        weight = self.weights[layer_type]
-        if self.quantized and layer_type != "lm_head":
-            return self._quantized_linear(x, layer_type, weight, symbol)
-        out = self._matmul(x, layer_type, symbol, math.prod(weight.shape) + weight.bias, self.base, self.trains)
-        if layer_type not in self.adapted:
+        return self.project(x, self.weights[layer_type], symbol)
+
+    def project(self, x: Array, weight: Weight, symbol: str) -> Array:
+        """As `linear`, by a weight that shares its layer type with others."""
+        if self.quantized and weight.layer_type != "lm_head":
+            return self._quantized_linear(x, weight, symbol)
+        name = "lm_head" if weight.layer_type == "lm_head" else weight.name
+        n_parameters = self.share(weight, math.prod(weight.shape) + weight.bias)
+        out = self._matmul(x, name, symbol, n_parameters, self.base, self.trains)
+        if weight.name not in self.adapted:
             return out
         return (self._dora if self.step.method == "dora" else self._lora)(x, out, weight, symbol)
+
+    def share(self, weight: Weight, n: int) -> int:
+        """n times the share of the blocks that have the weight: the mean of a model whose blocks differ."""
+        return round(n * weight.count / self.shape.n_layers) if weight.layers else n
 
     def _matmul(self, x: Array, name: str, symbol: str, n_parameters: int, item: int, trains: bool) -> Array:
         """It saves x where the weight is trained. Autocast first makes bf16 copies of both."""
@@ -91,12 +108,12 @@ class TapedModel:
         self.left_autocast = True
         self.casts.clear()
 
-    def _quantized_linear(self, x: Array, layer_type: str, weight: Weight, symbol: str) -> Array:
+    def _quantized_linear(self, x: Array, weight: Weight, symbol: str) -> Array:
         """x·Wᵀ in bf16 from 4 bits, back in x's own dtype, cloned where it is adapted (bitsandbytes, PEFT's bnb.py)."""
         tape, item = self.tape, x.item
         out = tape.op([tape.cast(x, 2)], symbol, 2)
         out = tape.cast(out, item)
-        if layer_type not in self.adapted:
+        if weight.name not in self.adapted:
             return out
         out = tape.op([out], symbol, item)
         low_rank = self._low_rank(x, weight, symbol)
@@ -105,8 +122,8 @@ class TapedModel:
 
     def _low_rank(self, x: Array, weight: Weight, symbol: str) -> Array:
         """B(A(x))."""
-        (m, n), r = weight.sides, self.step.rank
-        a = self._matmul(x, f"{weight.name}.A", "r", r * n, self.adapter, True)
+        (m, n), r = weight.sides, self.share(weight, self.step.rank)
+        a = self._matmul(x, f"{weight.name}.A", "r" if r == self.step.rank else str(r), r * n, self.adapter, True)
         return self._matmul(a, f"{weight.name}.B", symbol, r * m, self.adapter, True)
 
     def _lora(self, x: Array, result: Array, weight: Weight, symbol: str) -> Array:
@@ -139,6 +156,40 @@ class TapedModel:
         result = tape.add(result, change)
         return tape.cast(result, item)
 
+    # Mixtures of experts
+
+    def experts(self, x: Array) -> Array:
+        """Σ of the experts that a token meets, each by its weight: one grouped product for all of them at once.
+
+        Source: transformers' integrations/moe.py (grouped_mm_experts_forward), PEFT's ParamWrapper.
+        """
+        tape, item = self.tape, x.item
+        router = self.share(self.weights["router"], math.prod(self.weights["router"].shape)) * self.base * self.trains
+        scores = tape.op([x], "E", 4, [x] * self.trains, weight=router, saves_out=True)
+        chosen = tape.op([x], "eh", item)
+        gate, up = tape.split(self._stack(chosen, "expert_gate_up", "2ef"), ("ef", "ef"))
+        out = self._stack(tape.multiply(self.activation(gate), up), "expert_down", "eh")
+        del gate, up, chosen
+        saves = [out, scores] if scores.node else [scores]
+        weighted = tape.op([out, scores], "eh", item, saves)
+        del out
+        weighted = tape.op([weighted], "eh", item)
+        return tape.op([weighted], "h", item)
+
+    def _stack(self, x: Array, layer_type: str, symbol: str) -> Array:
+        """x by the stack of experts. An adapter makes the whole stack anew, W + B·A, which backward needs."""
+        weight = self.weights[layer_type]
+        n_parameters = self.share(weight, math.prod(weight.shape))
+        if weight.name not in self.adapted:
+            return self._matmul(x, weight.name, symbol, n_parameters, self.base, self.trains)
+        rank, (m, n) = self.adapted[weight.name].rank_factor * self.step.rank, weight.sides
+        factors = self.share(weight, weight.copies * rank * (m + n))
+        made = self.tape.hold(n_parameters * self.base, text=f"{self.base}W")
+        kept: list[Array | Buffer] = [x, made, self.tape.hold(factors * self.base, text=f"{self.base}W")]
+        return self.tape.op(
+            [x], symbol, x.item, kept, weight=factors * self.adapter, back_scratch=n_parameters * self.base
+        )
+
     # Norms, activations, dropout
 
     def norm(self, x: Array) -> Array:
@@ -148,7 +199,7 @@ class TapedModel:
     def _rms_norm(self, x: Array) -> Array:
         """x/√mean(x²) in float32, cast back, times the weight; Gemma casts last."""
         tape, symbol, item = self.tape, x.symbol, x.item
-        gemma, wide = self.shape.model_type == "gemma", tape.size(symbol, 4)
+        gemma, wide = self.gemma, tape.size(symbol, 4)
         width = tape.widths[symbol] if symbol == "h" else self.shape.head_dim
         x = tape.cast(x, 4)
         y = tape.op([x], symbol, 4, [x, self._rows(symbol)], scratch=wide, back_scratch=3 * wide)
@@ -299,13 +350,13 @@ class TapedModel:
             x.node.saved.append(self.mask)
         if family == "gpt2":
             x = self.dropout(x, "embd_pdrop", 0.1)
-        return tape.op([x], "h", x.item) if family == "gemma" else x
+        return tape.op([x], "h", x.item) if self.gemma else x
 
     def loss(self, hidden: Array) -> Array:
         """Head, logits and loss; chunked, the pieces of the tokens one by one, and again in the backward pass."""
         tape, self.mask = self.tape, None
         if not self.step.chunked_loss:
-            logits = self.linear(hidden, "lm_head", "V")
+            logits = self._logits(hidden)
             self.held = logits if self.step.held_outputs else None
             return self._cross_entropy(logits)
         pieces = tape.split(hidden, "h" * CHUNKS)
@@ -317,23 +368,34 @@ class TapedModel:
         return total
 
     def _piece(self, hidden: Array) -> Array:
-        return self._cross_entropy(self.linear(hidden, "lm_head", "V"))
+        return self._cross_entropy(self._logits(hidden))
+
+    def _logits(self, hidden: Array) -> Array:
+        """By the head; Gemma 2 bounds them by a tanh."""
+        tape, logits = self.tape, self.linear(hidden, "lm_head", "V")
+        if not self.config.get("final_logit_softcapping", self.shape.model_type == "gemma2"):
+            return logits
+        logits = tape.op([logits], "V", logits.item)
+        logits = tape.op([logits], "V", logits.item, saves_out=True)
+        return tape.op([logits], "V", logits.item)
 
     def _cross_entropy(self, logits: Array) -> Array:
-        """In float32; what is saved is the log-softmax."""
+        """In float32, where the model takes it so; what is saved is the log-softmax."""
         tape = self.tape
-        wide = tape.cast(logits, 4)
-        log_softmax = tape.op([wide], "V", 4, saves_out=True)
+        wide = tape.cast(logits, 4) if self.wide_loss or self.autocast else logits
+        log_softmax = tape.op([wide], "V", wide.item, saves_out=True)
         return tape.op([log_softmax], "1", 4)
 
 
 def _everywhere(shape: ModelShape, step: Step) -> list[Weight]:
-    """The adapted weights; `ProbeError` where an adapter is on some of the layers only."""
+    """The adapted weights; `NoFormulaError` where an adapter is on some of the layers only."""
     found = list(shape.adapted(step.targets)) if step.adapted else []
     whole = {weight.name: weight.count for weight in shape.weights}
     for weight in found:
         if weight.count != whole[weight.name]:
-            raise ProbeError(f"{weight.name}: activations have no formula for an adapter on some layers only")
+            raise NoFormulaError(
+                f"{weight.name}: no formula for an adapter on some layers only; --measure runs the step instead"
+            )
     return found
 
 

@@ -135,6 +135,14 @@ class ModelShape:
         """All parameters; what is tied counts once."""
         return sum(weight.n_parameters for weight in self.weights)
 
+    @property
+    def experts_per_token(self) -> int:
+        """How many of a stack of experts one token meets, as `n_active` has it; 0 where it is no mixture."""
+        stacks = [weight for weight in self.weights if weight.kind == "parameter" and len(weight.shape) == 3]
+        one_each = sum(weight.count * math.prod(weight.shape[1:]) for weight in stacks)
+        rest = self.n_parameters - sum(weight.n_parameters for weight in stacks)
+        return (self.n_active - rest) // one_each if stacks else 0
+
     def by_type(self) -> dict[str, int]:
         """layer type → its parameters, biases included, as data flows through a block."""
         found: dict[str, int] = {}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lowrank_probe.activations import activations
-from lowrank_probe.errors import ProbeError
+from lowrank_probe.errors import NoFormulaError, ProbeError
 from lowrank_probe.measuring import measure_fake
 from lowrank_probe.model_shapes import shape_of_config
 from lowrank_probe.training_steps import PHASES, Step
@@ -184,22 +184,69 @@ def test_rank_barely_moves_the_peak_and_length_does():
     assert long == pytest.approx(2 * small, rel=0.01)
 
 
-def test_another_family_is_an_estimate_and_says_so():
-    config = {"model_type": "olmo2", **SAME}
-    found = activations(shape_of_config(config), Step(batch=2, seq=128))
-    assert "olmo2" in found.estimated
+MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 176}
+ESTIMATED = {
+    "mixtral": {"model_type": "mixtral", **SAME, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe", **SAME, **MIXTURE, "num_experts": 8, "shared_expert_intermediate_size": 352,
+    },
+    "falcon": {
+        "model_type": "falcon", "vocab_size": 3000, "hidden_size": 256, "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+    },
+    "bloom": {"model_type": "bloom", "vocab_size": 3000, "hidden_size": 256, "n_layer": 6, "n_head": 8},
+    "phi": {"model_type": "phi", **SAME, "num_key_value_heads": 8},
+    "bert": {"model_type": "bert", **SAME, "num_key_value_heads": 8},
+    "t5": {
+        "model_type": "t5", "vocab_size": 3000, "d_model": 256, "d_kv": 32, "d_ff": 704, "num_layers": 6,
+        "num_heads": 8,
+    },
+    "gemma2": {"model_type": "gemma2", **SAME, "head_dim": 32},
+    "olmo2": {"model_type": "olmo2", **SAME},
+    "deepseek_v3": {
+        "model_type": "deepseek_v3", **SAME, **MIXTURE, "num_key_value_heads": 8, "n_routed_experts": 8,
+        "q_lora_rank": 64, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32,
+        "n_group": 1, "topk_group": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(family, method) for family in ESTIMATED for method in ("full", "lora, checkpointing")]
+    + [("mixtral", "lora"), ("phi", "lora"), ("t5", "lora")],
+)
+def test_another_family_is_an_estimate_and_says_so(family, method):
+    found, _ = check(ESTIMATED[family], Step(batch=2, seq=128, rank=8, **METHODS[method]), bar=0.08)
+    assert found.estimated.startswith(f"estimate: generic block of {family}, ")
     assert not activations(shape_of_config(LLAMA), Step(seq=8)).estimated
-    check(config, Step(batch=2, seq=128), bar=0.2)
 
 
-def test_a_model_without_these_layers_has_no_formula():
-    config = {"model_type": "mixtral", **SAME, "num_local_experts": 4, "num_experts_per_tok": 2}
-    with pytest.raises(ProbeError, match=r"mixtral.*gpt2, gpt_neox"):
-        activations(shape_of_config(config), Step(seq=8, targets=["q_proj"]))
+def test_an_adapter_on_experts_keeps_the_whole_stack_made_anew():
+    shape = shape_of_config(ESTIMATED["mixtral"])
+    plain, adapted = (
+        activations(shape, Step(batch=2, seq=128, rank=8, targets=t)) for t in ("attention", "all-linear")
+    )
+    stacks = 6 * 2 * 4 * 3 * 704 * 256
+    assert adapted.saved - plain.saved > stacks
+    assert "(adapted stacks of experts)" in adapted.formulas["activations"]
+
+
+def test_headers_alone_are_an_estimate_by_the_widths_of_the_weights():
+    shape = shape_of_config(LLAMA)
+    bare = replace(shape, config={}, model_type="", n_heads=0, n_kv_heads=0, head_dim=0)
+    step = Step(batch=2, seq=128)
+    assert activations(bare, step).saved == pytest.approx(activations(shape, step).saved, rel=0.02)
+
+
+def test_blocks_without_attention_have_no_formula():
+    config = {"model_type": "mamba", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+    with pytest.raises(NoFormulaError, match=r"mamba: no formula.*--measure"):
+        activations(shape_of_config(config), Step(seq=8, targets=["in_proj"]))
 
 
 def test_some_layers_only_and_no_length_have_no_formula():
-    with pytest.raises(ProbeError, match="some layers only"):
+    with pytest.raises(NoFormulaError, match="some layers only"):
         activations(shape_of_config(LLAMA), Step(seq=8, targets=["model.layers.0.self_attn.q_proj"]))
     with pytest.raises(ProbeError, match="--seq"):
         activations(shape_of_config(LLAMA), Step())

@@ -10,12 +10,14 @@ from test_cli import fails, probe
 
 from lowrank_probe.accelerators import accelerators
 
+MAMBA = {"model_type": "mamba", "vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 1}
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Directory with a Llama-3-8B's config.json in `8b` and a tiny one's in `tiny`."""
     root = tmp_path_factory.mktemp("models")
-    for name, config in (("8b", LLAMA_8B), ("tiny", TINY)):
+    for name, config in (("8b", LLAMA_8B), ("tiny", TINY), ("mamba", MAMBA)):
         (root / name).mkdir()
         (root / name / "config.json").write_text(json.dumps(config))
     return root
@@ -162,6 +164,30 @@ def test_measured_beside_the_formula(models):
     assert all(abs(float(off)) < 1 for off in offs)
 
 
+def test_without_a_formula_the_measurement_stands_alone(models):
+    run = ("budget", models / "mamba", "--method", "full", "--seq", "8", "--measure")
+    stdout, stderr = probe(*run, "--gpu", "T4")
+    assert "note: mamba: no formula for its activations: only the measurement knows them" in stderr
+    assert len(row(stdout, "activations  ").split()) == 5
+    assert "off by" not in stdout
+    assert re.search(
+        r"with the reserve a card needs .* T4 \(16 GB\) has 14.6 GiB for it: fits", " ".join(stdout.split())
+    )
+    told = json.loads(probe(*run, "--json")[0])["measured"]
+    assert told["beside_formula"] is None
+    assert told["total_bytes"] > max(told["peaks"].values()) > 0
+    _, stderr = probe(*run, "--gpu", "0.5GB", "--quiet", code=3)
+    assert "does not fit on one 0.5 GB card" in stderr
+
+
+def test_an_estimate_is_marked(models, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "model_type": "olmo2"}))
+    for options in ([], ["--method", "lora"], ["--rank", "4,8"]):
+        stdout, _ = probe("budget", tmp_path, "--seq", "64", *options)
+        assert "estimate: generic block of olmo2" in " ".join(stdout.split())
+        assert "estimate:" not in probe("budget", models / "tiny", "--seq", "64", *options)[0].replace("*: an", "")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -179,7 +205,7 @@ def test_measured_beside_the_formula(models):
         (["{}/8b", "--method", "lora", "--precision", "int8"], ["int8", "fp32, bf16, mixed"]),
         (["{}/8b", "--method", "lora", "--dtype", "float16"], ["float16"]),
         (["{}/8b", "--method", "lora", "--measure"], ["--measure needs --seq"]),
-        (["--params", "47B", "--like", "mixtral", "--seq", "64"], ["mixtral: no formula for its activations"]),
+        (["{}/mamba", "--method", "full", "--seq", "64"], ["mamba: no formula for its activations", "--measure"]),
         (["--params", "7B", "--method", "lora", "--seq", "8", "--measure"], ["--measure needs a model"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

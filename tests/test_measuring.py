@@ -189,6 +189,33 @@ def test_bfloat16_adapter_takes_half():
     assert 2 * narrow.components["step"]["adapter"] == wide.components["step"]["adapter"]
 
 
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+T5 = {"model_type": "t5", "vocab_size": 1000, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+BERT = {
+    "model_type": "bert", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 96,
+}  # fmt: skip
+BLOOM = {"model_type": "bloom", "vocab_size": 1000, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "targets"),
+    [(MIXTRAL, "all-linear"), (MIXTRAL, "mlp"), (MIXTRAL, "attention"), (T5, "all-linear"), (BERT, "all-linear"),
+     (BLOOM, "all-linear"), (LLAMA, ["model.layers.1.self_attn.q_proj", "down"]), (GPT2, ["c_attn", "wte"])],
+)  # fmt: skip
+def test_what_is_measured_is_what_is_counted(config, targets):
+    shape = shape_of_config(config)
+    found = measure_fake(config, Step(batch=1, seq=16, rank=4, targets=targets))
+    adapter = shape.lora_parameters(4, targets)
+    assert (found.n_trainable, found.n_parameters) == (adapter, shape.n_parameters + adapter)
+    assert ("eager" in found.how) == (config is BLOOM)
+
+
+def test_a_position_bias_that_is_trained_has_its_gradient():
+    found = measure_fake(T5, Step(batch=1, seq=16, method="full"))
+    assert found.components["step"]["gradients"] == 2 * shape_of_config(T5).n_parameters
+
+
 @pytest.mark.parametrize(
     ("config", "step", "said"),
     [
@@ -196,6 +223,12 @@ def test_bfloat16_adapter_takes_half():
         (LLAMA, Step(seq=8, optimizer="adafactor"), "adafactor"),
         (LLAMA, Step(), "--seq"),
         ({"model_type": "no_such_model"}, Step(seq=8, method="full"), "no_such_model"),
+        (
+            {**BERT, "architectures": ["BertForSequenceClassification"]},
+            Step(seq=8),
+            "BertForSequenceClassification has",
+        ),
+        (T5, Step(seq=8, chunked_loss=True), "decoders alone"),
     ],
 )
 def test_what_cannot_be_measured_says_so(config, step, said):
