@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Test files run beside each other, one a process.
+WORKERS ?= 2
 STAMP  := $(VENV)/.installed
 
 .PHONY: demo test check lint types clean bench
@@ -10,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/probe demo
 
 test: $(STAMP) lint types
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 check: test
 

@@ -59,7 +59,9 @@ def budget(
     ] = None,
     explain: Annotated[bool, typer.Option(help="Every formula with its source.")] = False,
     measure: Annotated[bool, typer.Option(help="Measure one real step: on a GPU, else by fake tensors.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Directory for the report page and the table.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory for the report page and the table.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

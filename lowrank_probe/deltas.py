@@ -70,13 +70,14 @@ def read_pair(
     b = read_part(tuned, pair.tuned_name, pair.part, device)
     wide = torch.float64 if max(a.dtype.itemsize, b.dtype.itemsize) >= 4 else torch.float32
     delta = torch.empty(b.shape, dtype=wide, device=device)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     for out, x, y in zip(_parts(delta), _parts(b), _parts(a), strict=True):
-        y = y.to(wide)
-        torch.sub(x.to(wide), y, out=out)
-        sums += torch.stack([torch.dot(out.reshape(-1), y.reshape(-1)).double(), _square(y), _square(out)])
-    dot, base_sq, delta_sq = sums.tolist()
-    if not math.isfinite(base_sq + delta_sq):
+        x, y = x.to(wide), y.to(wide)
+        torch.sub(x, y, out=out)
+        dots = torch.dot(out.reshape(-1), y.reshape(-1)).double()
+        sums += torch.stack([dots, _square(y), _square(x), _square(out)])
+    dot, base_sq, tuned_sq, delta_sq = sums.tolist()
+    if not math.isfinite(base_sq + tuned_sq + delta_sq):
         _raise_not_finite([(base, pair.name, a), (tuned, pair.tuned_name, b)])
     norm, base_norm = math.sqrt(delta_sq), math.sqrt(base_sq)
     relative = norm / base_norm if base_norm > 0 else math.nan
@@ -84,8 +85,8 @@ def read_pair(
         return ledger_line(pair, "unchanged", fro_norm=0.0, relative=0.0)
     if a.ndim < 2 or (min(a.shape) == 1 and not thin):
         return ledger_line(pair, "vector", fro_norm=norm, relative=relative)
-    product = math.sqrt(base_sq * max(0.0, base_sq + 2 * dot + delta_sq))
-    cosine = max(-1.0, min(1.0, (base_sq + dot) / product)) if product > 0 else math.nan
+    product = math.sqrt(base_sq * tuned_sq)
+    cosine = max(-1.0, min(1.0, (base_sq + tuned_sq - delta_sq) / (2 * product))) if product > 0 else math.nan
     return Delta(
         pair.key, pair.place, (a.shape[0], a.shape[1]), base.tensors[pair.name].dtype,
         tuned.tensors[pair.tuned_name].dtype, norm, base_norm, cosine,
