@@ -388,7 +388,7 @@ class TapedModel:
 
 
 def _everywhere(shape: ModelShape, step: Step) -> list[Weight]:
-    """The adapted weights; `NoFormulaError` where an adapter is on some of the layers only."""
+    """The adapted weights; `NoFormulaError` where an adapter is on some of the layers only, or on none of them."""
     found = list(shape.adapted(step.targets)) if step.adapted else []
     whole = {weight.name: weight.count for weight in shape.weights}
     for weight in found:
@@ -396,6 +396,10 @@ def _everywhere(shape: ModelShape, step: Step) -> list[Weight]:
             raise NoFormulaError(
                 f"{weight.name}: no formula for an adapter on some layers only; --measure runs the step instead"
             )
+    if found and not any(weight.layers for weight in found):
+        raise NoFormulaError(
+            f"{found[0].name}: no formula for an adapter outside of the layers alone; --measure runs the step instead"
+        )
     return found
 
 

@@ -248,6 +248,9 @@ def test_blocks_without_attention_have_no_formula():
 def test_some_layers_only_and_no_length_have_no_formula():
     with pytest.raises(NoFormulaError, match="some layers only"):
         activations(shape_of_config(LLAMA), Step(seq=8, targets=["model.layers.0.self_attn.q_proj"]))
+    for outside in ("lm_head", "embedding"):
+        with pytest.raises(NoFormulaError, match="outside of the layers alone"):
+            activations(shape_of_config(LLAMA), Step(seq=8, targets=[outside]))
     with pytest.raises(ProbeError, match="--seq"):
         activations(shape_of_config(LLAMA), Step())
 
