@@ -1,6 +1,5 @@
 """Text to run a model on: the built-in prompts or a user's file, and the token ids they become."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
@@ -11,10 +10,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from lowrank_probe.documents import json_lines, paragraphs
 from lowrank_probe.errors import ProbeError
 
 # Any of these is in a directory that has a tokenizer (transformers makes up an empty one where none is).
-_VOCABULARIES: Final = (
+VOCABULARIES: Final = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "source.spm", "tekken.json", "tiktoken.model", "merges.txt",
 )  # fmt: skip
@@ -26,7 +26,7 @@ SEQUENCE_LENGTH: Final = 64
 
 def prompts() -> list[str]:
     """The 20 built-in paragraphs: prose, code, arithmetic, instructions, seven languages."""
-    return list(_paragraphs(files("lowrank_probe").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()))
+    return list(paragraphs(files("lowrank_probe").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()))
 
 
 def read_texts(file: str | os.PathLike[str], limit: int | None = None) -> list[str]:
@@ -37,7 +37,7 @@ def read_texts(file: str | os.PathLike[str], limit: int | None = None) -> list[s
     path = Path(file)
     try:
         with open(path, encoding="utf-8") as lines:
-            texts = list(islice(_jsonl(path, lines) if path.suffix == ".jsonl" else _paragraphs(lines), limit))
+            texts = list(islice(_jsonl(path, lines) if path.suffix == ".jsonl" else paragraphs(lines), limit))
     except OSError as error:
         raise ProbeError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -50,31 +50,13 @@ def read_texts(file: str | os.PathLike[str], limit: int | None = None) -> list[s
 
 
 def _jsonl(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ProbeError(f"{path}: line {number} is not valid JSON") from None
+    for number, value in json_lines(path, lines):
         text = value.get("text") if isinstance(value, dict) else value
         if not isinstance(text, str):
             found = f"the keys {', '.join(map(str, value))}" if isinstance(value, dict) else type(value).__name__
             raise ProbeError(f'{path}: line {number} has no text: expected a string or {{"text": "…"}}, found {found}')
         if text.strip():
             yield text
-
-
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    paragraph: list[str] = []
-    for line in lines:
-        if line.strip():
-            paragraph.append(line.rstrip("\n"))
-        elif paragraph:
-            yield "\n".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield "\n".join(paragraph)
 
 
 def token_sequences(
@@ -112,7 +94,7 @@ def find_tokenizer(directories: Sequence[Path]) -> tuple[Any, list[str]]:
 
     notes = []
     for directory in directories:
-        if not any((directory / name).exists() for name in _VOCABULARIES):
+        if not any((directory / name).exists() for name in VOCABULARIES):
             continue
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
