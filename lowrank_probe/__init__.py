@@ -16,6 +16,8 @@ from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, Out
 if TYPE_CHECKING:
     from lowrank_probe.budgets import Budget, budget
     from lowrank_probe.demos import demo
+    from lowrank_probe.evaluation import evaluate
+    from lowrank_probe.evaluation_runs import Evaluation
     from lowrank_probe.extraction import extract
     from lowrank_probe.extraction_runs import Extraction
     from lowrank_probe.merging import Merged, merge
@@ -38,6 +40,8 @@ _VERBS = {
     "Result": "runs",
     "trajectory": "trajectories",
     "Trajectory": "trajectory_runs",
+    "evaluate": "evaluation",
+    "Evaluation": "evaluation_runs",
     "extract": "extraction",
     "Extraction": "extraction_runs",
     "RankChoice": "rank_choice",
@@ -56,6 +60,7 @@ _VERBS = {
 __all__ = [
     "Budget",
     "CheckpointError",
+    "Evaluation",
     "Extraction",
     "Interrupted",
     "MatchError",
@@ -72,6 +77,7 @@ __all__ = [
     "__version__",
     "budget",
     "demo",
+    "evaluate",
     "extract",
     "load",
     "merge",

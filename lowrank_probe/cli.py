@@ -7,11 +7,8 @@ Exit codes: 0 done, 1 a `ProbeError`, 2 wrong usage, 3 a check that was asked fo
 import gc
 import io
 import os
-import re
 import signal
 import sys
-import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +16,7 @@ import typer
 
 from lowrank_probe import cli_adapters, interrupts
 from lowrank_probe.cli_budget import budget
+from lowrank_probe.cli_eval import evaluate
 from lowrank_probe.cli_extract import extract
 from lowrank_probe.cli_shared import (
     Device,
@@ -33,6 +31,7 @@ from lowrank_probe.cli_shared import (
     Seed,
     layer_span,
     progress_bar,
+    run_directory,
     stopped_line,
     tell,
 )
@@ -129,20 +128,12 @@ def spectrum(
 
             check_writable(figures)  # before the minutes of work, not after them
     found: Result | Trajectory
-    with _directory(out, tuned[-1] if tuned else base) as directory:
+    with run_directory(out, tuned[-1] if tuned else base) as directory:
         if tuned and len(tuned) > 1:
             found = _trajectory(base, tuned, directory, options, as_json, quiet)
         else:
             found = _single(base, tuned[0] if tuned else None, directory, options, as_json, quiet)
         _finish(directory, found, open_report, fail_on, figures, quiet)
-
-
-def _directory(out: Path | None, last: str) -> AbstractContextManager[Path]:
-    """The run directory: --out, or a new one that no other process has."""
-    from lowrank_probe.outputs import new_directory
-
-    named = f"{_slug(last)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return nullcontext(out) if out is not None else new_directory(Path("probe-runs") / named)
 
 
 def _single(base: str, tuned: str | None, directory: Path, options: Options, as_json: bool, quiet: bool) -> "Result":
@@ -234,6 +225,7 @@ def _finish(
 
 
 app.command(epilog="Example: probe extract base/ finetuned/ --rank 16 --out adapter/")(extract)
+app.command("eval", epilog="Example: probe eval base/ finetuned/ --data held-out.txt --rank 0,1,4,16,full")(evaluate)
 app.command(epilog="Example: probe budget base/ --method lora --rank 16 --seq 2048 --gpu H100")(budget)
 
 
@@ -314,10 +306,6 @@ def _main() -> None:
             raise
         print(f"error: {printable(error.filename or 'output')}: {error.strerror or error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(1) from None
-
-
-def _slug(path: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", Path(path).resolve().name).strip("-") or "run"
 
 
 def _show(result: "Result", directory: Path, as_json: bool, quiet: bool) -> None:

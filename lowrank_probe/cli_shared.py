@@ -2,8 +2,9 @@
 
 import re
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,6 +82,15 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
             bar.update(task, description=name, completed=done, total=total)
 
         yield advance
+
+
+def run_directory(out: Path | None, last: str) -> AbstractContextManager[Path]:
+    """The run directory: --out, or a new one that no other process has, named after the last of what was given."""
+    from lowrank_probe.outputs import new_directory
+
+    slug = re.sub(r"[^\w.-]+", "-", Path(last).resolve().name).strip("-") or "run"
+    named = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return nullcontext(out) if out is not None else new_directory(Path("probe-runs") / named)
 
 
 def stopped_line(kept: str, again: str) -> interrupts.Stopped:

@@ -361,6 +361,47 @@ OVERLAP: Final[dict[str, Column]] = {
     "sign_conflict": Column("share of the entries that both change, in opposite directions; ½ by chance"),
 }
 
+# Of the functional rank. The loss is what facts["merit"] says; nats where it is one.
+_GROUP: Final = {
+    "group": Column('layer type or target; "all": every matrix that is truncated; "" for base and tuned'),
+    "how": Column(
+        '"alone": only this group is truncated; "all"; "leave out": all but this group; "base", "tuned": as they are'
+    ),
+}
+_RESAMPLED: Final = "end of its 95 % interval over resampled sequences"
+EVALUATION: Final[dict[str, Column]] = {
+    **_GROUP,
+    "rank": Column("r; each matrix is truncated to min(r, k), k = min(m, n)"),
+    "full": Column(
+        "whether r is the largest k of the group: nothing is truncated, the weights are computed all the same"
+    ),
+    "n_matrices": Column("matrices that are truncated"),
+    "parameters": Column("Σ r·(m + n): what LoRA of that rank on them has"),
+    "loss": Column("mean over the judged tokens of the text", "nats a token"),
+    "loss_low": Column(f"lower {_RESAMPLED}", "nats a token"),
+    "loss_high": Column(f"upper {_RESAMPLED}", "nats a token"),
+    "excess": Column("loss − loss of the tuned model", "nats a token"),
+    "excess_low": Column(f"lower {_RESAMPLED}, paired", "nats a token"),
+    "excess_high": Column(f"upper {_RESAMPLED}, paired", "nats a token"),
+    "kept_gain": Column("(loss of base − loss) / (loss of base − loss of tuned); missing where tuned gained nothing"),
+    "perplexity": Column("exp(loss); missing where the loss is none on tokens"),
+    "kl_nats": Column("mean KL(tuned ‖ this) over n_kl_tokens evenly spaced outputs; missing without a head", "nats"),
+    "n_tokens": Column("outputs that the loss is a mean over"),
+    "n_kl_tokens": Column("outputs that kl_nats is a mean over"),
+}
+FUNCTIONAL: Final[dict[str, Column]] = {
+    **_GROUP,
+    "n_matrices": Column("matrices that are truncated"),
+    "functional_rank": Column(
+        "smallest r of the grid whose excess, and that of every larger one, is ≤ tolerance; missing: > largest_rank"
+    ),
+    "low": Column("2.5 % point of the functional rank over resampled sequences; missing: > largest_rank"),
+    "high": Column("97.5 % point; missing: > largest_rank"),
+    "largest_rank": Column("the largest r of the grid"),
+    "parameters": Column("Σ r·(m + n) at the functional rank; missing where it is not reached"),
+    "tolerance_nats": Column("by how much the loss may exceed the tuned model's", "nats a token"),
+}
+
 
 def markdown() -> str:
     """The README's table of columns."""

@@ -48,7 +48,7 @@ def choose_device(asked: str) -> Choice:
     """
     with _choosing:
         if asked not in _choices:
-            _choices[asked] = _choose(_find(asked))
+            _choices[asked] = _choose(find_device(asked))
         return _choices[asked]
 
 
@@ -70,7 +70,8 @@ def start(asked: str, then: str) -> None:
     threading.Thread(target=quietly, daemon=True).start()
 
 
-def _find(asked: str) -> torch.device:
+def find_device(asked: str) -> torch.device:
+    """The device of that name, whatever its float64 is like. Raises `ProbeError` where it is not there."""
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
     try:

@@ -26,6 +26,7 @@ from lowrank_probe.outputs import check_writable, write_directory
 from lowrank_probe.verdicts import summarise
 
 if TYPE_CHECKING:
+    from lowrank_probe.evaluation_runs import Evaluation
     from lowrank_probe.extraction_runs import Extraction
     from lowrank_probe.trajectory_runs import Trajectory
 
@@ -128,14 +129,16 @@ def notebook_html(lines: Sequence[str], table: pd.DataFrame) -> str:
     return said + shown
 
 
-def load(directory: str | os.PathLike[str]) -> "Result | Trajectory | Extraction":
-    """Read a run directory back: the `Result` of a pair, the `Trajectory` of several steps, or an `Extraction`.
+def load(directory: str | os.PathLike[str]) -> "Result | Trajectory | Extraction | Evaluation":
+    """Read a run directory back: the `Result` of a pair, a `Trajectory` of steps, an `Extraction`, or an `Evaluation`.
 
     Raises `CheckpointError` where it is none, a file is not as it was written, or a newer version wrote it.
     """
-    from lowrank_probe import extraction_runs, trajectory_runs
+    from lowrank_probe import evaluation_runs, extraction_runs, trajectory_runs
 
     root = Path(directory)
+    if (root / evaluation_runs.LOSSES).exists():
+        return evaluation_runs.Evaluation.load(root)
     if (root / trajectory_runs.FACTS).exists():
         return trajectory_runs.load_trajectory(root)
     if extraction_runs.extraction_directory(root):

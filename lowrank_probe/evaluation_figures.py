@@ -1,0 +1,160 @@
+"""An evaluation to plotly figures as plain dicts, one function a question; imports no torch.
+
+Names come from strangers' files: every one that becomes plotly text goes through `figure_style.text`.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pandas as pd
+
+from lowrank_probe.figure_style import COLOURS, DASHES, INK, Spec, faint, numbers, spec, text
+
+if TYPE_CHECKING:
+    from lowrank_probe.evaluation_runs import Evaluation
+
+# On the page the group "all" has the ink's colour, so that it is told from every layer type.
+_ALL: Final = "all together"
+_WORDS: Final = {"alone": "alone", "leave out": "all but one"}
+
+
+def loss_spec(found: "Evaluation") -> Spec:
+    """What does rank r cost the model? The loss with one layer type truncated, and with all, between base and tuned.
+
+    The band is the 95 % interval of the paired difference to the tuned model, put on its loss.
+    """
+    return _lines(found, "alone", "Loss with one layer type truncated to rank r")
+
+
+def leave_out_spec(found: "Evaluation") -> Spec:
+    """Which layer type costs most? The loss with all but one type truncated, against "all together"."""
+    return _lines(found, "leave out", "Loss with all but one layer type truncated")
+
+
+def kl_spec(found: "Evaluation") -> Spec:
+    """How far are the outputs from the tuned model's? KL(tuned ‖ truncated) at rank r, on a log scale."""
+    table = found.table[~found.table["full"]]
+    data: list[Spec] = []
+    for name, colour, dash, rows in _groups(table, "alone"):
+        rows = rows[rows["kl_nats"] > 0]
+        data.append({
+            "type": "scatter", "mode": "lines+markers", "name": name, "x": _at(rows["rank"]),
+            "y": numbers(rows["kl_nats"]),
+            "line": {"color": colour, "width": 2, "dash": dash}, "marker": {"size": 5}, "customdata": _ranks(rows),
+            "hovertemplate": f"{name}, rank %{{customdata}}: %{{y:.4g}} nats<extra></extra>",
+        })  # fmt: skip
+    unit = f"KL(tuned ‖ truncated), nats, {found.facts['n_kl_tokens']:,} outputs"
+    return spec(
+        data, "How far are the outputs from the tuned model's?", 460, _axis(table), {"title": unit, "type": "log"}
+    )
+
+
+def ranks_spec(found: "Evaluation") -> Spec:
+    """What rank is enough? The functional rank of each group with its 95 % interval; an arrow: beyond the grid."""
+    table = found.functional
+    shown = [name for name in dict.fromkeys(table["group"]) if name != "all"]
+    rows = ["all", *reversed(shown)]
+    data: list[Spec] = []
+    for how, colour, symbol in (("alone", COLOURS[0], "circle"), ("leave out", COLOURS[1], "diamond")):
+        part = table[table["how"].isin([how, "all"] if how == "alone" else [how])]
+        if not len(part):
+            continue
+        ends = {name: part[name].fillna(part["largest_rank"]) for name in ("functional_rank", "low", "high")}
+        x = np.array(_at(ends["functional_rank"]), dtype=float)
+        beyond = part["functional_rank"].isna().tolist()
+        told = [_told(*row) for row in part[["functional_rank", "low", "high", "largest_rank"]].itertuples(index=False)]
+        data.append({
+            "type": "scatter", "mode": "markers", "name": _WORDS[how], "x": numbers(x),
+            "y": [_name(g) for g in part["group"]],
+            "marker": {"color": colour, "size": 10, "symbol": ["triangle-right" if b else symbol for b in beyond]},
+            "error_x": {"type": "data", "symmetric": False, "color": colour, "thickness": 2, "width": 5,
+                        "array": numbers(np.array(_at(ends["high"])) - x),
+                        "arrayminus": numbers(x - np.array(_at(ends["low"])))},
+            "customdata": told, "hovertemplate": f"%{{y}}, {_WORDS[how]}: %{{customdata}}<extra></extra>",
+        })  # fmt: skip
+    y = {"type": "category", "categoryarray": [_name(g) for g in rows], "categoryorder": "array", "ticksuffix": "  "}
+    height = 170 + 30 * max(4, len(rows))
+    return spec(data, "What rank is enough?", height, _axis(found.table) | {"title": "functional rank"}, y)
+
+
+def evaluation_specs(found: "Evaluation") -> dict[str, Spec]:
+    """The report's figures by name, in its order; those without anything to show are left out."""
+    figures = {"loss": loss_spec(found), "ranks": ranks_spec(found)}
+    if (found.functional["how"] == "leave out").any():
+        figures["leave_out"] = leave_out_spec(found)
+    if (found.table["kl_nats"] > 0).any():
+        figures["kl"] = kl_spec(found)
+    return figures
+
+
+def _lines(found: "Evaluation", how: str, title: str) -> Spec:
+    table = found.table
+    tuned, base = (float(found.row(side)["loss"]) for side in ("tuned", "base"))
+    data: list[Spec] = []
+    for name, colour, dash, rows in _groups(table, how):
+        x, group = _at(rows["rank"]), {"legendgroup": name}
+        band = numbers([*(tuned + rows["excess_high"]), *(tuned + rows["excess_low"])[::-1]])
+        data.append({
+            "type": "scatter", "x": [*x, *x[::-1]], "y": band, "fill": "toself", "fillcolor": faint(colour),
+            "line": {"width": 0}, "mode": "lines", "hoverinfo": "skip", "showlegend": False, "name": name, **group,
+        })  # fmt: skip
+        data.append({
+            "type": "scatter", "mode": "lines+markers", "name": name, "x": x, "y": numbers(rows["loss"]),
+            "line": {"color": colour, "width": 2, "dash": dash}, "marker": {"size": 5}, **group,
+            "customdata": _ranks(rows), "hovertemplate": f"{name}, rank %{{customdata}}: %{{y:.5g}}<extra></extra>",
+        })  # fmt: skip
+    shapes = [
+        {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": value, "y1": value, "layer": "below",
+         "line": {"color": INK, "width": 1.4, "dash": dash}} for value, dash in ((base, "dot"), (tuned, "dash"))
+    ]  # fmt: skip
+    notes = [
+        {"text": f"{word} {value:.4g}", "x": 1, "xref": "paper", "y": value, "xanchor": "right", "yanchor": "bottom",
+         "showarrow": False, "font": {"size": 12}} for value, word in ((base, "base"), (tuned, "tuned"))
+    ]  # fmt: skip
+    y = {"title": merit_word(found)}
+    return spec(data, title, 500, _axis(table), y, shapes=shapes, annotations=notes)
+
+
+def merit_word(found: "Evaluation") -> str:
+    """What the loss is, with its unit."""
+    merit = str(found.facts["merit"])
+    if merit.endswith("loss"):
+        return f"{merit}, nats a token"
+    return f"{merit}, nats" if merit.startswith("KL") else merit
+
+
+def _groups(table: pd.DataFrame, how: str) -> list[tuple[str, str, str, pd.DataFrame]]:
+    """(name, colour, dash, rows) of each group, and of all together."""
+    part = table[table["how"] == how]
+    found = [
+        (text(name), COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], part[part["group"] == name])
+        for i, name in enumerate(dict.fromkeys(part["group"]))
+    ]
+    return [*found, (_ALL, INK, "solid", table[table["how"] == "all"])]
+
+
+def _name(group: str) -> str:
+    return _ALL if group == "all" else text(group)
+
+
+def _at(ranks: Any) -> list[float]:
+    """Where a rank is drawn: log₂(1 + r), so that 0 has a place."""
+    return [math.log2(1 + int(rank)) for rank in ranks]
+
+
+def _ranks(rows: pd.DataFrame) -> list[str]:
+    full = zip(rows["rank"].tolist(), rows["full"].tolist(), strict=True)
+    return [f"{rank} (full)" if whole else str(rank) for rank, whole in full]
+
+
+def _told(rank: Any, low: Any, high: Any, largest: Any) -> str:
+    from lowrank_probe.evaluation_runs import interval_word, rank_word
+
+    return f"rank {rank_word(rank, largest)}, 95 %: {interval_word(low, high, largest)}"
+
+
+def _axis(table: pd.DataFrame) -> Spec:
+    ranks = table["rank"].dropna().astype(int)
+    ticks = [rank for rank in (0, *(2**power for power in range(20))) if rank <= max(ranks, default=1)]
+    return {"title": "rank", "tickvals": _at(ticks), "ticktext": [str(tick) for tick in ticks]}
