@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lowrank_probe.resizing import Resized, resize
     from lowrank_probe.runs import Result, load
     from lowrank_probe.spectra import Interrupted, spectrum
+    from lowrank_probe.training import train
+    from lowrank_probe.training_plan import Recipe
+    from lowrank_probe.training_runs import Training
     from lowrank_probe.trajectories import trajectory
     from lowrank_probe.trajectory_runs import Trajectory
     from lowrank_probe.verification import verify
@@ -40,6 +43,9 @@ _VERBS = {
     "Result": "runs",
     "trajectory": "trajectories",
     "Trajectory": "trajectory_runs",
+    "train": "training",
+    "Training": "training_runs",
+    "Recipe": "training_plan",
     "evaluate": "evaluation",
     "Evaluation": "evaluation_runs",
     "extract": "extraction",
@@ -70,8 +76,10 @@ __all__ = [
     "OutputError",
     "ProbeError",
     "RankChoice",
+    "Recipe",
     "Resized",
     "Result",
+    "Training",
     "Trajectory",
     "UnchangedError",
     "__version__",
@@ -84,6 +92,7 @@ __all__ = [
     "report",
     "resize",
     "spectrum",
+    "train",
     "trajectory",
     "verify",
 ]

@@ -402,6 +402,59 @@ FUNCTIONAL: Final[dict[str, Column]] = {
     "tolerance_nats": Column("by how much the loss may exceed the tuned model's", "nats a token"),
 }
 
+_OF_THE_RUN: Final = {
+    "method": Column('"full", or the variant of LoRA: lora, rslora, dora, pissa, lora+'),
+    "targets": Column('what it adapts; "" for full'),
+}
+TRAINING: Final[dict[str, Column]] = {
+    "label": Column("the run's directory in runs/"),
+    **_OF_THE_RUN,
+    "rank": Column("r of the adapter; 0 for full"),
+    "seed": Column("of the order of the data, the same for all methods, and of the adapter's start"),
+    "lr": Column("peak learning rate"),
+    "alpha": Column("α of the adapter; missing for full"),
+    "n_trained": Column("trained parameters"),
+    "steps": Column("optimizer steps that were taken"),
+    "loss": Column("held-out loss at the end; missing where it is not finite", "nats a token"),
+    "excess": Column("loss − loss of the full fine-tune of that seed", "nats a token"),
+    "lowest_loss": Column("lowest held-out loss on the way", "nats a token"),
+    "seconds": Column("of training, its held-out losses included", "s"),
+    "tokens_per_s": Column("training tokens over seconds; missing where the run was resumed", "1/s"),
+    "peak_bytes": Column("torch.cuda.max_memory_allocated; missing without CUDA", "B"),
+    "predicted_bytes": Column("the same as `probe budget` predicts; missing where it has no formula", "B"),
+    "health": Column("names of the findings on its health"),
+}
+HYPOTHESIS: Final[dict[str, Column]] = {
+    "layer_type": Column("a group that was trained, or a layer type"),
+    "n_matrices": Column("matrices of it that changed in the full run"),
+    "verdict": Column("low-rank at r=…, not low-rank, or undecidable"),
+    "decided_by": Column("trained, functional or spectral: the evidence that decides"),
+    "trained_rank": Column(
+        "smallest r from which on LoRA on it alone is within the tolerance of full; missing: > trained_largest"
+    ),
+    "trained_low": Column("2.5 % point of trained_rank over resampled seeds and sequences"),
+    "trained_high": Column("97.5 % point"),
+    "trained_largest": Column("the largest rank that was trained"),
+    "own_rank": Column("smallest r from which on it is within the tolerance of its own largest rank"),
+    "trained_excess": Column("mean loss above full at the largest rank", "nats a token"),
+    "trained_spread": Column("largest standard deviation over seeds of a rank's loss", "nats a token"),
+    "functional_rank": Column("as `FUNCTIONAL`, of the full run with this group truncated alone"),
+    "functional_low": Column("2.5 % point of functional_rank"),
+    "functional_high": Column("97.5 % point"),
+    "functional_largest": Column("the largest rank to which it was truncated"),
+    "r90_low": Column("lower end of the rank that holds 90 % of ‖ΔW‖² in the full run, median over its matrices"),
+    "r90_high": Column("upper end"),
+    "break_even_rank": Column("mn/(m + n), median over its matrices: from there on factors are no smaller"),
+    "evidence": Column("what each kind of evidence says"),
+    "missing": Column("which evidence would decide it"),
+}
+EQUAL_PARAMETERS: Final[dict[str, Column]] = {
+    "n_parameters": Column("trained parameters"),
+    **_OF_THE_RUN,
+    "rank": Column("the rank at which it has so many, interpolated"),
+    "loss": Column("mean held-out loss over seeds, linear in log parameters between trained ranks", "nats a token"),
+}
+
 
 def markdown() -> str:
     """The README's table of columns."""

@@ -15,6 +15,7 @@ from lowrank_probe.weight_shapes import ATTENTION, MLP
 How = Literal["alone", "all", "leave out"]
 ALL: Final = "all"
 FULL: Final = "full"
+EACH: Final = "each"
 RANKS: Final[tuple[int | str, ...]] = (0, 1, 2, 4, 8, 16, 32, 64, FULL)
 # What LoRA on "all-linear" leaves out: tables, convolutions and the heads.
 _NOT_LINEAR: Final = frozenset(
@@ -67,7 +68,8 @@ def make_groups(
 ) -> tuple[list[Group], list[str]]:
     """(the groups in the order in which data flows, notes). targets: None each layer type; else a group each.
 
-    A target is a layer type, `attention`, `mlp`, `all-linear`, `everything`, or a pattern as `layers.matches` takes it.
+    A target is `each` (every layer type for itself), a layer type, `attention`, `mlp`, `all-linear`, `everything`, a
+    pattern as `layers.matches` takes it, or several of them parted by commas.
     Raises `MatchError` for one that picks nothing, listing the layer types that there are.
     """
     members = _members(pieces, targets)
@@ -98,8 +100,11 @@ def _members(pieces: Sequence[Piece], targets: Sequence[str] | None) -> dict[str
         return {label: tuple(i for i, piece in enumerate(pieces) if piece.label == label) for label in labels}
     if isinstance(targets, str) or not targets:
         raise MatchError(f'targets are a list, such as ["q", "v"] or ["attention", "mlp"], found {targets!r}')
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for target in dict.fromkeys(targets):
+        if target == EACH:
+            found = _members(pieces, None) | found
+            continue
         found[target] = tuple(i for i, piece in enumerate(pieces) if _picks(target, piece))
         if not found[target]:
             raise MatchError(
@@ -110,13 +115,25 @@ def _members(pieces: Sequence[Piece], targets: Sequence[str] | None) -> dict[str
 
 
 def _picks(target: str, piece: Piece) -> bool:
+    return in_group(target, piece.label, piece.layer_type, piece.parameter, piece.part.expert is not None)
+
+
+def in_group(target: str, label: str, layer_type: str, name: str, is_expert: bool = False) -> bool:
+    """Whether a target, or one of several parted by commas, picks a matrix.
+
+    label: its layer type as shown, with its stack where that has to be told.
+    """
+    return any(_is_picked(one, label, layer_type, name, is_expert) for one in target.split(","))
+
+
+def _is_picked(target: str, label: str, layer_type: str, name: str, is_expert: bool) -> bool:
     if target == "everything":
         return True
     if target == "all-linear":
-        return piece.layer_type not in _NOT_LINEAR and piece.part.expert is None
+        return layer_type not in _NOT_LINEAR and not is_expert
     if target in ("attention", "mlp"):
-        return piece.layer_type in (ATTENTION if target == "attention" else MLP)
-    return target in (piece.label, piece.layer_type) or matches(piece.parameter, target)
+        return layer_type in (ATTENTION if target == "attention" else MLP)
+    return target in (label, layer_type) or matches(name, target)
 
 
 def _group(name: str, how: How, found: tuple[int, ...], pieces: Sequence[Piece], ranks: Sequence[int | str]) -> Group:

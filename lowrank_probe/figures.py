@@ -33,11 +33,14 @@ from lowrank_probe.figure_layers import (
 from lowrank_probe.figure_spectra import distribution_spec, energy_curves_spec, singular_values_spec
 from lowrank_probe.figure_style import Spec
 from lowrank_probe.runs import Result
+from lowrank_probe.training_runs import Training
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from lowrank_probe.trajectory_runs import Trajectory
+
+    Run = Result | Trajectory | Extraction | Evaluation | Training
 
 FORMATS: Final = ("svg", "png")
 WIDTH: Final = 1100  # pixels of a written figure; a PNG has twice as many
@@ -151,7 +154,7 @@ def check_writable(directory: str | os.PathLike[str]) -> None:
         )
 
 
-def write(found: "Result | Trajectory | Extraction | Evaluation", directory: str | os.PathLike[str]) -> list[Path]:
+def write(found: "Run", directory: str | os.PathLike[str]) -> list[Path]:
     """Write every figure of the report as <name>.svg and <name>.png, on white; returns the paths.
 
     Those of a trajectory's steps go to <label>/ below its own.
@@ -198,7 +201,7 @@ def _jobs(figures: Mapping[str, Spec], root: Path) -> Iterable[dict[str, Any]]:
             yield {"fig": {"data": spec["data"], "layout": layout}, "path": path, "opts": {"format": form, **size}}
 
 
-def _all_jobs(found: "Result | Trajectory | Extraction | Evaluation", root: Path) -> Iterable[dict[str, Any]]:
+def _all_jobs(found: "Run", root: Path) -> Iterable[dict[str, Any]]:
     if isinstance(found, Result):
         return _jobs(specs(found), root)
     figures = {name: figure.to_plotly_json() for name, figure in found.figures.items()}
@@ -206,5 +209,5 @@ def _all_jobs(found: "Result | Trajectory | Extraction | Evaluation", root: Path
         layout = spec["layout"]
         for menu in layout.get("updatemenus", ()):  # a written figure has none: say what it would have shown as chosen
             layout["title"]["text"] += f" ({menu['buttons'][menu['active']]['label']})"
-    steps = [] if isinstance(found, Extraction | Evaluation) else found.results.items()
+    steps = [] if isinstance(found, Extraction | Evaluation | Training) else found.results.items()
     return chain(_jobs(figures, root), *(_jobs(specs(result), root / label) for label, result in steps))

@@ -21,6 +21,7 @@ from lowrank_probe import __version__, words
 from lowrank_probe.columns import LEDGER, TABLE, Column
 from lowrank_probe.evaluation_runs import Evaluation
 from lowrank_probe.extraction_runs import Extraction, extraction_directory
+from lowrank_probe.training_runs import Training
 from lowrank_probe.figure_data import packed_spectra
 from lowrank_probe.figure_spectra import opening, points_for
 from lowrank_probe.figure_style import Spec
@@ -91,7 +92,7 @@ def report(
     Raises `CheckpointError` where `run_dir` is no run directory, `OutputError` where a page cannot be written,
     `ProbeError` where the figures cannot be drawn.
     """
-    from lowrank_probe import evaluation_reports, extraction_reports, trajectory_reports
+    from lowrank_probe import evaluation_reports, extraction_reports, training_reports, trajectory_reports
 
     root = Path(run_dir).absolute()
     root = extraction_directory(root) or root
@@ -102,6 +103,8 @@ def report(
         pages = {root: extraction_reports.render(found)}
     elif isinstance(found, Evaluation):
         pages = {root: evaluation_reports.render(found)}
+    elif isinstance(found, Training):
+        pages = {root: training_reports.render(found)}
     else:
         pages = {root / label: render(result) for label, result in found.results.items()}
         pages[root] = trajectory_reports.render(found)

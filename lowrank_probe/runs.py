@@ -27,6 +27,7 @@ from lowrank_probe.verdicts import summarise
 
 if TYPE_CHECKING:
     from lowrank_probe.evaluation_runs import Evaluation
+    from lowrank_probe.training_runs import Training
     from lowrank_probe.extraction_runs import Extraction
     from lowrank_probe.trajectory_runs import Trajectory
 
@@ -129,14 +130,16 @@ def notebook_html(lines: Sequence[str], table: pd.DataFrame) -> str:
     return said + shown
 
 
-def load(directory: str | os.PathLike[str]) -> "Result | Trajectory | Extraction | Evaluation":
-    """Read a run directory back: the `Result` of a pair, a `Trajectory` of steps, an `Extraction`, or an `Evaluation`.
+def load(directory: str | os.PathLike[str]) -> "Result | Trajectory | Extraction | Evaluation | Training":
+    """Read a run directory back: the `Result` of a pair, a `Trajectory`, `Extraction`, `Evaluation` or `Training`.
 
     Raises `CheckpointError` where it is none, a file is not as it was written, or a newer version wrote it.
     """
-    from lowrank_probe import evaluation_runs, extraction_runs, trajectory_runs
+    from lowrank_probe import evaluation_runs, extraction_runs, training_runs, trajectory_runs
 
     root = Path(directory)
+    if (root / training_runs.PLAN).exists():
+        return training_runs.Training.load(root)
     if (root / evaluation_runs.LOSSES).exists():
         return evaluation_runs.Evaluation.load(root)
     if (root / trajectory_runs.FACTS).exists():

@@ -1,0 +1,169 @@
+"""From finished runs to what they say: spectrum and functional rank of the full run, subspaces, tables, verdict.
+
+Each part is kept in the training directory as it is finished, so that a killed training goes on from there.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lowrank_probe.columns import EQUAL_PARAMETERS, TRAINING
+from lowrank_probe.devices import Choice
+from lowrank_probe.evaluation import evaluate
+from lowrank_probe.evaluation_runs import Evaluation, finished
+from lowrank_probe.evaluation_states import EACH
+from lowrank_probe.facts import machine_facts
+from lowrank_probe.functional_ranks import parse_tolerance
+from lowrank_probe.hypothesis import judge, recommend
+from lowrank_probe.options import Progress
+from lowrank_probe.runs import SCHEMA_VERSION, Result, load_result
+from lowrank_probe.spectra import spectrum
+from lowrank_probe.trained_ranks import equal_parameters, trained_ranks
+from lowrank_probe.training_fits import ADAPTER, HISTORY, LOSSES, MODEL, Setting
+from lowrank_probe.training_fits import finished as finished_run
+from lowrank_probe.training_memory import predicted_bytes
+from lowrank_probe.training_plan import FULL, Fit, Plan
+from lowrank_probe.training_runs import EVALUATION, HISTORIES, SPECTRUM, SUBSPACES, Training
+from lowrank_probe.trajectories import trajectory
+from lowrank_probe.trajectory_runs import FACTS as TRAJECTORY_FACTS
+from lowrank_probe.trajectory_runs import load_trajectory
+
+if TYPE_CHECKING:
+    from lowrank_probe.trajectory_runs import Trajectory
+
+# Ranks of the subspaces that are compared, where they were trained: Hu et al. 2021, §7.2.
+COMPARED: Final[tuple[int, ...]] = (8, 64)
+# Held-out sequences on which the truncated updates are judged, at most.
+SEQUENCES: Final = 64
+NOT_NUMBERS: Final = ("label", "method", "targets", "health", "rank", "seed", "steps")
+
+
+def conclude(
+    root: Path, folder: Path, setting: Setting, plan: Plan, fits: Sequence[Fit], searches: Sequence[Fit],
+    base: NDArray[np.float64], tolerance: str, notes: Sequence[str], on_progress: Progress | None,
+) -> Training:  # fmt: skip
+    """The `Training` of finished runs, saved. base: (2, n) loss of each held-out sequence of the base, and tokens."""
+    runs, losses = _table(folder, fits, setting)
+    sought, _ = _table(folder, searches, setting)
+    losses = {"base": base[0], **losses}
+    tokens = base[1]
+    first = folder / next(fit.label for fit in fits if fit.method == FULL)
+    spectral = _spectrum(root / SPECTRUM, setting, first / MODEL, on_progress)
+    functional = _evaluation(root / EVALUATION, setting, plan, first / MODEL, tolerance, on_progress)
+    shared = _subspaces(root / SUBSPACES, folder, setting, plan, fits, on_progress)
+    allowed = parse_tolerance(tolerance)
+    trained = trained_ranks(runs, losses, tokens, base[0], allowed, seed=plan.seeds[0])
+    best = recommend(runs, trained)
+    health = [
+        {"label": label, **one} for label in runs["label"] for one in (finished_run(folder / label) or {})["health"]
+    ]
+    facts: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION, "status": "complete",
+        "model": {"path": str(setting.model.resolve())}, "plan": plan.facts(), "recipe": vars(setting.recipe),
+        "rates": {row.method: row.lr for row in runs.itertuples()},
+        "text": {
+            "n_training": len(setting.training), "n_held_out": len(setting.held_out), "length": setting.recipe.length,
+            "n_training_tokens": setting.training.n_tokens, "n_held_out_tokens": int(tokens.sum()),
+        },
+        "tolerance": {"asked": tolerance, "nats": trained[0].tolerance if trained else None},
+        "health": health, "notes": list(notes), "recommendation": None,
+        **machine_facts(Choice(setting.device)),
+    }  # fmt: skip
+    if best is not None:
+        modules = sorted({name.rpartition(".")[2] for part in setting.modules[best.targets] for name in part})
+        facts["recommendation"] = vars(best) | {"lora_config": best.lora_config(modules), "modules": modules}
+    found = Training(
+        runs, sought, _histories(folder, [*fits, *searches]), judge(spectral, functional, trained),
+        equal_parameters(runs)[list(EQUAL_PARAMETERS)], losses, tokens, spectral, functional, shared, facts,
+    )  # fmt: skip
+    found.save(root)
+    return found
+
+
+def _table(folder: Path, fits: Sequence[Fit], setting: Setting) -> tuple[pd.DataFrame, dict[str, NDArray[np.float64]]]:
+    """(one row a run, columns as `columns.TRAINING`; label → (n,) losses)."""
+    rows: list[dict[str, Any]] = []
+    losses = {}
+    for fit in fits:
+        facts = finished_run(folder / fit.label)
+        assert facts is not None
+        history = pd.read_csv(folder / fit.label / HISTORY)
+        losses[fit.label] = np.load(folder / fit.label / LOSSES)[0]
+        rows.append(
+            {column: facts.get(column) for column in TRAINING}
+            | {
+                "steps": facts["steps_done"], "lowest_loss": history["eval_loss"].min(),
+                "predicted_bytes": predicted_bytes(fit, setting) if facts["peak_bytes"] else None,
+                "health": ", ".join(sorted({one["name"] for one in facts["health"]})),
+            }
+        )  # fmt: skip
+    table = pd.DataFrame(rows, columns=list(TRAINING))
+    numbers = [name for name in TRAINING if name not in NOT_NUMBERS]
+    table[numbers] = table[numbers].apply(pd.to_numeric)
+    full = table[table["method"] == FULL].set_index("seed")["loss"]
+    table["excess"] = table["loss"] - table["seed"].map(full)
+    return table, losses
+
+
+def _histories(folder: Path, fits: Sequence[Fit]) -> pd.DataFrame:
+    parts = [pd.read_csv(folder / fit.label / HISTORY).assign(label=fit.label) for fit in fits]
+    return pd.concat(parts, ignore_index=True)[list(HISTORIES)]
+
+
+def _spectrum(root: Path, setting: Setting, tuned: Path, on_progress: Progress | None) -> Result:
+    """The spectra of the full run's update."""
+    if (root / "facts.json").exists():
+        return load_result(root)
+    found = spectrum(setting.model, tuned, device=str(setting.device), on_progress=on_progress)
+    shutil.rmtree(root, ignore_errors=True)
+    found.save(root)
+    return found
+
+
+def _evaluation(
+    root: Path, setting: Setting, plan: Plan, tuned: Path, tolerance: str, on_progress: Progress | None
+) -> Evaluation:
+    """The functional ranks of the full run's update, on the held-out text of the training."""
+    if finished(root):
+        return Evaluation.load(root)
+    # In float32 on any hardware: bfloat16 weights would drop what a higher rank adds.
+    return evaluate(
+        setting.model, tuned, setting.held_out, groups=[*plan.targets, EACH], leave_out=False, tolerance=tolerance,
+        sequences=SEQUENCES, batch=setting.recipe.batch, device=str(setting.device), out=root, on_progress=on_progress,
+    )  # fmt: skip
+
+
+def _subspaces(
+    root: Path, folder: Path, setting: Setting, plan: Plan, fits: Sequence[Fit], on_progress: Progress | None
+) -> "Trajectory | None":
+    """φ between adapters of two ranks and of two seeds, and their amplification; None where there are no two.
+
+    Those of `COMPARED` ranks where they were trained, else of the smallest above 1 and the largest, on all-linear or
+    the first targets.
+    """
+    if (root / TRAJECTORY_FACTS).exists():
+        return load_trajectory(root)
+    ranks = [rank for rank in COMPARED if rank in plan.ranks]
+    if len(ranks) < 2:
+        ranks = sorted({min(max(plan.ranks), next((r for r in plan.ranks if r > 1), 1)), max(plan.ranks)})
+    variant = next((one for one in plan.variants if one != "dora"), None)  # whose update is no product of factors
+    group = "all-linear" if "all-linear" in plan.targets else plan.targets[0]
+    wanted = [(rank, plan.seeds[0]) for rank in ranks] + [(ranks[-1], seed) for seed in plan.seeds[1:2]]
+    picked = [
+        fit for rank, seed in wanted for fit in fits
+        if (fit.method, fit.rank, fit.targets, fit.seed) == (variant, rank, group, seed)
+    ]  # fmt: skip
+    if len(picked) < 2:
+        return None
+    found = trajectory(
+        setting.model, [folder / fit.label / ADAPTER for fit in picked], labels=[fit.label for fit in picked],
+        rank=min(max(ranks), max(COMPARED)), device=str(setting.device), on_progress=on_progress,
+    )  # fmt: skip
+    shutil.rmtree(root, ignore_errors=True)
+    found.save(root)
+    return found

@@ -1,0 +1,233 @@
+"""The verdict on the low-rank hypothesis, layer type by layer type, from every kind of evidence there is.
+
+Spectral: r90 of the full run's ΔW (`verdicts`). Functional: the rank to which a type's ΔW can be truncated before the
+held-out loss is worse (`functional_ranks`). Trained: the rank from which on LoRA on that type alone is as good as the
+full fine-tune (`trained_ranks`). Trained evidence decides before functional, functional before spectral: the question
+is whether an update of low rank does the job, and only then whether this one is of low rank.
+
+A rank is low where it is at most half of the break-even rank mn/(m + n), so that the factors have at most half as many
+parameters as the matrices:
+
+    trained     its interval's upper end is low                          low-rank at r = that end
+                the largest rank that was trained is not low, and not
+                as good; and the loss has not levelled off before        not low-rank
+                the loss levelled off above the full fine-tune's         no evidence: other types moved, too
+    functional  its interval's upper end is low                          low-rank at r = that end
+                its interval's lower end is not                          not low-rank
+    spectral    as `verdicts`
+    anything else                                                        undecidable, and which evidence is missing
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pandas as pd
+
+from lowrank_probe.columns import HYPOTHESIS
+from lowrank_probe.evaluation_runs import Evaluation, interval_word, rank_word
+from lowrank_probe.evaluation_states import in_group
+from lowrank_probe.layers import labels
+from lowrank_probe.runs import Result
+from lowrank_probe.words import number
+
+if TYPE_CHECKING:
+    from lowrank_probe.trained_ranks import Trained
+
+LOW: Final = 0.5
+UNDECIDABLE: Final = "undecidable"
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one kind of evidence says: a verdict, "" where it does not decide; the numbers; what is missing."""
+
+    verdict: str = ""
+    evidence: str = ""
+    missing: tuple[str, ...] = field(default=())
+
+
+def judge(spectrum: Result | None, evaluation: Evaluation | None, trained: Sequence["Trained"] = ()) -> pd.DataFrame:
+    """One row a group of targets or layer type, columns as `columns.HYPOTHESIS`, groups that were trained first.
+
+    spectrum, evaluation: of the full run. trained: of `trained_ranks`; of several variants the first counts.
+    """
+    by_group: dict[str, Trained] = {}
+    for one in trained:
+        by_group.setdefault(one.targets, one)
+    types = list(spectrum.summary["layer_type"]) if spectrum is not None else []
+    if evaluation is not None:
+        types += [name for name in evaluation.functional["group"] if name not in types and name != "all"]
+    names = [*by_group, *(name for name in types if name not in by_group)]
+    return pd.DataFrame(
+        [_row(name, spectrum, evaluation, by_group.get(name)) for name in names], columns=list(HYPOTHESIS)
+    )
+
+
+def _row(
+    name: str, spectrum: Result | None, evaluation: Evaluation | None, trained: "Trained | None"
+) -> dict[str, Any]:
+    rows = _matrices(name, spectrum)
+    break_even = float(rows["break_even_rank"].median()) if len(rows) else float("nan")
+    functional = _functional_row(name, evaluation)
+    said = {
+        "trained": _trained(trained, LOW * break_even),
+        "functional": _functional(functional, LOW * break_even),
+        "spectral": _spectral(name, spectrum),
+    }
+    deciding = next((kind for kind, one in said.items() if one.verdict), "")
+    missing = list(dict.fromkeys(what for one in said.values() for what in one.missing))
+    verdict = said[deciding].verdict if deciding else UNDECIDABLE
+    row: dict[str, Any] = {
+        "layer_type": name, "n_matrices": len(rows), "verdict": verdict, "decided_by": deciding,
+        "break_even_rank": break_even,
+        "evidence": "; ".join(f"{kind}: {one.evidence}" for kind, one in said.items() if one.evidence),
+        "missing": "; ".join(missing) if not deciding else "",
+    }  # fmt: skip
+    row |= {"trained_rank": None, "trained_low": None, "trained_high": None, "trained_largest": None, "own_rank": None}
+    row |= {"trained_excess": None, "trained_spread": None}
+    if trained is not None:
+        ends = trained.sufficient
+        row |= {
+            "trained_rank": ends.rank, "trained_low": ends.low, "trained_high": ends.high, "own_rank": trained.own.rank,
+            "trained_largest": trained.ranks[-1], "trained_excess": float(trained.excess[-1]),
+            "trained_spread": float(np.max(trained.spread)),
+        }  # fmt: skip
+    row |= {"functional_rank": None, "functional_low": None, "functional_high": None, "functional_largest": None}
+    if functional is not None:
+        row |= {
+            "functional_rank": functional["functional_rank"], "functional_low": functional["low"],
+            "functional_high": functional["high"], "functional_largest": functional["largest_rank"],
+        }  # fmt: skip
+    decided = rows[rows["decidable_r90"]] if len(rows) else rows
+    enough = len(decided) * 2 >= max(1, len(rows))
+    row |= {
+        f"r90_{end}": float(decided[f"r90_{end}"].median(skipna=False)) if enough and len(decided) else float("nan")
+        for end in ("low", "high")
+    }
+    return {column: row[column] for column in HYPOTHESIS}
+
+
+def _matrices(name: str, spectrum: Result | None) -> pd.DataFrame:
+    """The rows of the spectrum's table that belong to a group."""
+    if spectrum is None:
+        return pd.DataFrame(columns=["break_even_rank", "decidable_r90", "r90_low", "r90_high"])
+    table = spectrum.table
+    shown = labels(table["stack"], table["layer_type"])
+    places = zip(shown, table["layer_type"], table["name"], strict=True)
+    return table[[in_group(name, *one) for one in places]]
+
+
+def _functional_row(name: str, evaluation: Evaluation | None) -> Mapping[str, Any] | None:
+    if evaluation is None:
+        return None
+    table = evaluation.functional
+    found = table[(table["group"] == name) & (table["how"] == "alone")]
+    return None if found.empty else dict(found.iloc[0])
+
+
+def _trained(found: "Trained | None", limit: float) -> Said:
+    if found is None:
+        return Said(missing=("LoRA trained on it alone",))
+    largest, ends = found.ranks[-1], found.sufficient
+    between = interval_word(_na(ends.low), _na(ends.high), largest)
+    told = (
+        f"as good as full from r={rank_word(_na(ends.rank), largest)} on ({between}, {found.n_seeds} seeds, within "
+        f"{number(found.tolerance)})"
+    )
+    if ends.rank is None:
+        told = (
+            f"at r={largest} still {number(float(found.excess[-1]))} above full (allowed {number(found.tolerance)}, "
+            f"{found.n_seeds} seeds)"
+        )
+    if found.n_seeds < 2:
+        return Said(evidence=told, missing=("a second seed",))
+    if ends.high is not None and ends.high <= limit:
+        return Said(f"low-rank at r={ends.high}", told)
+    if found.levelled_off and ends.rank is None:
+        return Said(evidence=f"{told}, levelled off at r={found.own.high}")
+    if ends.low is None and largest > limit:
+        return Said("not low-rank", told)
+    if ends.high is None:
+        return Said(evidence=told, missing=(f"LoRA above rank {largest}",))
+    if ends.low is not None and ends.low > limit:
+        return Said("not low-rank", told)
+    return Said(evidence=told, missing=("more seeds or held-out text: the interval is wide",))
+
+
+def _functional(row: Mapping[str, Any] | None, limit: float) -> Said:
+    if row is None:
+        return Said(missing=("the loss of its truncated update",))
+    low, high, largest = row["low"], row["high"], row["largest_rank"]
+    told = (
+        f"truncated to r={rank_word(row['functional_rank'], largest)} it loses nothing "
+        f"({interval_word(low, high, largest)}, within {number(row['tolerance_nats'])})"
+    )
+    if not pd.isna(high) and high <= limit:
+        return Said(f"low-rank at r={high}", told)
+    if pd.isna(low) or low > limit:
+        return Said("not low-rank", told)
+    return Said(evidence=told, missing=("more held-out text: the interval is wide",))
+
+
+def _spectral(name: str, spectrum: Result | None) -> Said:
+    if spectrum is None:
+        return Said(missing=("the spectrum of a full fine-tune",))
+    summary = spectrum.summary
+    found = summary[summary["layer_type"] == name]
+    if found.empty:
+        return Said()
+    verdict, evidence = str(found["verdict"].iloc[0]), str(found["evidence"].iloc[0])
+    if verdict.startswith((UNDECIDABLE, "unrelated")):
+        return Said(evidence=f"{verdict}, {evidence}")
+    return Said(verdict, evidence)
+
+
+def _na(value: int | None) -> Any:
+    return pd.NA if value is None else value
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The adapter to train: the fewest parameters within the tolerance of the best adapter's loss.
+
+    loss: its mean held-out loss; against_full: minus the full fine-tune's. n_trained: parameters.
+    """
+
+    variant: str
+    rank: int
+    targets: str
+    alpha: float
+    lr: float
+    n_trained: int
+    loss: float
+    against_full: float
+
+    def lora_config(self, modules: Sequence[str]) -> str:
+        """The `LoraConfig` as Python; modules: the last names of what is adapted, such as q_proj."""
+        target = '"all-linear"' if self.targets == "all-linear" else repr(sorted(modules)).replace("'", '"')
+        extra = {"rslora": ", use_rslora=True", "dora": ", use_dora=True", "pissa": ', init_lora_weights="pissa"'}
+        return (
+            f'LoraConfig(task_type="CAUSAL_LM", r={self.rank}, lora_alpha={self.alpha:g}, target_modules={target}'
+            f"{extra.get(self.variant, '')})"
+        )
+
+
+def recommend(runs: pd.DataFrame, trained: Sequence["Trained"]) -> Recommendation | None:
+    """The smallest adapter whose mean loss over seeds is within the tolerance of the best one's; None without adapters.
+
+    runs: rows with method, targets, rank, alpha, lr, n_trained, loss.
+    """
+    adapters = runs[(runs["method"] != "full") & runs["loss"].notna()]
+    if adapters.empty or not trained:
+        return None
+    keys = ["method", "targets", "rank"]
+    means = adapters.groupby(keys, sort=False)[["alpha", "lr", "n_trained", "loss"]].mean().reset_index()
+    good = means[means["loss"] <= means["loss"].min() + trained[0].tolerance]
+    best = good.sort_values(["n_trained", "loss"]).iloc[0]
+    full = float(runs.loc[runs["method"] == "full", "loss"].mean())
+    return Recommendation(
+        str(best["method"]), int(best["rank"]), str(best["targets"]), float(best["alpha"]), float(best["lr"]),
+        int(best["n_trained"]), float(best["loss"]), float(best["loss"]) - full,
+    )  # fmt: skip

@@ -1,0 +1,311 @@
+"""`train()`: reference adapters. Full fine-tuning and LoRA at several ranks, targets and seeds on the same data, and
+what they say about the low-rank hypothesis.
+
+The training directory holds plan.json (what is trained, on what), runs/<label>/ (facts.json, history.csv, losses.npy
+and the tuned model/ or adapter/ of each run), and at the end what `training_runs.Training` writes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lowrank_probe import __version__, processes
+from lowrank_probe.conclusions import conclude
+from lowrank_probe.devices import EXPECTED
+from lowrank_probe.documents import read_documents, split_documents
+from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, OutputError, ProbeError
+from lowrank_probe.model_shapes import ModelShape, model_shape
+from lowrank_probe.options import Progress
+from lowrank_probe.outputs import ANOTHER_OUT, check_writable, write_json
+from lowrank_probe.runs import plain
+from lowrank_probe.sequence_losses import sequence_losses
+from lowrank_probe.token_blocks import Blocks, load_tokenizer, to_blocks
+from lowrank_probe.training_fits import Setting, autocast, finished, load_model, run_fit
+from lowrank_probe.training_plan import FULL, FULL_RATES, LORA_RATES, Fit, Plan, Recipe, next_rate
+from lowrank_probe.training_runs import PLAN, Training
+
+RUNS: Final = "runs"
+BASE: Final = "base.npy"
+# Rates that the search for one tries at most, and the steps of each: a quarter of a run's, and at least so many.
+MOST_RATES: Final = 7
+SEARCH_STEPS: Final = 20
+LENGTH: Final = 512
+# Held-out sequences, at least and at most.
+LEAST_HELD_OUT: Final = 8
+MOST_HELD_OUT: Final = 256
+
+
+def train(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    ranks: Sequence[int] = (1, 2, 4, 8, 16, 64),
+    targets: Sequence[str] = ("attention", "mlp", "all-linear"),
+    seeds: int | Sequence[int] = 2,
+    variants: Sequence[str] = ("lora",),
+    lr: str | float | Mapping[str, float] = "auto",
+    recipe: Recipe | None = None,
+    held_out: float = 0.1,
+    packing: bool = True,
+    tolerance: str = "5%",
+    device: str = "auto",
+    on_progress: Progress | None = None,
+) -> Training | None:
+    """Train a full fine-tune and LoRA at every rank × targets × seed × variant on the same data, and compare them.
+
+    model: directory of a causal language model. data: as `documents.read_documents`. held_out: share of the documents
+    that no run learns from, chosen by their hash. targets: groups as `ModelShape.adapted` takes them. lr: "auto" (a
+    short search a method), one rate for all adapters and a tenth of it for full fine-tuning, or method → rate.
+    tolerance: how far above the full fine-tune's held-out loss is as good: nats, or a share of what it gained ("5%").
+    recipe: steps, batch, length, precision (None: sequences of the model's length up to 512, bf16 where the hardware
+    has it). The same `out` goes on where a killed training was, at the run it was in. Under torchrun every process
+    calls this; all but the first get None.
+
+    Raises `ProbeError` of one line: too little text, a length beyond the model's positions, no tokenizer, a rank above
+    the matrices, targets that match nothing, too little memory; `OutputError` where `out` holds anything else.
+    """
+    root, directory = Path(out), Path(model)
+    plan = Plan(tuple(sorted(ranks)), tuple(targets), _seeds(seeds), tuple(variants))
+    shape = _shape(directory)
+    where = _device(device)
+    recipe = _checked(recipe or _default(shape, where), shape)
+    modules = {group: _modules(shape, group, plan) for group in plan.targets}
+    blocks, notes = _blocks(directory, Path(data), recipe, held_out, packing, shape)
+    setting = Setting(directory, *blocks, recipe, modules, where)
+    identity = {
+        "version": __version__, "model": _identity(directory), "plan": plan.facts(), "recipe": asdict(recipe),
+        "lr": lr if isinstance(lr, str | float | int) else dict(lr), "held_out": held_out, "packing": packing,
+        "data": _digest(*blocks), "tolerance": tolerance,
+    }  # fmt: skip
+    _begin(root, identity)
+    work = _Work(root / RUNS, setting, plan, on_progress)
+    rates = work.rates(lr)
+    base = work.base()
+    fits = plan.fits(rates, recipe.steps)
+    for fit in fits:
+        work.run(fit)
+    if not processes.is_first():
+        return None
+    return conclude(root, root / RUNS, setting, plan, fits, work.searches, base, tolerance, notes, on_progress)
+
+
+class _Work:
+    """The runs of one training, each done once: where a run's facts are there, it is not done again."""
+
+    def __init__(self, folder: Path, setting: Setting, plan: Plan, on_progress: Progress | None) -> None:
+        self.folder, self.setting, self.plan, self.on_progress = folder, setting, plan, on_progress
+        steps = setting.recipe.steps
+        self.total = len(plan.fits(dict.fromkeys(plan.methods, 0.0), steps)) * steps
+        self.done = 0
+        self.searches: list[Fit] = []
+
+    def base(self) -> NDArray[np.float64]:
+        """(2, n): the base's loss on each held-out sequence, and how many tokens that is a mean over."""
+        file = self.folder / BASE
+        if processes.is_first() and not file.exists():
+            model = load_model(self.setting.model).to(self.setting.device)
+            losses, counts = sequence_losses(
+                model, self.setting.held_out, self.setting.recipe.batch, autocast(self.setting)
+            )
+            if not np.isfinite(losses).all():
+                raise NumericsError(f"{self.setting.model}: its loss on the held-out text is NaN or Inf")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = file.with_name(f".{BASE}")
+            np.save(aside, np.stack([losses, counts.astype(np.float64)]))
+            aside.replace(file)
+        processes.wait()
+        return np.asarray(np.load(file), dtype=np.float64)
+
+    def run(self, fit: Fit) -> dict[str, Any]:
+        folder = self.folder / fit.label
+        facts: dict[str, Any] | None = processes.agreed(finished(folder) if processes.is_first() else None)
+        if facts is None:
+            before = self.done
+
+            def told(step: int, _: int) -> None:
+                if self.on_progress and processes.is_first():
+                    self.on_progress(fit.label, before + step, self.total)
+
+            facts = run_fit(fit, self.setting, folder, told)
+        self.done += fit.steps
+        return facts
+
+    def rates(self, lr: str | float | Mapping[str, float]) -> dict[str, float]:
+        """Method → learning rate."""
+        methods = self.plan.methods
+        if isinstance(lr, Mapping):
+            if missing := [one for one in methods if one not in lr]:
+                raise ProbeError(f"lr: no learning rate for {missing[0]}; given are {', '.join(lr)}")
+            return {one: _rate(lr[one]) for one in methods}
+        if lr != "auto":
+            return {one: _rate(lr) / (10 if one == FULL else 1) for one in methods}
+        return {one: self._search(one) for one in methods}
+
+    def _search(self, method: str) -> float:
+        """The rate with the lowest held-out loss after a short run, half a decade apart."""
+        start = FULL_RATES if method == FULL else LORA_RATES
+        steps = max(SEARCH_STEPS, self.setting.recipe.steps // 4)
+        tried: dict[float, float] = {}
+        while (rate := next_rate(tried, start, MOST_RATES)) is not None:
+            fit = self.plan.searched(method, rate, steps)
+            self.searches.append(fit)
+            self.total += steps
+            loss = self.run(fit)["loss"]
+            tried[rate] = float("inf") if loss is None else loss
+        best = min(tried, key=lambda rate: tried[rate])
+        if tried[best] == float("inf"):
+            raise ProbeError(
+                f"{method}: diverged at every learning rate from {min(tried):g} to {max(tried):g}; is the model whole? "
+                "(or give --lr)"
+            )
+        return best
+
+
+def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    found = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not found:
+        raise ProbeError("seeds: expected at least 1")
+    return found
+
+
+def _shape(directory: Path) -> ModelShape:
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory}: no config.json (expected the directory of a transformers model)")
+    return model_shape(directory)
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        found = torch.device(asked)
+    except RuntimeError:
+        raise ProbeError(f"--device {asked}: {EXPECTED}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ProbeError(f"--device {asked}: there is no CUDA device here; {EXPECTED}")
+    if found.index:
+        raise ProbeError(f"--device {asked}: Trainer takes the first card; choose another with CUDA_VISIBLE_DEVICES")
+    return found
+
+
+def default_recipe(model: str | os.PathLike[str], device: str = "auto") -> Recipe:
+    """Sequences of the model's positions up to 512 tokens; bf16 where the hardware has it."""
+    return _default(_shape(Path(model)), _device(device))
+
+
+def _default(shape: ModelShape, device: torch.device) -> Recipe:
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return Recipe(length=min(LENGTH, _positions(shape) or LENGTH), precision="bf16" if has_bf16 else "fp32")
+
+
+def _positions(shape: ModelShape) -> int | None:
+    found = shape.config.get("max_position_embeddings") or shape.config.get("n_positions")
+    return found if isinstance(found, int) else None
+
+
+def _checked(recipe: Recipe, shape: ModelShape) -> Recipe:
+    positions = _positions(shape)
+    if positions is not None and recipe.length > positions:
+        raise ProbeError(f"--length {recipe.length}: the model has {positions} positions; give at most {positions}")
+    return recipe
+
+
+def _modules(shape: ModelShape, group: str, plan: Plan) -> tuple[list[str], list[str]]:
+    """(modules, bare parameters) that LoRA adapts for one group. Raises `MatchError` for what has no such rank."""
+    found = shape.adapted(group.split(","))
+    smallest = min(found, key=lambda weight: min(weight.sides))
+    if plan.ranks[-1] > min(smallest.sides):
+        m, n = smallest.sides
+        raise MatchError(
+            f"rank {plan.ranks[-1]} is above what {smallest.name} ({m}, {n}) can have; give ranks up to {min(m, n)}, "
+            f"or other targets than {group}"
+        )
+    bare = [name for weight in found if weight.kind == "parameter" for name in weight.modules()]
+    if bare and "dora" in plan.variants:
+        raise MatchError(
+            f"variant dora: PEFT cannot adapt {bare[0]}, a bare parameter, with it; leave it or {group} out"
+        )
+    return [name for weight in found if weight.kind != "parameter" for name in weight.modules()], bare
+
+
+def _blocks(
+    directory: Path, data: Path, recipe: Recipe, held_out: float, packing: bool, shape: ModelShape
+) -> tuple[tuple[Blocks, Blocks], list[str]]:
+    """((training, held out), notes). Raises `ProbeError` naming the side that has too little text."""
+    if not 0 < held_out < 1:
+        raise ProbeError(f"held_out={held_out}: expected a share of the documents between 0 and 1, such as 0.1")
+    documents = read_documents(data)
+    sides = split_documents(documents, held_out)
+    tokenizer = load_tokenizer(directory)
+    found = []
+    least = (recipe.batch, LEAST_HELD_OUT)
+    for name, side, n, most in zip(("training", "held-out"), sides, least, (None, MOST_HELD_OUT), strict=True):
+        try:
+            found.append(
+                to_blocks(side, tokenizer, recipe.length, packing=packing, limit=most, least=n, vocabulary=shape.vocab)
+            )
+        except ProbeError as error:
+            raise ProbeError(f"{data}: {name} part ({len(side)} of {len(documents)} documents): {error}") from None
+    notes = [f"{name}: {note}" for name, one in zip(("training", "held out"), found, strict=True) for note in one.notes]
+    if dropped := len(documents) - sum(map(len, sides)):
+        notes.append(f"{dropped} documents that were there twice are left out")
+    epochs = recipe.sequences * processes.count() / len(found[0])
+    if epochs > 1:
+        notes.append(f"{recipe.steps} steps go {epochs:.1f} times through the {len(found[0])} training sequences")
+    return (found[0], found[1]), notes
+
+
+def _rate(value: str | float) -> float:
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < 100:
+        raise ProbeError(f"lr {value}: expected auto, a positive number such as 2e-4, or method=rate")
+    return rate
+
+
+def _identity(directory: Path) -> dict[str, Any]:
+    """What tells a model from another: its path, and name and size of its weights' files and config."""
+    files = sorted(file for file in directory.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
+    return {"path": str(directory.resolve()), "files": {file.name: file.stat().st_size for file in files}}
+
+
+def _digest(*blocks: Blocks) -> str:
+    found = hashlib.sha256()
+    for one in blocks:
+        for part in (one.ids, one.labels):
+            found.update(part.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _begin(root: Path, identity: Mapping[str, Any]) -> None:
+    """Make the directory and its plan, or go on where the same plan is. Raises `OutputError` where it holds another."""
+    told = json.dumps(plain(dict(identity)), indent=1, sort_keys=True)
+    if processes.is_first():
+        check_writable(root)
+        file = root / PLAN
+        if file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            changed = sorted(key for key in identity if before.get(key) != json.loads(told)[key])
+            if changed:
+                raise OutputError(
+                    f"{root}: holds a training with another {' and '.join(changed)}; {ANOTHER_OUT}, or the same options"
+                )
+        elif root.exists() and any(root.iterdir()):
+            raise OutputError(f"{root}: is not empty; {ANOTHER_OUT}")
+        else:
+            root.mkdir(parents=True, exist_ok=True)
+            aside = root / f".{PLAN}"
+            write_json(aside, json.loads(told))
+            aside.replace(file)
+    processes.wait()
