@@ -366,3 +366,15 @@ def test_bfloat16_says_what_its_noise_is(trained, text):
     exact = lp.evaluate(*trained, text, ranks=[0, "full"], groups=["mlp"], leave_out=False, **FAST)
     assert found.table["loss"].tolist() == pytest.approx(exact.table["loss"].tolist(), abs=0.03)
     assert found.table["loss"].tolist() != exact.table["loss"].tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("make", [llama, mixtral, masked, t5, bare])
+def test_a_gpu_gives_the_same_losses(make, tmp_path, text):
+    sides = saved(tmp_path, *moved(make, scale=0.2))
+    asked = {"ranks": [0, 2, "full"], "leave_out": False, **FAST}
+    here, there = (lp.evaluate(*sides, text, **asked | {"device": device}) for device in ("cpu", "cuda"))
+    assert there.facts["device"]["type"] == "cuda"
+    assert there.table["loss"].tolist() == pytest.approx(here.table["loss"].tolist(), abs=1e-4)
+    half = lp.evaluate(*sides, text, **asked | {"device": "cuda", "dtype": "bfloat16"})
+    assert half.table["loss"].tolist() == pytest.approx(here.table["loss"].tolist(), abs=0.05)
