@@ -4,11 +4,13 @@ Names come from strangers' files: every one that becomes plotly text goes throug
 """
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
 
+from lowrank_probe.evaluation_runs import interval_word, rank_word
 from lowrank_probe.figure_style import COLOURS, DASHES, INK, Spec, faint, numbers, spec, text
 
 if TYPE_CHECKING:
@@ -46,35 +48,41 @@ def kl_spec(found: "Evaluation") -> Spec:
         })  # fmt: skip
     unit = f"KL(tuned ‖ truncated), nats, {found.facts['n_kl_tokens']:,} outputs"
     return spec(
-        data, "How far are the outputs from the tuned model's?", 460, _axis(table), {"title": unit, "type": "log"}
+        data,
+        "How far are the outputs from the tuned model's?",
+        460,
+        _axis(table),
+        {"title": unit, "type": "log", "dtick": 1, "exponentformat": "power"},
     )
 
 
 def ranks_spec(found: "Evaluation") -> Spec:
     """What rank is enough? The functional rank of each group with its 95 % interval; an arrow: beyond the grid."""
     table = found.functional
-    shown = [name for name in dict.fromkeys(table["group"]) if name != "all"]
-    rows = ["all", *reversed(shown)]
+    rows = ["all", *reversed([name for name in dict.fromkeys(table["group"]) if name != "all"])]
     data: list[Spec] = []
-    for how, colour, symbol in (("alone", COLOURS[0], "circle"), ("leave out", COLOURS[1], "diamond")):
+    for how, colour, symbol, aside in (
+        ("alone", COLOURS[0], "circle", 0.12),
+        ("leave out", COLOURS[1], "diamond", -0.12),
+    ):
         part = table[table["how"].isin([how, "all"] if how == "alone" else [how])]
         if not len(part):
             continue
-        ends = {name: part[name].fillna(part["largest_rank"]) for name in ("functional_rank", "low", "high")}
-        x = np.array(_at(ends["functional_rank"]), dtype=float)
-        beyond = part["functional_rank"].isna().tolist()
-        told = [_told(*row) for row in part[["functional_rank", "low", "high", "largest_rank"]].itertuples(index=False)]
+        x, low, high = (
+            np.array(_at(part[name].fillna(part["largest_rank"]))) for name in ("functional_rank", "low", "high")
+        )
+        symbols = ["triangle-right" if beyond else symbol for beyond in part["functional_rank"].isna()]
+        told = [_told(row) for row in part.to_dict("records")]
         data.append({
-            "type": "scatter", "mode": "markers", "name": _WORDS[how], "x": numbers(x),
-            "y": [_name(g) for g in part["group"]],
-            "marker": {"color": colour, "size": 10, "symbol": ["triangle-right" if b else symbol for b in beyond]},
+            "type": "scatter", "mode": "markers", "name": _WORDS[how], "x": numbers(x), "customdata": told,
+            "y": [rows.index(group) + (aside if group != "all" else 0) for group in part["group"]],
+            "marker": {"color": colour, "size": 10, "symbol": symbols},
             "error_x": {"type": "data", "symmetric": False, "color": colour, "thickness": 2, "width": 5,
-                        "array": numbers(np.array(_at(ends["high"])) - x),
-                        "arrayminus": numbers(x - np.array(_at(ends["low"])))},
-            "customdata": told, "hovertemplate": f"%{{y}}, {_WORDS[how]}: %{{customdata}}<extra></extra>",
+                        "array": numbers(high - x), "arrayminus": numbers(x - low)},
+            "hovertemplate": "%{customdata}<extra></extra>",
         })  # fmt: skip
-    y = {"type": "category", "categoryarray": [_name(g) for g in rows], "categoryorder": "array", "ticksuffix": "  "}
-    height = 170 + 30 * max(4, len(rows))
+    y = {"tickvals": list(range(len(rows))), "ticktext": [_name(group) for group in rows], "ticksuffix": "  "}
+    height = 170 + 34 * max(4, len(rows))
     return spec(data, "What rank is enough?", height, _axis(found.table) | {"title": "functional rank"}, y)
 
 
@@ -148,10 +156,12 @@ def _ranks(rows: pd.DataFrame) -> list[str]:
     return [f"{rank} (full)" if whole else str(rank) for rank, whole in full]
 
 
-def _told(rank: Any, low: Any, high: Any, largest: Any) -> str:
-    from lowrank_probe.evaluation_runs import interval_word, rank_word
-
-    return f"rank {rank_word(rank, largest)}, 95 %: {interval_word(low, high, largest)}"
+def _told(row: Mapping[Any, Any]) -> str:
+    who = {"alone": f"{text(row['group'])} alone", "all": _ALL, "leave out": f"all but {text(row['group'])}"}[
+        row["how"]
+    ]
+    rank = rank_word(row["functional_rank"], row["largest_rank"])
+    return f"{who}: rank {rank}, 95 %: {interval_word(row['low'], row['high'], row['largest_rank'])}"
 
 
 def _axis(table: pd.DataFrame) -> Spec:

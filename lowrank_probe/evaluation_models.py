@@ -115,17 +115,20 @@ def _from_files(base: Checkpoint, tuned: Checkpoint) -> Sides:
     else:
         kind = running.find_kind(other, other)
         model, lacking = _load(other, kind)
-        if lacking:
-            raise CannotRun(f"{other}: {kind.cls.__name__} needs {lacking[0]}, which the files lack")
+        needed = [name for name in lacking if "pooler" not in name]
+        if needed:
+            raise CannotRun(f"{other}: {kind.cls.__name__} needs {needed[0]}, which the files lack")
         before, absent = _load(where, kind)
+        absent = sorted({*absent, *lacking})  # a pooler that neither has is made up on both sides, and is no update
     trunk = "" if model.base_model is model else f"{model.base_model_prefix}."
     below = [name for name in absent if name.startswith(trunk) and "pooler" not in name]
     if below:
         raise CannotRun(f"{where}: {kind.cls.__name__} needs {below[0]}, which the files lack")
     values = parameters(before)
-    if absent:
-        values |= {name: W for name, W in parameters(model).items() if name in absent}
-        notes.append(f"the base has no {some(absent)}: there the tuned model's own are used in every state")
+    values |= {name: W for name, W in parameters(model).items() if name in absent}
+    told = [name for name in absent if "pooler" not in name]
+    if told:
+        notes.append(f"the base has no {some(told)}: there the tuned model's own are used in every state")
     notes += _config_notes(before.config.to_dict(), model.config.to_dict())
     facts = {"base": side_facts(base), "tuned": side_facts(tuned)}
     return Sides(model, values, model.config.to_dict(), (other, where), facts, tuple(notes))

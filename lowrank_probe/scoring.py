@@ -64,8 +64,12 @@ def make_task(model: nn.Module, config: Mapping[str, Any], blocks: Blocks, seed:
     name = type(model).__name__
     inputs = {"input_ids": blocks.ids, "attention_mask": blocks.attention_mask}
     if config.get("is_encoder_decoder") and name.endswith("ForConditionalGeneration"):
-        return _encoder_decoder(blocks)
-    out = run(model, {key: value[:1] for key, value in inputs.items()}, torch.device("cpu"))
+        return _encoder_decoder(model, blocks)
+    try:
+        out = run(model, {key: value[:1] for key, value in inputs.items()}, torch.device("cpu"))
+    except Exception as error:  # it wants an image, speech, other keywords
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ProbeError(f"{name} does not run on text alone: {said}") from None
     logits = logits_of(out)
     if logits is None:
         if not hasattr(out, "last_hidden_state"):
@@ -88,7 +92,7 @@ def _names(which: str) -> set[str]:
     return set(getattr(modeling_auto, f"MODEL_FOR_{which}_MAPPING_NAMES").values())
 
 
-def _encoder_decoder(blocks: Blocks) -> Task:
+def _encoder_decoder(model: Any, blocks: Blocks) -> Task:
     """The encoder reads a sequence up to its first judged token, or its first half; the decoder writes the rest."""
     n = len(blocks)
     given = (blocks.labels == IGNORED).long().cumprod(1).sum(1)
@@ -99,7 +103,10 @@ def _encoder_decoder(blocks: Blocks) -> Task:
     for row, (half, end) in enumerate(zip(halves.tolist(), blocks.lengths.tolist(), strict=True)):
         ids[row, :half], mask[row, :half] = blocks.ids[row, :half], 1
         targets[row, : end - half] = blocks.labels[row, half:end]
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": targets}
+    shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    # From labels a model would make the same, and a loss of its own beside it.
+    read = {"labels": targets} if shifted is None else {"decoder_input_ids": shifted(labels=targets)}
+    inputs = {"input_ids": ids, "attention_mask": mask, **read}
     return Task("next-token loss", inputs, targets, targets != IGNORED)
 
 
@@ -120,14 +127,7 @@ def _masked(blocks: Blocks, seed: int, mask_id: int | None, special: Sequence[in
 def run(model: nn.Module, inputs: Mapping[str, Tensor], device: torch.device) -> Any:
     """The model's outputs on one batch. A module without a config gets the ids alone."""
     moved = {key: value.to(device) for key, value in inputs.items()}
-    try:
-        if not hasattr(model, "config"):
-            return model(moved["input_ids"])
-        return model(**moved)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, NotImplementedError) as error:  # it wants an image, a speech, other keywords
-        raise ProbeError(f"{type(model).__name__} does not run on text alone: {str(error).splitlines()[0]}") from None
+    return model(**moved) if hasattr(model, "config") else model(moved["input_ids"])
 
 
 def logits_of(out: Any) -> Tensor | None:

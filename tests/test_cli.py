@@ -34,6 +34,11 @@ OPTIONS = {
         "--servable", "--tied-lora", "--dtype", "--include", "--exclude", "--layers", "--verify", "--data",
         "--calibration", "--device", "--seed", "--json", "--quiet",
     ],
+    "eval": [
+        "--data", "--out", "--rank", "--targets", "--no-leave-out", "--tolerance", "--sequences", "--length",
+        "--held-out", "--no-packing", "--batch", "--dtype", "--device", "--seed", "--json", "--open",
+        "--figures", "--quiet",
+    ],
     "resize": [
         "--out", "--rank", "--energy", "--budget", "--max-rank", "--rank-multiple", "--dtype", "--json", "--quiet",
     ],
