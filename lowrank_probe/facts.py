@@ -11,6 +11,7 @@ import torch
 from lowrank_probe import __version__
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.devices import Choice
+from lowrank_probe.outputs import check_name
 
 
 def machine_facts(choice: Choice) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def side_facts(side: Checkpoint | None) -> dict[str, Any] | None:
     """Path, model type, tensors, bytes, and name, size and time of every file of one side."""
     if side is None:
         return None
+    check_name(os.path.abspath(side.path) if side.files else str(side.path))
     files = []
     for file in side.files:
         stat = file.stat()

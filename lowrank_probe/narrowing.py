@@ -35,4 +35,7 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
 def beyond(what: str, tensor: Tensor, dtype: torch.dtype) -> NumericsError:
     """The error for finite values that dtype does not hold. what: whose they are, and the verb."""
     largest = float(torch.where(torch.isfinite(tensor), tensor, 0).abs().max())
-    return NumericsError(f"{what} {largest:.3g}, beyond {dtype_word(dtype)}; use --dtype float32 or bfloat16")
+    mend = (
+        "use --dtype float32 or bfloat16" if dtype == torch.float16 else "is the scale or weight of an adapter right?"
+    )
+    return NumericsError(f"{what} {largest:.3g}, beyond {dtype_word(dtype)}; {mend}")

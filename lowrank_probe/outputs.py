@@ -36,6 +36,8 @@ def why(error: OSError, elsewhere: str = ANOTHER_OUT) -> str:
 
 def check_writable(directory: Path, elsewhere: str = ANOTHER_OUT) -> None:
     """Raise `OutputError` where nothing can be written in a directory, or it cannot be made."""
+    if directory.is_symlink() and not directory.exists():
+        raise OutputError(f"{directory}: is a link to {os.readlink(directory)}, which is not there; {elsewhere}")
     above = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
     if not above.is_dir():
         raise OutputError(f"{above}: is a file (expected a directory); {elsewhere}")
@@ -43,6 +45,18 @@ def check_writable(directory: Path, elsewhere: str = ANOTHER_OUT) -> None:
         os.rmdir(tempfile.mkdtemp(prefix=".part-", dir=above))
     except OSError as error:
         raise OutputError(f"{above}: {why(error, elsewhere)}") from None
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Raise `OutputError` where a path is not UTF-8 text: Parquet, JSON and pages cannot name it."""
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        told = os.fsencode(name).decode(errors="backslashreplace")
+        raise OutputError(
+            f"{told}: its name is not UTF-8 (tables and pages have to hold it); rename it, or give a link to it"
+        ) from None
 
 
 @contextmanager
@@ -109,7 +123,7 @@ def whole_directory(root: Path) -> Iterator[Path]:
     check_writable(root)
     if root.is_dir() and any(root.iterdir()):
         raise OutputError(f"{root}: is not empty; {ANOTHER_OUT}")
-    root = root.absolute()
+    root = Path(os.path.realpath(root))  # a link is followed: its target is filled, and the link stays
     stem = f".{root.name}.part-{platform.node()}-"
     with made(root.parent):
         for left in root.parent.glob(f"{glob.escape(stem)}*"):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lowrank_probe import words
 from lowrank_probe.columns import LEDGER
 from lowrank_probe.errors import CheckpointError, OutputError
-from lowrank_probe.outputs import check_writable, write_directory
+from lowrank_probe.outputs import check_name, check_writable, write_directory
 from lowrank_probe.verdicts import summarise
 
 if TYPE_CHECKING:
@@ -243,6 +243,7 @@ def unfinished(directory: str | os.PathLike[str]) -> Result | None:
     Raises `OutputError` where it holds anything else, or cannot be written.
     """
     root = Path(directory)
+    check_name(root)
     check_writable(root)
     if not root.exists() or not any(root.iterdir()):
         return None

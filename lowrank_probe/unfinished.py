@@ -36,6 +36,7 @@ class Unfinished:
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
         self.folder = out / FOLDER
         told = json.dumps(plain(dict(identity)), indent=1, sort_keys=True)
+        outputs.check_name(out)
         outputs.check_writable(out)
         found = sorted(path.name for path in out.iterdir()) if out.exists() else []
         if (self.folder / "run.json").exists():  # what else is there, this run was about to put in place

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -391,3 +392,16 @@ def test_a_nan_that_is_not_carried_is_told(decaying, tmp_path):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     found = extract(*sides(tmp_path, tensors["b"], tensors["t"], config), tmp_path / "a", ranks=2)
     assert found.ledger.set_index("name").loc["model.norm.weight", "note"].endswith("NaN or Inf in it")
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_side_whose_name_is_no_text_is_refused_and_a_link_to_it_is_taken(decaying, tmp_path, side):
+    odd, link = tmp_path / os.fsdecode(b"odd\xff"), tmp_path / "link"
+    shutil.copytree(decaying[side], odd)
+    link.symlink_to(odd)
+    named, linked = list(decaying), list(decaying)
+    named[side], linked[side] = odd, link
+    with pytest.raises(OutputError, match=r"odd\\xff: its name is not UTF-8"):
+        extract(*named, tmp_path / "a", ranks=2)
+    assert not (tmp_path / "a").exists()
+    assert extract(*linked, tmp_path / "b", ranks=2).directory == tmp_path / "b"

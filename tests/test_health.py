@@ -13,6 +13,7 @@ SOUND = {"rank": 8, "alpha": 16, "use_rslora": False, "method": "lora", "dtype":
          "base_weights_with_grad": (), "nan_step": None}  # fmt: skip
 T = np.linspace(0, 1, 100)
 NOISE = np.random.default_rng(0).normal(size=100)
+HARD = np.random.default_rng(1).random(100) < 0.1
 FALLING = 3 - T + 0.05 * NOISE
 
 
@@ -83,8 +84,13 @@ def test_skipped_steps_of_a_gradient_scaler(skipped, n_steps, expected):
         (3 - T + np.where(T[50] == T, 3, 0), []),  # one spike
         (3 - T + 0.8 * np.sin(40 * T), ["oscillating loss"]),
         (3 + T + 0.05 * NOISE, ["oscillating loss"]),
-        (3 - T + np.where((T > 0.4) & (T < 0.5), 1.5, 0), []),  # one climb, and back: warned of by the next
-        (3 - T + np.where(((T > 0.3) & (T < 0.4)) | ((T > 0.6) & (T < 0.7)), 1.5, 0), ["oscillating loss"]),
+        (2 - T / 2 + 2 * HARD, []),  # batches of one text, some of them hard
+        (
+            2.6 + np.where((T > 0.02) & (T < 0.3), 0.6, -0.1) + 0.1 * NOISE,
+            ["oscillating loss"],
+        ),  # lost, and learnt anew
+        (3 - 2 * T + np.where((T > 0.4) & (T < 0.5), 0.7, 0), []),  # one climb, below the start
+        (3 - 2 * T + np.where(((T > 0.3) & (T < 0.4)) | ((T > 0.6) & (T < 0.7)), 0.7, 0), ["oscillating loss"]),
         (3 + 0.05 * NOISE, ["plateau"]),
         (np.full(100, 2.5), ["plateau"]),
         (3 - 0.1 * T + 0.05 * NOISE, []),  # little, but above the noise

@@ -12,6 +12,7 @@ from builders import build
 from mounts import mounted
 
 from lowrank_probe import OutputError, outputs, runs, trajectory_runs
+from lowrank_probe.unfinished import Unfinished
 
 # ---------------------------------------------------------------------------------------------- whose directory
 
@@ -88,6 +89,30 @@ def test_a_new_directory_that_stays_empty_is_removed_with_its_parents(tmp_path):
     with outputs.new_directory(tmp_path / "runs" / "a") as root:
         assert list(root.iterdir()) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_is_filled_and_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with outputs.whole_directory(tmp_path / "link") as aside:
+        (aside / "file").write_text("here")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "file").read_text() == "here"
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
+
+
+@pytest.mark.parametrize("ask", [runs.unfinished, lambda out: Unfinished(out, {}), outputs.check_writable])
+def test_a_link_to_nothing_is_called_that(tmp_path, ask):
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(OutputError, match=r"link: is a link to nowhere, which is not there; choose another --out$"):
+        ask(tmp_path / "link")
+
+
+@pytest.mark.parametrize("ask", [runs.unfinished, lambda out: Unfinished(out, {}), outputs.check_name])
+def test_a_name_that_is_no_text_is_refused_in_one_line(tmp_path, ask):
+    with pytest.raises(OutputError, match=r"r\\xff: its name is not UTF-8 .*; rename it, or give a link to it$"):
+        ask(tmp_path / os.fsdecode(b"r\xff"))
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_first_step_that_cannot_be_written_leaves_no_trajectory(tmp_path):
