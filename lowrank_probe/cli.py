@@ -18,7 +18,6 @@ from lowrank_probe import cli_adapters, interrupts
 from lowrank_probe.cli_budget import budget
 from lowrank_probe.cli_eval import evaluate
 from lowrank_probe.cli_extract import extract
-from lowrank_probe.cli_train import train
 from lowrank_probe.cli_shared import (
     Device,
     Exclude,
@@ -36,6 +35,7 @@ from lowrank_probe.cli_shared import (
     stopped_line,
     tell,
 )
+from lowrank_probe.cli_train import train
 from lowrank_probe.errors import ProbeError, UnchangedError, printable
 from lowrank_probe.options import Options
 
@@ -227,7 +227,9 @@ def _finish(
 
 app.command(epilog="Example: probe extract base/ finetuned/ --rank 16 --out adapter/")(extract)
 app.command("eval", epilog="Example: probe eval base/ finetuned/ --data held-out.txt --rank 0,1,4,16,full")(evaluate)
-app.command(epilog="Example: probe train base/ --data text.jsonl --rank 1,4,16 --targets attention,mlp --out run/")(train)
+app.command(epilog="Example: probe train base/ --data text.jsonl --rank 1,4,16 --targets attention,mlp --out run/")(
+    train
+)
 app.command(epilog="Example: probe budget base/ --method lora --rank 16 --seq 2048 --gpu H100")(budget)
 
 

@@ -56,7 +56,9 @@ def train(
     rates = _rates(lr)
     if precision not in ("auto", "fp32", "bf16"):
         raise typer.BadParameter(f"{precision!r}: expected auto, fp32 or bf16", param_hint="--precision")
-    chosen = [one.strip().replace("+", ",") for text in targets or ["attention,mlp,all-linear"] for one in text.split(",")]
+    chosen = [
+        one.strip().replace("+", ",") for text in targets or ["attention,mlp,all-linear"] for one in text.split(",")
+    ]
     with interrupts.ending_at_once():
         from lowrank_probe import training
         from lowrank_probe.training_plan import Recipe
@@ -107,7 +109,7 @@ def _ranks(text: str) -> list[int]:
 
 
 def _rates(text: str) -> str | dict[str, float]:
-    """"auto" or one rate as it is; method=rate,… as a dict."""
+    """ "auto" or one rate as it is; method=rate,… as a dict."""
     if "=" not in text:
         return text
     rates = {}

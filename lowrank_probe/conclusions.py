@@ -3,6 +3,7 @@
 Each part is kept in the training directory as it is finished, so that a killed training goes on from there.
 """
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,8 +106,9 @@ def _table(folder: Path, fits: Sequence[Fit], setting: Setting) -> tuple[pd.Data
     table = pd.DataFrame(rows, columns=list(TRAINING))
     numbers = [name for name in TRAINING if name not in NOT_NUMBERS]
     table[numbers] = table[numbers].apply(pd.to_numeric)
-    full = table[table["method"] == FULL].set_index("seed")["loss"]
-    table["excess"] = table["loss"] - table["seed"].map(full)
+    full = {row.seed: row.loss for row in table.itertuples() if row.method == FULL}
+    searched = any(fit.search for fit in fits)
+    table["excess"] = math.nan if searched else table["loss"] - table["seed"].map(full)
     return table, losses
 
 

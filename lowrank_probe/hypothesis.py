@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 LOW: Final = 0.5
 UNDECIDABLE: Final = "undecidable"
+COUNTS: Final = (
+    "trained_rank", "trained_low", "trained_high", "trained_largest", "own_rank", "functional_rank", "functional_low",
+    "functional_high", "functional_largest",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,10 @@ def judge(spectrum: Result | None, evaluation: Evaluation | None, trained: Seque
     if evaluation is not None:
         types += [name for name in evaluation.functional["group"] if name not in types and name != "all"]
     names = [*by_group, *(name for name in types if name not in by_group)]
-    return pd.DataFrame(
+    table = pd.DataFrame(
         [_row(name, spectrum, evaluation, by_group.get(name)) for name in names], columns=list(HYPOTHESIS)
     )
+    return table.astype(dict.fromkeys(COUNTS, "Int64"))
 
 
 def _row(

@@ -21,13 +21,13 @@ from lowrank_probe import __version__, words
 from lowrank_probe.columns import LEDGER, TABLE, Column
 from lowrank_probe.evaluation_runs import Evaluation
 from lowrank_probe.extraction_runs import Extraction, extraction_directory
-from lowrank_probe.training_runs import Training
 from lowrank_probe.figure_data import packed_spectra
 from lowrank_probe.figure_spectra import opening, points_for
 from lowrank_probe.figure_style import Spec
 from lowrank_probe.figures import specs, write
 from lowrank_probe.outputs import write_directory
 from lowrank_probe.runs import Result, load, plain
+from lowrank_probe.training_runs import Training
 from lowrank_probe.verdicts import verdict_alone
 
 # Figure name → heading, and the one sentence on how to read it.

@@ -27,8 +27,8 @@ from lowrank_probe.verdicts import summarise
 
 if TYPE_CHECKING:
     from lowrank_probe.evaluation_runs import Evaluation
-    from lowrank_probe.training_runs import Training
     from lowrank_probe.extraction_runs import Extraction
+    from lowrank_probe.training_runs import Training
     from lowrank_probe.trajectory_runs import Trajectory
 
 SCHEMA_VERSION: Final = 1

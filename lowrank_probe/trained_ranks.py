@@ -77,7 +77,7 @@ def trained_ranks(
         means = _mean(excess, weights)
         # The largest rank is its own yardstick, which it meets by definition.
         bar = np.maximum(drawn_tolerance, 0.0)
-        low, high = np.percentile(drawn, [2.5, 97.5], axis=1)
+        low, high = np.percentile(drawn, [2.5, 97.5], axis=1, method="nearest")  # of what may be infinite
         spread = _per_seed(L, weights).std(axis=1, ddof=1) if len(seeds) > 1 else np.full(len(ranks), math.nan)
         found.append(
             Trained(

@@ -5,6 +5,7 @@ The training directory holds plan.json (what is trained, on what), runs/<label>/
 and the tuned model/ or adapter/ of each run), and at the end what `training_runs.Training` writes.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -88,11 +89,15 @@ def train(
     }  # fmt: skip
     _begin(root, identity)
     work = _Work(root / RUNS, setting, plan, on_progress)
-    rates = work.rates(lr)
-    base = work.base()
-    fits = plan.fits(rates, recipe.steps)
-    for fit in fits:
-        work.run(fit)
+    gc.freeze()  # Trainer collects garbage at every start, and goes through all that was ever imported
+    try:
+        rates = work.rates(lr)
+        base = work.base()
+        fits = plan.fits(rates, recipe.steps)
+        for fit in fits:
+            work.run(fit)
+    finally:
+        gc.unfreeze()
     if not processes.is_first():
         return None
     return conclude(root, root / RUNS, setting, plan, fits, work.searches, base, tolerance, notes, on_progress)

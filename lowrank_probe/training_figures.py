@@ -202,7 +202,7 @@ def amplification_spec(found: "Training") -> Spec | None:
         last = rows[rows["r"] == rows["r"].max()]
         data.append({
             "type": "bar", "name": f"{name}, r={int(rows['r'].max())}",
-            "x": [text(str(one)) for one in last["layer_type"]], "y": numbers(last["amplification"]),
+            "x": [text(str(one)) for one in last["layer_type"]], "y": numbers(last["factor"]),
             "marker": {"color": COLOURS[number % len(COLOURS)]},
             "hovertemplate": f"{name}, %{{x}}: %{{y:.3g}}<extra></extra>",
         })  # fmt: skip

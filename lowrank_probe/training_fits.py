@@ -110,8 +110,8 @@ def run_fit(
     except torch.OutOfMemoryError as error:
         raise ProbeError(_out_of_memory(fit, setting, first_line(error))) from None
     finally:
-        gc.collect()
         if setting.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from lowrank_probe.columns import EQUAL_PARAMETERS, HYPOTHESIS, TRAINING
 from lowrank_probe.evaluation_runs import Evaluation
+from lowrank_probe.hypothesis import COUNTS
 from lowrank_probe.outputs import write_directory
 from lowrank_probe.runs import (
     SCHEMA_VERSION,
@@ -42,10 +43,6 @@ SUBSPACES: Final = "subspaces"
 _READ: Final = ("runs.csv", "searches.csv", "histories.csv", "verdict.csv", "equal_parameters.csv", "losses.npz")
 HISTORIES: Final = ("label", "step", "loss", "grad_norm", "learning_rate", "eval_loss")
 _WORDS: Final = ("label", "method", "targets", "health", "layer_type", "verdict", "decided_by", "evidence", "missing")
-_COUNTS: Final = (
-    "trained_rank", "trained_low", "trained_high", "trained_largest", "own_rank", "functional_rank", "functional_low",
-    "functional_high", "functional_largest",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,7 +149,7 @@ def _write_csv(table: pd.DataFrame, file: Path) -> None:
 
 def _read_csv(file: Path, columns: Any) -> pd.DataFrame:
     kinds: dict[str, Any] = {name: "str" for name in _WORDS if name in columns}
-    kinds |= {name: "Int64" for name in _COUNTS if name in columns}
+    kinds |= {name: "Int64" for name in COUNTS if name in columns}
     others = [name for name in columns if name not in _WORDS]
     return pd.read_csv(
         file, usecols=list(columns), dtype=kinds, keep_default_na=False, na_values={name: [""] for name in others}

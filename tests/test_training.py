@@ -1,0 +1,354 @@
+"""Reference adapters on a tiny model: every part of a training, its resumption, and what cannot be."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from evaluated import gpt2, llama, mixtral
+from tokenizers_in_tests import tokenizer
+
+import lowrank_probe as lp
+from lowrank_probe import training_fits
+from lowrank_probe.demo_text import read_prose
+from lowrank_probe.errors import CheckpointError, MatchError, OutputError, ProbeError
+from lowrank_probe.running_models import quiet
+from lowrank_probe.training_plan import FULL, Fit
+
+RECIPE = lp.Recipe(steps=12, batch=4, length=32, evaluations=2)
+RATES = {"full": 3e-3, "lora": 1e-2}
+
+
+def words(directory, n=60, size=400):
+    """Short documents of real prose, as jsonl."""
+    prose = "\n".join(read_prose(n * size * 2))
+    file = directory / "text.jsonl"
+    rows = [json.dumps({"text": prose[i * size : (i + 1) * size]}) for i in range(n)]
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return file
+
+
+def model(directory, make=llama):
+    torch.manual_seed(0)
+    made = make()
+    made.save_pretrained(directory / "base")
+    tokenizer().save_pretrained(directory / "base")
+    return directory / "base"
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    return model(root), words(root)
+
+
+@pytest.fixture(scope="module")
+def trained(sides, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "run"
+    found = lp.train(
+        *sides, out, ranks=[1, 4], targets=["attention", "mlp"], seeds=2, lr=RATES, recipe=RECIPE, device="cpu"
+    )
+    return found, out
+
+
+def test_every_run_is_there_and_learnt(trained):
+    found, out = trained
+    assert len(found.runs) == 2 + 2 * 2 * 2
+    assert found.runs["loss"].notna().all()
+    assert found.full_loss < found.base_loss - 0.05
+    adapters = found.runs[found.runs["method"] == "lora"]
+    assert (adapters["loss"] < found.base_loss).all()
+    assert (adapters.groupby("rank")["n_trained"].max().diff().dropna() > 0).all()
+    for label in found.runs["label"]:
+        kept = {path.name for path in (out / "runs" / label).iterdir()}
+        assert kept == {"facts.json", "history.csv", "losses.npy", "model" if label.startswith("full") else "adapter"}
+
+
+def test_losses_are_those_of_the_saved_weights(trained, sides):
+    """Loaded anew, by transformers and by peft, the model of a run has the loss that the run reports."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    found, out = trained
+    held_out = found.losses["base"].shape[0]
+    assert held_out >= 8
+    full = AutoModelForCausalLM.from_pretrained(out / "runs/full-s0/model")
+    with quiet():
+        worn = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(sides[0]), out / "runs/lora-r4-mlp-s1/adapter"
+        )
+    for label, one in (("full-s0", full), ("lora-r4-mlp-s1", worn)):
+        tuned = one if label == "full-s0" else one.merge_and_unload()
+        again = lp.evaluate(
+            AutoModelForCausalLM.from_pretrained(sides[0]), tuned, held_out_blocks(sides), ranks=[0], device="cpu",
+            sequences=held_out, tokenizer=tokenizer(),
+        )  # fmt: skip
+        assert again.row("tuned")["loss"] == pytest.approx(found.runs.set_index("label").loc[label, "loss"], abs=1e-4)
+
+
+def held_out_blocks(sides):
+    from lowrank_probe.documents import read_documents, split_documents
+    from lowrank_probe.token_blocks import to_blocks
+
+    return to_blocks(split_documents(read_documents(sides[1]), 0.1)[1], tokenizer(), RECIPE.length)
+
+
+def test_runs_of_one_seed_see_the_same_batches(trained, sides, tmp_path):
+    """The first step's loss is the base's on the same batch, whatever is trained; another seed has other batches."""
+    histories = trained[0].histories
+    first = histories[histories["step"] == 1].set_index("label")["loss"]
+    s0, s1 = first[[name.endswith("s0") for name in first.index]], first[[name.endswith("s1") for name in first.index]]
+    assert np.ptp(s0) < 1e-5
+    assert np.ptp(s1) < 1e-5
+    assert abs(s0.iloc[0] - s1.iloc[0]) > 1e-4
+
+
+def test_adapters_have_the_rank_they_were_given(trained):
+    """fp64 B·A has numerical rank ≤ r."""
+    from safetensors.torch import load_file
+
+    _, out = trained
+    for rank in (1, 4):
+        tensors = load_file(out / f"runs/lora-r{rank}-mlp-s0/adapter/adapter_model.safetensors")
+        names = [name for name in tensors if "lora_A" in name]
+        assert len(names) == 2 * 3
+        for name in names:
+            delta = tensors[name.replace("lora_A", "lora_B")].double() @ tensors[name].double()
+            assert int(torch.linalg.matrix_rank(delta)) <= rank
+
+
+def test_the_verdict_joins_all_evidence(trained):
+    found, _ = trained
+    table = found.verdict.set_index("layer_type")
+    assert list(table.index[:2]) == ["attention", "mlp"]
+    assert {"q", "k", "v", "o", "gate", "up", "down", "embedding"} <= set(table.index)
+    assert table.loc[["attention", "mlp"], "trained_largest"].eq(4).all()
+    assert table.loc["q", ["trained_rank", "trained_largest"]].isna().all()
+    assert table["functional_largest"].notna().all()
+    for row in table.itertuples():
+        assert row.verdict.startswith(("low-rank at r=", "not low-rank", "undecidable"))
+        assert bool(row.decided_by) != bool(row.missing)
+
+
+def test_full_rank_of_the_functional_part_is_the_tuned_model(trained):
+    table = trained[0].evaluation.table
+    full = table[table["full"] & (table["how"] != "tuned")]
+    assert len(full) > 3
+    assert (full["excess"].abs() < 1e-4).all()
+
+
+def test_the_recommended_config_is_one_that_was_trained(trained):
+    found, _ = trained
+    best = found.facts["recommendation"]
+    assert f"r={best['rank']}, lora_alpha=32" in best["lora_config"]
+    assert set(best["modules"]) <= {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert best["lr"] == RATES["lora"]
+
+
+def test_it_is_read_back_as_it_was_written(trained):
+    found, out = trained
+    again = lp.load(out)
+    assert isinstance(again, lp.Training)
+    for name in ("runs", "verdict", "histories"):
+        a, b = getattr(again, name), getattr(found, name)
+        assert list(a.columns) == list(b.columns)
+        assert a.to_csv(index=False, float_format="%.10g") == b.to_csv(index=False, float_format="%.10g")
+    assert set(again.losses) == set(found.losses)
+    assert json.loads(again.to_json())["verdict"] == json.loads(found.to_json())["verdict"]
+    (out / "runs.csv").rename(out / "runs.bak")
+    try:
+        with pytest.raises(CheckpointError, match="not a complete run directory"):
+            lp.load(out)
+    finally:
+        (out / "runs.bak").rename(out / "runs.csv")
+
+
+def test_the_same_command_again_trains_nothing(trained, sides):
+    found, out = trained
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("facts.json")}
+    again = lp.train(
+        *sides, out, ranks=[1, 4], targets=["attention", "mlp"], seeds=2, lr=RATES, recipe=RECIPE, device="cpu"
+    )
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("facts.json")}
+    assert again.verdict.to_csv() == found.verdict.to_csv()
+
+
+@pytest.mark.parametrize("variant", ["rslora", "dora", "pissa", "lora+"])
+def test_variants_train_and_load_as_lora(variant, sides, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    found = lp.train(
+        *sides, tmp_path / "run", ranks=[2, 4], targets=["mlp"], seeds=1, variants=[variant],
+        lr={"full": 3e-3, variant: 3e-3}, recipe=RECIPE, device="cpu",
+    )  # fmt: skip
+    label = Fit(variant, 4, "mlp", 0, 3e-3, 12).label
+    row = found.runs.set_index("label").loc[label]
+    assert row["loss"] < found.base_loss
+    base = AutoModelForCausalLM.from_pretrained(sides[0])
+    with quiet():
+        worn = PeftModel.from_pretrained(base, tmp_path / "run/runs" / label / "adapter").merge_and_unload()
+    blocks = held_out_blocks(sides)
+    with torch.inference_mode():
+        loss = worn(input_ids=blocks.ids, labels=blocks.labels).loss
+    assert float(loss) == pytest.approx(row["loss"], abs=2e-3)  # over tokens and over sequences of one length
+
+
+@pytest.mark.parametrize(("make", "targets"), [(gpt2, "all-linear"), (mixtral, "all-linear"), (mixtral, "attention")])
+def test_other_architectures(make, targets, sides, tmp_path):
+    base = model(tmp_path, make)
+    recipe = lp.Recipe(steps=4, batch=4, length=32, evaluations=1)
+    found = lp.train(base, sides[1], tmp_path / "run", ranks=[2], targets=[targets], seeds=1, lr=RATES, recipe=recipe,
+                     device="cpu")  # fmt: skip
+    shape_budget = lp.budget(base, method="lora", rank=2, targets=[targets])
+    adapters = found.runs[found.runs["method"] == "lora"]
+    assert adapters["n_trained"].eq(shape_budget.counts.adapter).all()
+
+
+def test_the_search_finds_a_rate_and_tells_what_it_tried(sides, tmp_path, monkeypatch):
+    from lowrank_probe import training
+
+    monkeypatch.setattr(training, "SEARCH_STEPS", 4)
+    monkeypatch.setattr(training, "MOST_RATES", 4)
+    found = lp.train(
+        *sides, tmp_path / "run", ranks=[2], targets=["mlp"], seeds=1, recipe=lp.Recipe(steps=4, batch=4, length=32),
+        device="cpu",
+    )  # fmt: skip
+    assert len(found.searches) == 8
+    for method in ("full", "lora"):
+        tried = found.searches[found.searches["method"] == method].set_index("lr")["loss"]
+        assert found.facts["rates"][method] == tried.idxmin()
+
+
+COMMAND = (
+    "import sys, lowrank_probe as lp\n"
+    "lp.train(sys.argv[1], sys.argv[2], sys.argv[3], ranks=[1], targets=['mlp'], seeds=1, device='cpu',"
+    " lr={'full': 3e-3, 'lora': 1e-2}, recipe=lp.Recipe(steps=40, batch=4, length=32, save_s=0.0, evaluations=2))\n"
+)
+
+
+def test_a_killed_training_goes_on_where_it_was_and_ends_the_same(sides, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = [sys.executable, "-c", COMMAND, *map(str, sides)]
+    subprocess.run([*arguments, str(whole)], check=True, capture_output=True)
+    process = subprocess.Popen([*arguments, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = killed / "runs/full-s0/checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "facts.json").exists()
+    subprocess.run([*arguments, str(killed)], check=True, capture_output=True)
+    first, second = (lp.load(root) for root in (whole, killed))
+    assert json.loads((killed / "runs/full-s0/facts.json").read_text())["resumed"]
+    assert not checkpoints.exists()
+    for label, losses in first.losses.items():
+        np.testing.assert_allclose(second.losses[label], losses, atol=1e-5)
+
+
+def test_two_processes_train_as_one(sides, tmp_path):
+    """torchrun on two CPUs: one directory, the first process's; each sees its own half of the batches."""
+    script = tmp_path / "train.py"
+    script.write_text(COMMAND.replace("steps=40", "steps=6"), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        str(script),
+    ]
+    done = subprocess.run(
+        [*command, *map(str, sides), str(tmp_path / "run")], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = lp.load(tmp_path / "run")
+    assert len(found.runs) == 2
+    assert found.full_loss < found.base_loss
+
+
+def refused(sides, tmp_path, **changes):
+    arguments = {"ranks": [1], "targets": ["mlp"], "seeds": 1, "lr": RATES, "recipe": RECIPE, "device": "cpu"}
+    with pytest.raises(ProbeError) as error:
+        lp.train(*sides, tmp_path / "run", **(arguments | changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+    return str(error.value), error.type
+
+
+def test_what_cannot_be_is_one_line_and_leaves_nothing(sides, tmp_path):
+    said, _ = refused(sides, tmp_path, recipe=lp.Recipe(length=128, steps=2))
+    assert said == "--length 128: the model has 64 positions; give at most 64"
+    said, kind = refused(sides, tmp_path, ranks=[1, 33])
+    assert kind is MatchError
+    assert "rank 33 is above what" in said
+    assert "give ranks up to 32" in said
+    said, kind = refused(sides, tmp_path, targets=["experts"])
+    assert kind is MatchError
+    assert "there are the layer types embedding q k v o gate up down" in said
+    said, _ = refused(sides, tmp_path, lr={"lora": 1e-3})
+    assert said == "lr: no learning rate for full; given are lora"
+    said, _ = refused(sides, tmp_path, lr="fast")
+    assert said.startswith("lr fast: expected auto")
+    said, _ = refused(sides, tmp_path, seeds=0)
+    assert said == "seeds: expected at least 1"
+    short = tmp_path / "short.txt"
+    short.write_text("One line.\n\nAnother.\n", encoding="utf-8")
+    said, _ = refused((sides[0], short), tmp_path)
+    assert "too little text" in said
+    assert "expected at least" in said
+    (tmp_path / "bare").mkdir()
+    llama().save_pretrained(tmp_path / "bare")
+    said, _ = refused((tmp_path / "bare", sides[1]), tmp_path)
+    assert "has no tokenizer" in said
+    said, kind = refused((tmp_path / "none", sides[1]), tmp_path)
+    assert kind is CheckpointError
+
+
+def test_another_training_in_the_directory_is_refused(trained, sides):
+    _, out = trained
+    with pytest.raises(OutputError, match="holds a training with another plan"):
+        lp.train(*sides, out, ranks=[2], targets=["attention", "mlp"], seeds=2, lr=RATES, recipe=RECIPE, device="cpu")
+
+
+def test_out_of_memory_tells_what_is_needed_and_what_would_fit(sides, tmp_path, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(training_fits, "_run", too_large)
+    with pytest.raises(ProbeError) as error:
+        lp.train(*sides, tmp_path / "run", ranks=[1], targets=["mlp"], seeds=1, lr=RATES, recipe=RECIPE, device="cpu")
+    said = str(error.value)
+    assert said.startswith(
+        "full-s0: out of memory (CUDA out of memory. Tried to allocate 20.00 GiB); probe budget predicts"
+    )
+    assert "try --batch 2 --accumulation 2 or --checkpointing" in said
+
+
+def test_a_run_that_diverges_is_told_and_counts_as_bad(sides, tmp_path):
+    found = lp.train(
+        *sides, tmp_path / "run", ranks=[1], targets=["mlp"], seeds=1, lr={"full": 3e-3, "lora": 50.0},
+        recipe=lp.Recipe(steps=12, batch=4, length=32, evaluations=2, alpha=1e6), device="cpu",
+    )  # fmt: skip
+    row = found.runs.set_index("label").loc["lora-r1-mlp-s0"]
+    assert row["health"]
+    assert found.verdict.set_index("layer_type").loc["mlp", "trained_rank"] is None or np.isnan(
+        float(found.verdict.set_index("layer_type").loc["mlp", "trained_rank"])
+    )
+
+
+def test_the_full_run_has_no_rank(trained):
+    full = trained[0].runs[trained[0].runs["method"] == FULL]
+    assert full["rank"].eq(0).all()
+    assert full["alpha"].isna().all()
+    assert full["excess"].eq(0).all()
