@@ -230,7 +230,7 @@ def _notes(sides: Sides, text: Text, update: Update, groups: Sequence[Group], cu
     notes = [*sides.notes, *text.blocks.notes, *cut]
     rest = len(update.pieces) - len(every.pieces)
     if rest:
-        notes.append(f"{count(rest, 'matrix', 'matrices')} that differ are in no group and stay as tuned")
+        notes.append(f"in no group, so as tuned in every state but the base: {count(rest, 'matrix', 'matrices')}")
     if update.vectors:
         notes.append(f"{some(update.vectors)} (norms, biases) differ too and stay as tuned in every state but the base")
     if update.kept:
