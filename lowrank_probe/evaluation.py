@@ -19,7 +19,7 @@ from lowrank_probe.evaluation_models import Sides, open_sides
 from lowrank_probe.evaluation_runs import Evaluation, finished
 from lowrank_probe.evaluation_states import Group, make_groups, parse_ranks, unique_states
 from lowrank_probe.evaluation_tables import make_evaluation
-from lowrank_probe.evaluation_text import Text, read_text
+from lowrank_probe.evaluation_text import Text, read_data, read_text
 from lowrank_probe.facts import machine_facts
 from lowrank_probe.functional_ranks import parse_tolerance
 from lowrank_probe.options import Progress
@@ -84,9 +84,17 @@ def evaluate(
     report = on_progress or _silent
     started = time.perf_counter()
     report("loading models", 0, 1)
+    documents = read_data(data)  # before the models, which take longer
     sides = open_sides(base, tuned)
     text = read_text(
-        data, sides, length=length, sequences=sequences, held_out=held_out, packing=packing, tokenizer=tokenizer
+        data,
+        documents,
+        sides,
+        length=length,
+        sequences=sequences,
+        held_out=held_out,
+        packing=packing,
+        tokenizer=tokenizer,
     )
     update = find_update(sides.base, sides.tuned, sides.config)
     if not update.pieces:
