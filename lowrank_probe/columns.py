@@ -371,7 +371,7 @@ _GROUP: Final = {
 _RESAMPLED: Final = "end of its 95 % interval over resampled sequences"
 EVALUATION: Final[dict[str, Column]] = {
     **_GROUP,
-    "rank": Column("r; each matrix is truncated to min(r, k), k = min(m, n)"),
+    "rank": Column("r; each matrix is truncated to min(r, k), k = min(m, n); 0: the base's own values"),
     "full": Column(
         "whether r is the largest k of the group: nothing is truncated, the weights are computed all the same"
     ),

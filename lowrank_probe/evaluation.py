@@ -15,17 +15,17 @@ from torch import Tensor
 
 from lowrank_probe.devices import Choice, choose_device, find_device
 from lowrank_probe.errors import OutputError, ProbeError, UnchangedError
-from lowrank_probe.evaluation_models import Sides, open_sides, parameters
+from lowrank_probe.evaluation_models import Sides, open_sides
 from lowrank_probe.evaluation_runs import Evaluation, finished
 from lowrank_probe.evaluation_states import Group, make_groups, parse_ranks, unique_states
 from lowrank_probe.evaluation_tables import make_evaluation
-from lowrank_probe.evaluation_text import Text, read_text
+from lowrank_probe.evaluation_text import Text, read_data, read_text
 from lowrank_probe.facts import machine_facts
 from lowrank_probe.functional_ranks import parse_tolerance
 from lowrank_probe.options import Progress
 from lowrank_probe.runs import SCHEMA_VERSION
 from lowrank_probe.scoring import Score, Scorer, make_task
-from lowrank_probe.swapping import Factors, Piece, State, Swapper, Update, factorise, find_update
+from lowrank_probe.swapping import Factors, Piece, Swapper, Update, factorise, find_update
 from lowrank_probe.words import count, some
 
 if TYPE_CHECKING:
@@ -84,9 +84,17 @@ def evaluate(
     report = on_progress or _silent
     started = time.perf_counter()
     report("loading models", 0, 1)
+    documents = read_data(data)  # before the models, which take longer
     sides = open_sides(base, tuned)
     text = read_text(
-        data, sides, length=length, sequences=sequences, held_out=held_out, packing=packing, tokenizer=tokenizer
+        data,
+        documents,
+        sides,
+        length=length,
+        sequences=sequences,
+        held_out=held_out,
+        packing=packing,
+        tokenizer=tokenizer,
     )
     update = find_update(sides.base, sides.tuned, sides.config)
     if not update.pieces:
@@ -95,7 +103,7 @@ def evaluate(
         )
     made, cut = make_groups(update.pieces, grid, groups, leave_out)
     task = make_task(sides.model, sides.config, text.blocks, seed, text.mask_id, text.special)
-    states, at = unique_states(made, update.pieces)
+    states, at = unique_states(made)
     asked = {
         "ranks": list(grid), "groups": None if groups is None else list(groups), "leave_out": leave_out,
         "tolerance": str(allowed), "batch": batch, "dtype": dtype, "seed": seed,
@@ -120,16 +128,17 @@ def evaluate(
 
 
 def _scores(
-    sides: Sides, pieces: Sequence[Piece], states: Sequence[State], scorer: Scorer, dtype: torch.dtype,
+    sides: Sides, pieces: Sequence[Piece], states: Sequence[tuple[Group, int]], scorer: Scorer, dtype: torch.dtype,
     for_factors: torch.device, store: "Unfinished | None", report: Progress, seed: int,
 ) -> dict[str, Score]:  # fmt: skip
     """ "base", "tuned" and the number of each state → its score; those that the store has are not run again."""
     names = ["tuned", "base", *(f"state-{i:05d}" for i in range(len(states)))]
     scores = {name: found for name in names if (found := _kept(store, name)) is not None}
     pending = [name for name in names if name not in scores]
-    needed = {i: 0 for name in pending if name.startswith("state-") for i in states[int(name[6:])]}
-    for state in (states[int(name[6:])] for name in pending if name.startswith("state-")):
-        needed |= {i: max(needed[i], r) for i, r in state.items()}
+    needed: dict[int, int] = {}
+    for group, rank in (states[int(name[6:])] for name in pending if name.startswith("state-")):
+        for i, r in group.state(rank, pieces).items():
+            needed[i] = max(needed.get(i, 0), r)
     needed = {i: r for i, r in needed.items() if r}
     total, done = len(needed) + len(names), len(scores)
     factors: dict[int, Factors] = {}
@@ -138,7 +147,7 @@ def _scores(
         done += 1
         report(f"factorising {pieces[i].name}", done, total)
     with _enough_memory(scorer):
-        tuned = _aside(sides)
+        tuned = _aside(sides, scorer.device, dtype)
         model = sides.model.to(scorer.device, dtype).requires_grad_(False)
         scorer.keep(model)
         base, held = _near(sides.base, tuned, factors, pieces, scorer.device)
@@ -147,8 +156,11 @@ def _scores(
         for name in pending:
             if name == "base":
                 swapper.put_base(sides.base)
+            elif name == "tuned":
+                swapper.put({})
             else:
-                swapper.put(states[int(name[6:])] if name != "tuned" else {})
+                group, rank = states[int(name[6:])]
+                swapper.put(group.state(rank, pieces))
             scores[name] = scorer.score(model, name)
             if name == "base":
                 swapper.restore(tuned)
@@ -159,9 +171,11 @@ def _scores(
     return scores
 
 
-def _aside(sides: Sides) -> Mapping[str, Tensor]:
-    """The tuned values, apart from the parameters that will be swapped."""
-    return {name: W.clone() for name, W in parameters(sides.model).items()}
+def _aside(sides: Sides, device: torch.device, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    """The tuned values apart from the parameters that will be swapped: copied where these stay where they are."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return sides.tuned
+    return {name: W.clone() for name, W in sides.tuned.items()}
 
 
 def _near(
@@ -224,7 +238,7 @@ def _notes(sides: Sides, text: Text, update: Update, groups: Sequence[Group], cu
     notes = [*sides.notes, *text.blocks.notes, *cut]
     rest = len(update.pieces) - len(every.pieces)
     if rest:
-        notes.append(f"{count(rest, 'matrix', 'matrices')} that differ are in no group and stay as tuned")
+        notes.append(f"in no group, so as tuned in every state but the base: {count(rest, 'matrix', 'matrices')}")
     if update.vectors:
         notes.append(f"{some(update.vectors)} (norms, biases) differ too and stay as tuned in every state but the base")
     if update.kept:

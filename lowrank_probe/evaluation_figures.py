@@ -16,8 +16,9 @@ from lowrank_probe.figure_style import COLOURS, DASHES, INK, Spec, faint, number
 if TYPE_CHECKING:
     from lowrank_probe.evaluation_runs import Evaluation
 
-# On the page the group "all" has the ink's colour, so that it is told from every layer type.
+# All together have the ink's colour, and no layer type the palette's grey, which is near it.
 _ALL: Final = "all together"
+_COLOURS: Final = tuple(colour for colour in COLOURS if colour != "#8c8c8c")
 _WORDS: Final = {"alone": "alone", "leave out": "all but one"}
 
 
@@ -116,6 +117,10 @@ def _lines(found: "Evaluation", how: str, title: str) -> Spec:
         {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": value, "y1": value, "layer": "below",
          "line": {"color": INK, "width": 1.4, "dash": dash}} for value, dash in ((base, "dot"), (tuned, "dash"))
     ]  # fmt: skip
+    shapes.append(
+        {"type": "rect", "x0": 0, "x1": 1, "xref": "paper", "y0": tuned, "y1": tuned + float(found.facts["tolerance"]),
+         "layer": "below", "line": {"width": 0}, "fillcolor": faint("#009e73")}
+    )  # fmt: skip
     notes = [
         {"text": f"{word} {value:.4g}", "x": 1, "xref": "paper", "y": value, "xanchor": "right", "yanchor": "bottom",
          "showarrow": False, "font": {"size": 12}} for value, word in ((base, "base"), (tuned, "tuned"))
@@ -136,7 +141,7 @@ def _groups(table: pd.DataFrame, how: str) -> list[tuple[str, str, str, pd.DataF
     """(name, colour, dash, rows) of each group, and of all together."""
     part = table[table["how"] == how]
     found = [
-        (text(name), COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], part[part["group"] == name])
+        (text(name), _COLOURS[i % len(_COLOURS)], DASHES[i // len(_COLOURS) % len(DASHES)], part[part["group"] == name])
         for i, name in enumerate(dict.fromkeys(part["group"]))
     ]
     return [*found, (_ALL, INK, "solid", table[table["how"] == "all"])]

@@ -35,7 +35,7 @@ READING: Final[dict[str, tuple[str, str]]] = {
     "loss": (
         "What does a rank cost the model?",
         "A line is the loss with one layer type's update truncated to rank r and all else as tuned; the grey one has "
-        "all of them truncated. Where a line meets the dashed one, a LoRA of that rank there loses nothing.",
+        "all of them truncated. In the green strip it is within the tolerance of the tuned model, the dashed line.",
     ),
     "ranks": (
         "What rank is enough?",

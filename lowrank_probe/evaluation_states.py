@@ -3,7 +3,7 @@
 Legend: r rank, k = min(m, n) of a matrix. A state truncates each of its matrices to min(r, k); all else is as tuned.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -143,14 +143,14 @@ def _group(name: str, how: How, found: tuple[int, ...], pieces: Sequence[Piece],
     return Group(name, how, found, (*sorted(chosen), *([largest] if beyond else [])), beyond)
 
 
-def unique_states(
-    groups: Sequence[Group], pieces: Sequence[Piece]
-) -> tuple[list[State], Mapping[tuple[int, int], int]]:
-    """(the different states, (number of the group, rank) → number of its state): some are the same for two groups."""
-    numbers: dict[tuple[tuple[int, int], ...], int] = {}
+def unique_states(groups: Sequence[Group]) -> tuple[list[tuple[Group, int]], dict[tuple[int, int], int]]:
+    """(the different states as (group, rank), (number of the group, rank) → number of its state).
+
+    Two groups may hold the same matrices: a single type alone is all.
+    """
+    found: dict[tuple[tuple[int, ...], int], tuple[int, tuple[Group, int]]] = {}
     at = {}
     for number, group in enumerate(groups):
         for rank in group.ranks:
-            state = group.state(rank, pieces)
-            at[number, rank] = numbers.setdefault(tuple(sorted(state.items())), len(numbers))
-    return [dict(state) for state in numbers], at
+            at[number, rank] = found.setdefault((group.pieces, rank), (len(found), (group, rank)))[0]
+    return [state for _, state in found.values()], at

@@ -26,11 +26,19 @@ class Text:
     facts: dict[str, Any]
 
 
+def read_data(data: Any) -> list[Document] | Blocks:
+    """The documents of a file or directory (`read_documents`), of a list of texts or documents, or blocks."""
+    if isinstance(data, Blocks):
+        return data
+    return read_documents(data) if isinstance(data, str | os.PathLike) else _documents(data)
+
+
 def read_text(
-    data: Any, sides: Sides, *, length: int | None, sequences: int, held_out: float | None, packing: bool | None,
+    data: Any, found: list[Document] | Blocks, sides: Sides, *,
+    length: int | None, sequences: int, held_out: float | None, packing: bool | None,
     tokenizer: Any = None,
 ) -> Text:  # fmt: skip
-    """Blocks of a file or directory (`read_documents`), of texts or documents, or blocks as they are.
+    """Blocks of what `read_data` found in `data`.
 
     Documents come without duplicates, in the order of their hashes, so that the first `sequences` are a sample of all
     the text. held_out: only the documents that `split_documents` with that share holds out. packing: None packs plain
@@ -39,13 +47,12 @@ def read_text(
 
     Raises `ProbeError` for a length beyond the model's positions, no tokenizer, or too little text.
     """
-    if isinstance(data, Blocks):
-        _check_length(data.ids.shape[1], sides)
-        kept = Blocks(data.ids[:sequences], data.labels[:sequences], data.lengths[:sequences], data.n_documents)
+    if isinstance(found, Blocks):
+        _check_length(found.ids.shape[1], sides)
+        kept = Blocks(found.ids[:sequences], found.labels[:sequences], found.lengths[:sequences], found.n_documents)
         return Text(kept, *_special(tokenizer), _facts("(blocks in memory)", kept, None))
     path = os.fspath(data) if isinstance(data, str | os.PathLike) else "(documents in memory)"
-    every = read_documents(data) if isinstance(data, str | os.PathLike) else _documents(data)
-    training, kept_out = split_documents(every, 1.0 if held_out is None else held_out)
+    training, kept_out = split_documents(found, 1.0 if held_out is None else held_out)
     documents = sorted(kept_out, key=lambda one: one.digest)
     if tokenizer is None:
         if not sides.directories:
@@ -66,7 +73,7 @@ def read_text(
         )
     except ProbeError as error:
         raise ProbeError(f"{path}: {error}") from None
-    told = _facts(path, blocks, packed) | {"n_duplicates": len(every) - len(training) - len(kept_out)}
+    told = _facts(path, blocks, packed) | {"n_duplicates": len(found) - len(training) - len(kept_out)}
     return Text(blocks, *_special(tokenizer), told | {"held_out": held_out})
 
 

@@ -65,6 +65,10 @@ def make_task(model: nn.Module, config: Mapping[str, Any], blocks: Blocks, seed:
     inputs = {"input_ids": blocks.ids, "attention_mask": blocks.attention_mask}
     if config.get("is_encoder_decoder") and name.endswith("ForConditionalGeneration"):
         return _encoder_decoder(model, blocks)
+    if name in _names("MASKED_LM"):
+        return _masked(blocks, seed, mask_id, special)
+    if name in _names("CAUSAL_LM"):
+        return _causal(inputs, blocks)
     try:
         out = run(model, {key: value[:1] for key, value in inputs.items()}, torch.device("cpu"))
     except Exception as error:  # it wants an image, speech, other keywords
@@ -75,15 +79,16 @@ def make_task(model: nn.Module, config: Mapping[str, Any], blocks: Blocks, seed:
         if not hasattr(out, "last_hidden_state"):
             raise ProbeError(f"{name} gives neither logits nor last hidden states: nothing to judge it by")
         return Task("1 − cosine to tuned", inputs, None, blocks.attention_mask.bool())
-    if name in _names("MASKED_LM"):
-        return _masked(blocks, seed, mask_id, special)
     per_token = logits.ndim == 3 and logits.shape[1] == blocks.ids.shape[1]
-    causal = name in _names("CAUSAL_LM") or name.endswith("ForConditionalGeneration") or not config
-    if per_token and causal:
-        targets = torch.cat([blocks.labels[:, 1:], torch.full_like(blocks.labels[:, :1], IGNORED)], dim=1)
-        return Task("next-token loss", inputs, targets, targets != IGNORED)
+    if per_token and (name.endswith("ForConditionalGeneration") or not config):
+        return _causal(inputs, blocks)
     rows = blocks.attention_mask.bool() if per_token else torch.ones(len(blocks), 1, dtype=torch.bool)
     return Task("KL to tuned", inputs, None, rows)
+
+
+def _causal(inputs: Mapping[str, Tensor], blocks: Blocks) -> Task:
+    targets = torch.cat([blocks.labels[:, 1:], torch.full_like(blocks.labels[:, :1], IGNORED)], dim=1)
+    return Task("next-token loss", inputs, targets, targets != IGNORED)
 
 
 def _names(which: str) -> set[str]:

@@ -38,6 +38,8 @@ def test_every_column_is_documented_in_its_order(result, table):
         columns.RESIZED,
         columns.MERGED,
         columns.OVERLAP,
+        columns.EVALUATION,
+        columns.FUNCTIONAL,
     ],
 )
 def test_every_column_has_a_meaning(table):

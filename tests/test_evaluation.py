@@ -209,7 +209,7 @@ def test_models_in_memory_stay_as_they_are(text):
     assert found.functional["largest_rank"].tolist() == [1] * 5
     attention = set(found.functional["n_matrices"])
     assert attention == {4 * 2, 2 * 2, 12}  # q, k, v, o; up, down; two layers
-    assert "2 matrices that differ are in no group" in " ".join(found.facts["notes"])
+    assert "in no group, so as tuned in every state but the base: 2 matrices" in " ".join(found.facts["notes"])
     documents = sorted((Document(text) for text in prompts()), key=lambda one: one.digest)
     blocks = to_blocks(documents, tokenizer(), 32, limit=8)
     again = lp.evaluate(base, tuned, blocks, **asked)

@@ -69,7 +69,8 @@ def test_the_loss_figure_has_a_line_and_a_paired_band_a_group():
     assert band["y"][0] == pytest.approx(2.43)
     assert band["y"][-1] == pytest.approx(2.38)
     shapes = evaluation_figures.loss_spec(build())["layout"]["shapes"]
-    assert [shape["y0"] for shape in shapes] == [3.0, 2.0]
+    assert [shape["y0"] for shape in shapes] == [3.0, 2.0, 2.0]
+    assert shapes[2]["y1"] == 2.05
 
 
 def test_the_ranks_figure_has_intervals_and_arrows_beyond_the_grid():

@@ -28,6 +28,7 @@ def test_import_is_light():
         ["--help"],
         ["spectrum", "--help"],
         ["merge", "--help"],
+        ["eval", "--help"],
         ["--version"],
         ["budget", "--help"],
         ["budget", "--params", "70e9"],
