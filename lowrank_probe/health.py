@@ -64,8 +64,8 @@ def find_health(history: pd.DataFrame, facts: Mapping[str, Any]) -> list[HealthF
     nan                 a loss or gradient that is not finite; or a gradient scaler (fp16) that threw away more than 16
                         steps and 1 % of them: it starts at 2^16, so that 16 halvings leave no scale at all.
     oscillating loss    the mean of some `WINDOW` logs lies above the first two by 3.5 standard errors of the difference
-                        and 10 %: sound runs start with their highest loss (at most 1.8 errors above were seen, and 3.9
-                        to 12 at rates 30 and 100 times too high); or the last quarter of the run does, by 2 %; or
+                        and 10 %: sound runs start with their highest loss (at most 1.7 errors above were seen; 4.0 and
+                        12 at rates 100 times too high); or the last quarter of the run does, by 2 %; or
                         twice it climbs above the lowest so far by 3.5 errors and a quarter of the whole fall, and
                         falls again by as much.
     plateau             over the whole run the loss fell by no more than 2 standard errors of the difference between

@@ -14,6 +14,7 @@ stop.
 import math
 from typing import Any, Final
 
+import pandas as pd
 import torch
 from torch import nn
 from transformers import TrainerCallback
@@ -40,7 +41,7 @@ class HealthWatch(TrainerCallback):  # type: ignore[misc]
     def __init__(self, stop_on_nan: bool = False, method: str | None = None) -> None:
         self.stop_on_nan = stop_on_nan
         self.method = method
-        self.history = history_frame([])
+        self._log: list[dict[str, Any]] = []
         self._collected: dict[str, Any] = {}
         self._handles: list[Any] = []
         self._hidden: list[tuple[int, int]] = []
@@ -48,6 +49,11 @@ class HealthWatch(TrainerCallback):  # type: ignore[misc]
         self._skipped = 0
         self._logged = 0
         self._used = False
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """What Trainer logged, as `health.history_frame`."""
+        return history_frame(self._log, self._hidden)
 
     def facts(self) -> dict[str, Any]:
         """rank, alpha, use_rslora, method, dtype, n_trained, n_steps, n_skipped_steps, n_adapters, n_moved, not_moved,
@@ -168,12 +174,12 @@ class HealthWatch(TrainerCallback):  # type: ignore[misc]
 
     @torch.no_grad()
     def _backward_ended(self) -> None:
-        """The largest entry of every gradient so far, in one call; NaN or Inf of a micro-batch stays in their sum."""
+        """The norm of every gradient so far, in one call; NaN or Inf of a micro-batch stays in their sum."""
         if self._zero is None:
             return
         gradients = [self._zero if p.grad is None or p.grad.is_sparse else p.grad for _, p in self._trained]
-        # The largest entry: a sum of squares overflows where no entry does.
-        norms = list(torch._foreach_norm(gradients, math.inf))
+        # In float32, as the norm that Trainer clips by: float16's own would overflow where no entry does.
+        norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32))
         if len({(n.device, n.dtype) for n in norms}) > 1:
             norms = [n.to(self._flags.device, torch.float32) for n in norms]
         self._norms = torch.stack(norms)
@@ -193,7 +199,7 @@ class HealthWatch(TrainerCallback):  # type: ignore[misc]
             "n_skipped_steps": self._skipped,
             "base_weights_with_grad": tuple(self._with_grad),
         }
-        self.history = history_frame(state.log_history, self._hidden)
+        self._log = state.log_history
 
 
 class _Copy:
