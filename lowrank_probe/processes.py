@@ -17,6 +17,14 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def meet(device_type: str) -> None:
+    """Let the processes find each other, over the CPU or their cards; before anything else here."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=device_type == "cpu")
+
+
 def wait() -> None:
     """Until all of them are here."""
     if count() > 1:

@@ -78,6 +78,7 @@ def train(
     plan = Plan(tuple(sorted(ranks)), tuple(targets), _seeds(seeds), tuple(variants))
     shape = _shape(directory)
     where = _device(device)
+    processes.meet(where.type)
     recipe = _checked(recipe or _default(shape, where), shape)
     modules = {group: _modules(shape, group, plan) for group in plan.targets}
     blocks, notes = _blocks(directory, Path(data), recipe, held_out, packing, shape)

@@ -83,13 +83,13 @@ def load_model(directory: Path) -> Any:
 
 
 def lora_config(fit: Fit, modules: tuple[Sequence[str], Sequence[str]], alpha: float) -> Any:
-    """PEFT's `LoraConfig` of a run."""
+    """PEFT's `LoraConfig` of a run; "all-linear" is left to PEFT, which has rules of its own for mixtures of experts."""
     from peft import LoraConfig
 
-    linear, parameters = modules
+    linear, parameters = modules if fit.targets != "all-linear" else ("all-linear", ())
     return LoraConfig(
         task_type="CAUSAL_LM", r=fit.rank, lora_alpha=alpha, lora_dropout=0.0,
-        target_modules=list(linear), target_parameters=list(parameters) or None,
+        target_modules=linear if isinstance(linear, str) else list(linear), target_parameters=list(parameters) or None,
         use_rslora=fit.method == "rslora", use_dora=fit.method == "dora",
         init_lora_weights="pissa" if fit.method == "pissa" else True,
     )  # fmt: skip

@@ -268,7 +268,7 @@ def test_two_processes_train_as_one(sides, tmp_path):
         str(script),
     ]
     done = subprocess.run(
-        [*command, *map(str, sides), str(tmp_path / "run")], capture_output=True, text=True, check=False,
+        [*command, *map(str, sides), str(tmp_path / "run")], capture_output=True, text=True, check=False, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
