@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from lowrank_probe.accelerators import find_accelerator
-from lowrank_probe.budget_fits import positions
 from lowrank_probe.budgets import Budget
 from lowrank_probe.figure_layers import button
 from lowrank_probe.figure_style import COLOURS, DASHES, INK, SYMBOLS, Spec, menu, numbers, spec, text
@@ -154,7 +153,7 @@ def _by_line(budgets: Sequence[Budget], what: str, usual: Sequence[int]) -> dict
             several and value is not None and (other == "seq" or one.counts.adapter)) else "")  # fmt: skip
         lines.setdefault(name, []).append(one)
     if max(len(line) for line in lines.values()) == 1:
-        limit = positions(budgets[0]) if what == "seq" else None
+        limit = budgets[0].positions if what == "seq" else None
         values = [value for value in usual if limit is None or value <= limit]
         lines = {name: [line[0].changed(**{what: value}) for value in values] for name, line in lines.items()}
     return {name: sorted(line, key=lambda one: getattr(one.step, what)) for name, line in lines.items()}

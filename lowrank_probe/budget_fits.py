@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 MOST_CARDS: Final = 65536
 MOST_SEQUENCES: Final = 2**20
 MOST_TOKENS: Final = 2**24
-# Where a config says how many positions the model has.
-_POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 
 
 def cards_by_stage(found: Budget, gpu: Accelerator) -> dict[int, int | None]:
@@ -41,14 +39,8 @@ def largest(found: Budget, what: str, gpu: Accelerator) -> int | None:
 
     A sequence has at most as many tokens as the model has positions. Needs a budget that knows its activations.
     """
-    most = MOST_SEQUENCES if what == "batch" else positions(found) or MOST_TOKENS
+    most = MOST_SEQUENCES if what == "batch" else found.positions or MOST_TOKENS
     return _most(most, gpu.usable_bytes, partial(found.total_at, what))
-
-
-def positions(found: Budget) -> int | None:
-    """How many positions the model's config says that it has."""
-    said = (found.shape.config.get(name) for name in _POSITIONS)
-    return next((value for value in said if isinstance(value, int) and value > 0), None)
 
 
 def smallest_card(found: Budget) -> Accelerator | None:

@@ -83,7 +83,9 @@ def print_budget(found: "Budget", gpu: Accelerator | None, explain: bool, price:
     out.print(words.on_cards(found, gpu or find_accelerator("H100")))
     _print_cards(out, found, [gpu] if gpu else [one for one in accelerators() if one.common], price)
     _print_mends(out, found)
-    out.print("; ".join(found.assumptions), style="dim")
+    out.print("; ".join(said for said in found.assumptions if said != found.caution), style="dim")
+    for said in words.cautions([found]):
+        out.print(f"note: {said}")
 
 
 def print_sweep(budgets: Sequence["Budget"], gpu: Accelerator | None) -> None:
@@ -208,6 +210,8 @@ def _print_mends(out: Console, found: "Budget") -> None:
 def _print_estimated(out: Console, budgets: Sequence["Budget"]) -> None:
     if said := words.estimated(budgets):
         out.print(printable(f"activations are an {said}"), style="dim")
+    for said in words.cautions(budgets):
+        out.print(f"note: {said}")
 
 
 def _count(n: int | None) -> str:

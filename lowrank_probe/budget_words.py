@@ -141,6 +141,11 @@ def qlora_against_lora(found: Budget) -> str:
     )
 
 
+def cautions(budgets: Sequence[Budget]) -> list[str]:
+    """What cannot be run as it is asked for, each once."""
+    return list(dict.fromkeys(one.caution for one in budgets if one.caution))
+
+
 def estimated(budgets: Sequence[Budget]) -> str:
     """Why the activations are an estimate; "" where none is."""
     return next((one.activations.estimated for one in budgets if one.activations), "")

@@ -22,6 +22,15 @@ from lowrank_probe.taped_estimates import EAGER
 from lowrank_probe.training_steps import Step
 
 SCHEMA_VERSION: Final = 1
+# Where a config says how many positions the model has.
+_POSITIONS: Final = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_sequence_length",
+    "seq_length",
+    "max_seq_len",
+)
 # What the comparison shows, in its order: method, precision, optimizer, and the recipe where it is a special one.
 COMPARED: Final[tuple[tuple[str, str, str, Recipe | None], ...]] = (
     ("full", "fp32", "adamw", None),
@@ -199,6 +208,26 @@ class Budget:
         return lines
 
     @property
+    def positions(self) -> int | None:
+        """How many positions the model's config says that it has; None where it says nothing, or they are relative."""
+        if any(weight.layer_type == "relative_attention_bias" for weight in self.shape.weights):
+            return None
+        config = self.shape.config
+        inner = config.get("text_config")
+        said = [part.get(name) for part in (config, inner) if isinstance(part, Mapping) for name in _POSITIONS]
+        return next((value for value in said if isinstance(value, int) and value > 0), None)
+
+    @property
+    def caution(self) -> str:
+        """What cannot be run as it is asked for; "" where all can."""
+        if self.step.seq is None or not self.positions or self.step.seq <= self.positions:
+            return ""
+        table = any(weight.layer_type == "position_embedding" for weight in self.shape.weights)
+        return f"{self.step.seq:,} tokens are more than the model's {self.positions:,} positions: " + (
+            "its table of them ends there, so it cannot run this" if table else "its config must be changed for that"
+        )
+
+    @property
     def _attention(self) -> str:
         eager = self.shape.model_type in EAGER
         return "eager (the only one that this model has)" if eager else "fused" if self.step.flash else "eager"
@@ -220,6 +249,8 @@ class Budget:
                 f"{self._attention} attention, {'chunked' if step.chunked_loss else 'whole'} loss, "
                 "gradients set to None between steps, no padding"
             )
+        if self.caution:
+            said.append(self.caution)
         if self.activations is not None and self.activations.estimated:
             said.append(self.activations.estimated)
         if step.method == "qlora":

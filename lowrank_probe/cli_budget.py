@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -28,16 +28,18 @@ def budget(
     method: Annotated[
         str | None, typer.Option(help="full, lora, qlora, dora, rslora; several: lora,full. Default: all compared.")
     ] = None,
-    rank: Annotated[str, typer.Option("--rank", "-r", help="A rank, or several: 4,8,16.")] = "16",
+    rank: Annotated[str | None, typer.Option("--rank", "-r", help="A rank, or several: 4,8,16. Default: 16.")] = None,
     targets: Annotated[
         list[str] | None,
         typer.Option(help="all-linear, everything, default, a layer type or a pattern; repeatable or a,b."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="bf16, mixed (fp32 master weights) or fp32.")] = "bf16",
+    precision: Annotated[
+        str | None, typer.Option(help="bf16 (the default), mixed (fp32 master weights) or fp32.")
+    ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="adamw (fused), adamw-foreach, adamw-8bit, sgd-momentum or sgd.")
-    ] = "adamw",
-    dtype: Annotated[str, typer.Option(help="Of the adapter in training: float32 or bfloat16.")] = "float32",
+        str | None, typer.Option(help="adamw (fused, the default), adamw-foreach, adamw-8bit, sgd-momentum or sgd.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the adapter in training: float32 or bfloat16.")] = None,
     seq: Annotated[
         str | None, typer.Option(help="Tokens a sequence, or several: 512,2048. Without: no activations.")
     ] = None,
@@ -71,29 +73,42 @@ def budget(
     the comparison, where none of its methods does.
     """
     methods = _methods(method)
-    ranks, seqs = _numbers(rank, "--rank"), _numbers(seq, "--seq") if seq is not None else [None]
+    ranks, seqs = _numbers(rank or "16", "--rank"), _numbers(seq, "--seq") if seq is not None else [None]
     if loss not in ("whole", "chunked"):
         raise typer.BadParameter(f"{loss!r}: expected whole or chunked", param_hint="--loss")
+    several = len(ranks) > 1 or len(seqs) > 1
+    compared = methods is None and not several
+    if compared:
+        _unused({"--precision": precision, "--optimizer": optimizer, "--explain": explain or None},
+                "the comparison of methods has recipes of its own; add --method, such as --method full")  # fmt: skip
+    elif explain and (several or len(methods or ()) > 1):
+        raise typer.BadParameter("explains one run: give one --method, --rank and --seq", param_hint="--explain")
+    if methods == ("full",):
+        _unused({"--rank": rank, "--targets": targets, "--dtype": dtype},
+                "is of an adapter, and full fine-tuning has none; leave it out, or give --method lora")  # fmt: skip
     from lowrank_probe import budget_fits, budgets
     from lowrank_probe.accelerators import find_accelerator
 
+    if seq is None:
+        said = {f"--batch {batch}": batch > 1, "--checkpointing": checkpointing, "--no-flash": not flash,
+                "--loss chunked": loss == "chunked"}  # fmt: skip
+        for option in (option for option, changed in said.items() if changed):
+            tell(f"note: {option} changes nothing without --seq, which activations need", quiet)
     card = find_accelerator(gpu) if gpu is not None else None
     wanted = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
     same: dict[str, Any] = {
         "rank": ranks[0], "targets": wanted, "seq": seqs[0], "batch": batch, "checkpointing": checkpointing,
-        "flash": flash, "chunked_loss": loss == "chunked", "adapter_dtype": dtype, "gpus": gpus, "zero": zero,
-        "fsdp": fsdp,
+        "flash": flash, "chunked_loss": loss == "chunked", "adapter_dtype": dtype or "float32", "gpus": gpus,
+        "zero": zero, "fsdp": fsdp,
     }  # fmt: skip
-    swept = len(ranks) > 1 or len(seqs) > 1
-    compared = methods is None and not swept
     shape, n_parameters, name = budgets.resolve(model, params, like)
 
     def made(seqs: Sequence[int | None]) -> "tuple[Budget, ...]":
         if compared:
             return budgets.compare(shape, n_parameters=n_parameters, name=name, **same | {"seq": seqs[0]})
         return budgets.sweep(
-            shape, methods or ("lora",), ranks, seqs, n_parameters, name, precision=precision, optimizer=optimizer,
-            **same,
+            shape, methods or ("lora",), ranks, seqs, n_parameters, name, precision=precision or "bf16",
+            optimizer=optimizer or "adamw", **same,
         )  # fmt: skip
 
     try:
@@ -158,6 +173,13 @@ def _measured(found: "tuple[Budget, ...]", compared: bool, seqs: "Sequence[int |
     from lowrank_probe.budget_measured import measured_step
 
     return measured_step(found[0], seqs[0])
+
+
+def _unused(given: Mapping[str, object], why: str) -> None:
+    """A usage error for the first option that was given and means nothing here."""
+    for option, value in given.items():
+        if value is not None:
+            raise typer.BadParameter(why, param_hint=option)
 
 
 def _methods(text: str | None) -> tuple[str, ...] | None:

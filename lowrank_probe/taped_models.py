@@ -12,6 +12,7 @@ autocast_mode.cpp, transformers/cuda/attention.cu).
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from lowrank_probe.errors import NoFormulaError
@@ -48,6 +49,9 @@ class TapedModel:
         self.adapter = 2 if step.adapter_dtype == "bfloat16" else 4
         # A stack of experts may have a bias of the same layer type.
         self.weights = {weight.layer_type: weight for weight in sorted(shape.weights, key=lambda one: len(one.shape))}
+        if shape.tied_embeddings and "embedding" in self.weights:  # headers have no tensor of a tied head
+            table = replace(self.weights["embedding"], layer_type="lm_head", tied=True)
+            self.weights.setdefault("lm_head", table)
         self.adapted = {weight.name: weight for weight in _everywhere(shape, step)}
         self.layer_norms = any(weight.kind == "norm" and weight.bias for weight in shape.weights)
         self.gemma = shape.model_type.startswith("gemma")

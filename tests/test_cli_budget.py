@@ -215,11 +215,41 @@ def test_bad_input_is_one_line(models, options, words):
 
 
 @pytest.mark.parametrize("options", [["--method", "ia3"], ["--rank", "a"], ["--seq", "1k"], ["--loss", "half"],
-                                     ["--batch", "0"], ["--zero", "4"], ["--measure"]])  # fmt: skip
+                                     ["--batch", "0"], ["--zero", "4"], ["--measure"], ["--precision", "mixed"],
+                                     ["--optimizer", "sgd"], ["--explain"], ["--explain", "--rank", "4,8"],
+                                     ["--method", "full", "--rank", "8"], ["--method", "full", "--targets", "q"],
+                                     ["--method", "full", "--dtype", "bfloat16"]])  # fmt: skip
 def test_wrong_usage_is_exit_2(models, options):
     stdout, stderr = probe("budget", models / "8b", *options, code=2)
     assert stdout == ""
     assert "Invalid value" in stderr
+
+
+def test_a_list_of_ranks_is_loras_and_takes_its_precision(models):
+    stdout, _ = probe("budget", models / "tiny", "--rank", "4,8", "--optimizer", "sgd", "--precision", "fp32", "--json")
+    assert {(one["method"], one["optimizer"], one["precision"]) for one in json.loads(stdout)["budgets"]} == {
+        ("lora", "sgd", "fp32")
+    }
+
+
+def test_what_only_activations_need_is_told_without_a_sequence(models):
+    _, stderr = probe("budget", models / "tiny", "--batch", "4", "--no-flash")
+    assert "note: --batch 4 changes nothing without --seq" in stderr
+    assert "note: --no-flash changes nothing" in stderr
+    assert probe("budget", models / "tiny", "--batch", "4", "--quiet")[1] == ""
+
+
+def test_more_tokens_than_positions_are_told(models, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"model_type": "gpt2", "vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    ))  # fmt: skip
+    for model, seq, words in (
+        (models / "8b", "8193", "its config must be changed"),
+        (tmp_path, "65", "cannot run this"),
+    ):
+        for options in ([], ["--method", "lora"], ["--rank", "4,8"]):
+            assert words in " ".join(probe("budget", model, "--seq", seq, *options)[0].split())
+    assert "positions:" not in probe("budget", models / "8b", "--seq", "8192")[0]
 
 
 def test_a_config_without_what_is_needed_names_it(tmp_path):
