@@ -26,9 +26,10 @@ from lowrank_probe.training_steps import PHASES, Step
 
 STATES: Final = "states"
 
-# Not known beforehand, hence a reserve: the CUDA context with the libraries' workspaces, and what the allocator holds
-# without using it (2 to 7 % in PEFT's published runs; QLoRA was 10 to 16 % above this sum in a published curve).
-CONTEXT: Final = 600 * 2**20
+# Not known beforehand, hence a reserve: the CUDA context (as measured on one H200, docs/benchmarks-budget-gpu.md; other
+# cards were not measured), and what the allocator holds without using it (2 to 7 % in PEFT's published runs; QLoRA was
+# 10 to 16 % above this sum in a published curve).
+CONTEXT: Final = 767 * 2**20
 FRAGMENTATION: Final = 0.05
 QLORA_FRAGMENTATION: Final = 0.16
 
@@ -225,7 +226,7 @@ def _reserve(made: list[Component], step: Step, phases: Iterable[str]) -> Compon
     share = QLORA_FRAGMENTATION if step.method == "qlora" else FRAGMENTATION
     at = {phase: round(CONTEXT + share * sum(one.at[phase] for one in made)) for phase in phases}
     why = "QLoRA took 10 to 16 % more than this sum in a published curve" if step.method == "qlora" else (
-        "the allocator held 2 to 7 % more than it used in PEFT's published runs, 2 to 25 % on an H200, where the "
-        "context took 767 MiB"
+        "the allocator held 2 to 7 % more than it used in PEFT's published runs, 2 to 25 % on an H200"
     )  # fmt: skip
+    why = f"the context as measured on one H200 (other cards: not measured); {why}"
     return Component("reserve", at, f"{CONTEXT // 2**20} MiB CUDA context + {100 * share:.0f} % of the rest", why)

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from lowrank_probe import budget_words as words
 from lowrank_probe.accelerators import Accelerator, accelerators, find_accelerator
+from lowrank_probe.budget_components import CONTEXT, FRAGMENTATION, QLORA_FRAGMENTATION
 from lowrank_probe.budget_fits import cards_by_stage, largest, least_cards, mends, smallest_card, storage
 from lowrank_probe.budget_measured import beside, measured_total
 from lowrank_probe.console import console, plain_table
@@ -44,7 +45,8 @@ def print_comparison(budgets: Sequence["Budget"], gpu: Accelerator | None) -> No
     else:
         out.print(
             "GB, GiB: weights, gradients and optimizer states. Not in it: activations and logits, unknown without "
-            "--seq and --batch, and a reserve, which the cards have beside them: 600 MiB and 5 % (QLoRA 16 %).",
+            "--seq and --batch, and a reserve, which the cards have beside them: "
+            f"{CONTEXT // 2**20} MiB and {FRAGMENTATION:.0%} (QLoRA {QLORA_FRAGMENTATION:.0%}).".replace("%", " %"),
             style="dim",
         )
     out.print(
