@@ -14,7 +14,7 @@ from lowrank_probe.budget_measured import beside, measured_total
 from lowrank_probe.budgets import SCHEMA_VERSION, Budget
 
 if TYPE_CHECKING:
-    from lowrank_probe.measuring import Measured
+    from lowrank_probe.training_steps import Measured
 
 MOST_CARDS: Final = 65536
 MOST_SEQUENCES: Final = 2**20

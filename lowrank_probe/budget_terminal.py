@@ -15,7 +15,7 @@ from lowrank_probe.errors import printable
 
 if TYPE_CHECKING:
     from lowrank_probe.budgets import Budget
-    from lowrank_probe.measuring import Measured
+    from lowrank_probe.training_steps import Measured
 
 
 def print_comparison(budgets: Sequence["Budget"], gpu: Accelerator | None) -> None:

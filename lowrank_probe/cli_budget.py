@@ -14,7 +14,7 @@ from lowrank_probe.errors import NoFormulaError
 if TYPE_CHECKING:
     from lowrank_probe.accelerators import Accelerator
     from lowrank_probe.budgets import Budget
-    from lowrank_probe.measuring import Measured
+    from lowrank_probe.training_steps import Measured
 
 METHODS: Final = ("full", "lora", "qlora", "dora", "rslora")
 
@@ -120,9 +120,9 @@ def budget(
         tell(f"note: {str(error).partition(';')[0]}: only the measurement knows them", quiet)
     measured = _measured(found, compared, seqs, measure)
     if out is not None:
-        from lowrank_probe import budget_reports
+        from lowrank_probe.budget_runs import BudgetRun
 
-        budget_reports.save(found, out, storage)
+        BudgetRun(found, measured, storage).save(out)
     if as_json:
         print(json.dumps(budget_fits.told(found, card, price, storage, measured), ensure_ascii=False))  # noqa: T201
     else:

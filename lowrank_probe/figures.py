@@ -36,6 +36,7 @@ from lowrank_probe.runs import Result
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from lowrank_probe.budget_runs import BudgetRun
     from lowrank_probe.trajectory_runs import Trajectory
 
 FORMATS: Final = ("svg", "png")
@@ -150,7 +151,7 @@ def check_writable(directory: str | os.PathLike[str]) -> None:
         )
 
 
-def write(found: "Result | Trajectory | Extraction", directory: str | os.PathLike[str]) -> list[Path]:
+def write(found: "Result | Trajectory | Extraction | BudgetRun", directory: str | os.PathLike[str]) -> list[Path]:
     """Write every figure of the report as <name>.svg and <name>.png, on white; returns the paths.
 
     Those of a trajectory's steps go to <label>/ below its own.
@@ -197,7 +198,7 @@ def _jobs(figures: Mapping[str, Spec], root: Path) -> Iterable[dict[str, Any]]:
             yield {"fig": {"data": spec["data"], "layout": layout}, "path": path, "opts": {"format": form, **size}}
 
 
-def _all_jobs(found: "Result | Trajectory | Extraction", root: Path) -> Iterable[dict[str, Any]]:
+def _all_jobs(found: "Result | Trajectory | Extraction | BudgetRun", root: Path) -> Iterable[dict[str, Any]]:
     if isinstance(found, Result):
         return _jobs(specs(found), root)
     figures = {name: figure.to_plotly_json() for name, figure in found.figures.items()}
@@ -205,5 +206,7 @@ def _all_jobs(found: "Result | Trajectory | Extraction", root: Path) -> Iterable
         layout = spec["layout"]
         for menu in layout.get("updatemenus", ()):  # a written figure has none: say what it would have shown as chosen
             layout["title"]["text"] += f" ({menu['buttons'][menu['active']]['label']})"
-    steps = [] if isinstance(found, Extraction) else found.results.items()
+    from lowrank_probe.budget_runs import BudgetRun
+
+    steps = [] if isinstance(found, Extraction | BudgetRun) else found.results.items()
     return chain(_jobs(figures, root), *(_jobs(specs(result), root / label) for label, result in steps))

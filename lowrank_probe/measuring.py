@@ -9,7 +9,6 @@ import contextlib
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -22,7 +21,7 @@ from lowrank_probe.as_on_cuda import AsOnCuda
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.storages import LiveStorages
 from lowrank_probe.trainable_models import trainable_model
-from lowrank_probe.training_steps import CHUNKS, COMPONENTS, PHASES, Step
+from lowrank_probe.training_steps import CHUNKS, COMPONENTS, PHASES, Measured, Step
 
 _OPTIMIZERS: Final[Mapping[str, tuple[Any, dict[str, Any]]]] = {
     "adamw": (torch.optim.AdamW, {"fused": True}),
@@ -31,32 +30,6 @@ _OPTIMIZERS: Final[Mapping[str, tuple[Any, dict[str, Any]]]] = {
     "sgd": (torch.optim.SGD, {"foreach": True}),
     "sgd-momentum": (torch.optim.SGD, {"momentum": 0.9, "foreach": True}),
 }
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One step's peaks in bytes.
-
-    how: "fake tensors", or the GPU's name. peaks: phase → bytes. components: phase → component → bytes at that moment:
-    weights, adapter, gradients, optimizer, inputs and those of `COMPONENTS`; on a GPU, where only sums are known, what
-    is there before the step, and "the rest". n_trainable, n_parameters: entries. seconds: for the whole measurement.
-    """
-
-    how: str
-    peaks: Mapping[str, int]
-    components: Mapping[str, Mapping[str, int]]
-    n_trainable: int
-    n_parameters: int
-    seconds: float
-
-    @property
-    def phase(self) -> str:
-        """The phase that peaks."""
-        return max(self.peaks, key=lambda phase: self.peaks[phase])
-
-    @property
-    def peak(self) -> int:
-        return self.peaks[self.phase]
 
 
 def measure_fake(config: Mapping[str, Any], step: Step) -> Measured:
@@ -87,7 +60,15 @@ def measure_fake(config: Mapping[str, Any], step: Step) -> Measured:
             hook.remove()
     peaks = {phase: tracker.peaks[phase].n_bytes for phase in PHASES}
     parts = {phase: {k: v for k, v in tracker.peaks[phase].parts.items() if v} for phase in PHASES}
-    return Measured(f"fake tensors{_attention(run, step)}", peaks, parts, *run.sizes(), time.perf_counter() - started)
+    return Measured(
+        f"fake tensors{_attention(run, step)}",
+        peaks,
+        parts,
+        *run.sizes(),
+        time.perf_counter() - started,
+        step.batch,
+        step.seq,
+    )
 
 
 def measure_cuda(config: Mapping[str, Any], step: Step) -> Measured:
@@ -119,7 +100,7 @@ def measure_cuda(config: Mapping[str, Any], step: Step) -> Measured:
         raise ProbeError(f"out of memory on {torch.cuda.get_device_name()}: {str(error).splitlines()[0]}") from error
     parts = {phase: {"before the step": before, "the rest": peak - before} for phase, peak in peaks.items()}
     how = f"{torch.cuda.get_device_name()}{_attention(run, step)}"
-    return Measured(how, peaks, parts, *run.sizes(), time.perf_counter() - started)
+    return Measured(how, peaks, parts, *run.sizes(), time.perf_counter() - started, step.batch, step.seq)
 
 
 def _attention(run: "_Run", step: Step) -> str:

@@ -91,6 +91,7 @@ def report(
     `ProbeError` where the figures cannot be drawn.
     """
     from lowrank_probe import extraction_reports, trajectory_reports
+    from lowrank_probe.budget_runs import BudgetRun
 
     root = Path(run_dir).absolute()
     root = extraction_directory(root) or root
@@ -99,6 +100,8 @@ def report(
         pages = {root: render(found)}
     elif isinstance(found, Extraction):
         pages = {root: extraction_reports.render(found)}
+    elif isinstance(found, BudgetRun):
+        pages = {root: found.page()}
     else:
         pages = {root / label: render(result) for label, result in found.results.items()}
         pages[root] = trajectory_reports.render(found)

@@ -26,6 +26,7 @@ from lowrank_probe.outputs import check_writable, write_directory
 from lowrank_probe.verdicts import summarise
 
 if TYPE_CHECKING:
+    from lowrank_probe.budget_runs import BudgetRun
     from lowrank_probe.extraction_runs import Extraction
     from lowrank_probe.trajectory_runs import Trajectory
 
@@ -128,8 +129,9 @@ def notebook_html(lines: Sequence[str], table: pd.DataFrame) -> str:
     return said + shown
 
 
-def load(directory: str | os.PathLike[str]) -> "Result | Trajectory | Extraction":
-    """Read a run directory back: the `Result` of a pair, the `Trajectory` of several steps, or an `Extraction`.
+def load(directory: str | os.PathLike[str]) -> "Result | Trajectory | Extraction | BudgetRun":
+    """Read a run directory back: the `Result` of a pair, the `Trajectory` of several steps, an `Extraction` or a
+    `BudgetRun`.
 
     Raises `CheckpointError` where it is none, a file is not as it was written, or a newer version wrote it.
     """
@@ -138,6 +140,10 @@ def load(directory: str | os.PathLike[str]) -> "Result | Trajectory | Extraction
     root = Path(directory)
     if (root / trajectory_runs.FACTS).exists():
         return trajectory_runs.load_trajectory(root)
+    if (root / "budget.json").exists():
+        from lowrank_probe.budget_runs import BudgetRun
+
+        return BudgetRun.load(root)
     if extraction_runs.extraction_directory(root):
         return extraction_runs.Extraction.load(root)
     return load_result(root)

@@ -1,9 +1,10 @@
-"""One training step: what of it decides how much memory it needs. Read by the closed forms and by the measurements.
+"""One training step: what of it decides how much memory it needs, and what was measured of it.
 
-It imports nothing heavy, and says nothing of the model: that is a `ModelShape`, or a config.
+The closed forms and the measurements read it. It imports nothing heavy, and says
+nothing of the model: that is a `ModelShape`, or a config.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -71,3 +72,32 @@ class Step:
     def adapted(self) -> bool:
         """Whether an adapter is trained over frozen weights."""
         return self.method != "full"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One step's peaks in bytes.
+
+    how: "fake tensors", or the GPU's name. peaks: phase → bytes. components: phase → component → bytes at that moment:
+    weights, adapter, gradients, optimizer, inputs and those of `COMPONENTS`; on a GPU, where only sums are known, what
+    is there before the step, and "the rest". n_trainable, n_parameters: entries. seconds: for the whole measurement. batch,
+    seq: of the step.
+    """
+
+    how: str
+    peaks: Mapping[str, int]
+    components: Mapping[str, Mapping[str, int]]
+    n_trainable: int
+    n_parameters: int
+    seconds: float
+    batch: int = 1
+    seq: int | None = None
+
+    @property
+    def phase(self) -> str:
+        """The phase that peaks."""
+        return max(self.peaks, key=lambda phase: self.peaks[phase])
+
+    @property
+    def peak(self) -> int:
+        return self.peaks[self.phase]

@@ -119,5 +119,5 @@ def test_hostile_names_stay_text(budgets):
 def test_a_directory_that_is_not_empty_is_left_alone(budgets, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="is not empty"):
-        budget_reports.save(budgets[:1], tmp_path)
+        lp.BudgetRun(budgets[:1]).save(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
