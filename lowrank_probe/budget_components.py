@@ -13,8 +13,10 @@ from lowrank_probe.activations import Activations
 from lowrank_probe.budget_counts import Counts
 from lowrank_probe.recipes import (
     EIGHT_BIT,
+    NF4_ABSMAX,
     NF4_CODES,
     NF4_DOUBLE_ABSMAX,
+    NF4_DOUBLE_TENSOR,
     NF4_SOURCE,
     NF4_TENSOR,
     ZERO_PAPER,
@@ -118,9 +120,11 @@ def _frozen(counts: Counts, step: Step, sharding: Sharding) -> list[Part]:
             "weights", share * (NF4_CODES * codes + 2 * rest),
             f"({NF4_CODES:g} B × {codes:,} in 4 bits + 2 B × {rest:,} loaded in bf16){over}", NF4_SOURCE,
         ))  # fmt: skip
+        absmax, tensor = (NF4_DOUBLE_ABSMAX, NF4_DOUBLE_TENSOR) if step.double_quant else (NF4_ABSMAX, NF4_TENSOR)
+        doubled = "with double quantization" if step.double_quant else "without double quantization"
         parts.append((
-            "quantization constants", NF4_DOUBLE_ABSMAX * codes + NF4_TENSOR * counts.n_quantizable,
-            f"{NF4_DOUBLE_ABSMAX:.5f} B × {codes:,} + {NF4_TENSOR:,} B × {counts.n_quantizable} tensors", NF4_SOURCE,
+            "quantization constants", absmax * codes + tensor * counts.n_quantizable,
+            f"{absmax:.5g} B × {codes:,} + {tensor:,} B × {counts.n_quantizable} tensors", f"{NF4_SOURCE}, {doubled}",
         ))  # fmt: skip
         parts.append((
             "fp32 upcasts", share * 2 * rest, f"2 B × {rest:,} more: {stacks}tables, output head, norms, biases{over}",

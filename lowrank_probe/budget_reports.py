@@ -67,7 +67,8 @@ def runs_table(budgets: Sequence[Budget]) -> pd.DataFrame:
             "bytes_per_trained": one.recipe.total - one.recipe.optimizer + one.optimizer_each,
             "bytes_per_frozen": one.frozen_each, "state_bytes": one.state_bytes, "peak_phase": one.peak_phase,
             "total_bytes": one.total_bytes, "total_gib": one.total_bytes / 2**30, "total_gb": one.total_bytes / 1e9,
-            "adapter_file_bytes": one.adapter_file_bytes or None, "smallest_card": small.label if small else "",
+            "adapter_file_bytes": one.adapter_file_bytes or None,
+            "smallest_card": words.card(one, small) if small else "",
             "source": one.recipe.source,
         })  # fmt: skip
     return pd.DataFrame(rows, columns=list(BUDGET)).astype(
@@ -92,7 +93,8 @@ def cards_table(budgets: Sequence[Budget]) -> pd.DataFrame:
     for name, one in zip(run_names(budgets), budgets, strict=True):
         for card in accelerators():
             stages = cards_by_stage(one, card)
-            row = {"card": card.label, "run": name, "usable_gib": card.usable_bytes / 2**30, "fits": one.fits(card)}
+            row = {"card": words.card(one, card), "run": name, "usable_gib": card.usable_bytes / 2**30}
+            row |= {"bf16": card.bf16, "runs": one.runs_on(card), "fits": one.fits(card)}
             row |= {"usable_from": card.usable_from} | {f"stage_{stage}": stages[stage] for stage in (1, 2, 3)}
             if one.knows_activations and card.common:
                 row |= {f"largest_{what}": largest(one, what, card) for what in ("batch", "seq")}
@@ -139,7 +141,7 @@ def render(
                if any(part.name == word for one in budgets for part in one.components)],
         runs=[_run(name, one) for name, one in zip(names, budgets, strict=True)][:MAX_CARDS],
         left_out=max(0, len(budgets) - MAX_CARDS), known=first.knows_activations, legend=words.LEGEND,
-        sentences=sentences,
+        sentences=sentences, no_bf16=words.NO_BF16,
         on_cards=[f"{name}: {words.on_cards(one, h100)}" for name, one in zip(names, budgets, strict=True)]
         if len(budgets) <= MAX_SAID else [],
         figures=[page_figure(name, found, READING[name], False) for name, found in budget_specs(budgets).items()],
@@ -192,7 +194,7 @@ def _run(name: str, one: Budget) -> dict[str, Any]:
         "each": one.bytes_each, "recipe": one.recipe.name, "source": one.recipe.source,
         "trained": f"{one.counts.trained:,}", "states": f"{words.gb(one.state_bytes)} GB",
         "file": words.file_size(one.adapter_file_bytes) if one.counts.adapter else "–",
-        "card": small.label if small else "none",
+        "card": words.card(one, small) if small else "none",
     }  # fmt: skip
 
 

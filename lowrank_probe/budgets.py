@@ -168,9 +168,13 @@ class Budget:
         return f"{self.frozen_each:.3g} frozen; adapter {said}" if self.counts.adapter else said
 
     def fits(self, gpu: str | Accelerator) -> bool:
-        """Whether one card has room for it. Raises `ProbeError` for a GPU that is not known."""
+        """Whether one card has room for it, and can run it. Raises `ProbeError` for a GPU that is not known."""
         found = find_accelerator(gpu) if isinstance(gpu, str) else gpu
-        return self.total_bytes <= found.usable_bytes
+        return self.total_bytes <= found.usable_bytes and self.runs_on(found)
+
+    def runs_on(self, card: Accelerator) -> bool:
+        """Whether what the run needs exists there: 4-bit weights and 8-bit Adam need bitsandbytes' kernels."""
+        return card.bitsandbytes or not self.step.needs_bitsandbytes
 
     def changed(self, **what: Any) -> "Budget":
         """The budget of the same run with other values of its `Step`, such as `checkpointing=True`."""
@@ -255,7 +259,8 @@ class Budget:
             said.append(self.activations.estimated)
         if step.method == "qlora":
             said.append(
-                "QLoRA: all linear layers but the output head in 4 bits, everything else upcast to fp32 by "
+                "QLoRA: all linear layers but the output head in 4 bits"
+                f"{'' if step.double_quant else ' without double quantization'}, everything else upcast to fp32 by "
                 "prepare_model_for_kbit_training, under bf16 autocast; needs bitsandbytes, hence an NVIDIA or AMD GPU"
             )
             if self.counts.stacks:
@@ -280,6 +285,7 @@ class Budget:
             "precision": step.precision, "optimizer": step.optimizer, "batch": step.batch, "seq": step.seq,
             "checkpointing": step.checkpointing, "flash": step.flash, "chunked_loss": step.chunked_loss,
             "adapter_dtype": None if step.method == "full" else step.adapter_dtype,
+            "double_quant": step.double_quant if step.method == "qlora" else None,
             "sharding": {"gpus": self.sharding.gpus, "stage": self.sharding.stage, "library": self.sharding.library},
             "n_parameters": self.counts.total, "n_trainable": self.counts.trained,
             "adapter_file_bytes": self.adapter_file_bytes or None, "state_bytes": self.state_bytes,
@@ -315,6 +321,7 @@ def budget(
     flash: bool = True,
     chunked_loss: bool = False,
     adapter_dtype: str = "float32",
+    double_quant: bool = True,
     gpus: int = 1,
     zero: int | None = None,
     fsdp: int | None = None,
@@ -323,6 +330,7 @@ def budget(
 
     model: a directory, config.json, safetensors file, hub id, a config as a dict; or params, as 70e9, and a family.
     seq None: activations are not known and not in it. checkpointing None: off, but for QLoRA, as PEFT prepares it.
+    double_quant: of QLoRA's constants.
     zero, fsdp: the stage over `gpus` cards. Raises `ProbeError` for what cannot be: a size, a target, a stage.
 
     >>> found = budget(params=70e9, method="full", precision="fp32")
@@ -334,6 +342,7 @@ def budget(
         batch=batch, seq=seq, method=method, rank=rank, targets=targets, precision=precision,  # type: ignore[arg-type]
         optimizer=optimizer, checkpointing=method == "qlora" if checkpointing is None else checkpointing, flash=flash,
         chunked_loss=chunked_loss, adapter_dtype=adapter_dtype,  # type: ignore[arg-type]
+        double_quant=double_quant,
     )  # fmt: skip
     if method != "full":
         shape.lora_parameters(rank, targets, method == "dora")  # the errors of rank and targets

@@ -49,6 +49,9 @@ def budget(
     ] = None,
     flash: Annotated[bool, typer.Option("--flash/--no-flash", help="Fused attention, or scores of s².")] = True,
     loss: Annotated[str, typer.Option(help="whole, or chunked: head and loss in pieces.")] = "whole",
+    double_quant: Annotated[
+        bool | None, typer.Option("--double-quant/--no-double-quant", help="Of qlora's constants. Default: on.")
+    ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Cards.")] = 1,
     zero: Annotated[int | None, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage over --gpus.")] = None,
     fsdp: Annotated[int | None, typer.Option(min=2, max=3, help="PyTorch FSDP: 2 SHARD_GRAD_OP, 3 FULL_SHARD.")] = None,
@@ -86,6 +89,8 @@ def budget(
     if methods == ("full",):
         _unused({"--rank": rank, "--targets": targets, "--dtype": dtype},
                 "is of an adapter, and full fine-tuning has none; leave it out, or give --method lora")  # fmt: skip
+    if methods is not None and "qlora" not in methods:
+        _unused({"--double-quant": double_quant}, "is of 4-bit weights; leave it out, or give --method qlora")
     from lowrank_probe import budget_fits, budgets
     from lowrank_probe.accelerators import find_accelerator
 
@@ -98,8 +103,8 @@ def budget(
     wanted = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
     same: dict[str, Any] = {
         "rank": ranks[0], "targets": wanted, "seq": seqs[0], "batch": batch, "checkpointing": checkpointing,
-        "flash": flash, "chunked_loss": loss == "chunked", "adapter_dtype": dtype or "float32", "gpus": gpus,
-        "zero": zero, "fsdp": fsdp,
+        "flash": flash, "chunked_loss": loss == "chunked", "adapter_dtype": dtype or "float32",
+        "double_quant": double_quant is not False, "gpus": gpus, "zero": zero, "fsdp": fsdp,
     }  # fmt: skip
     shape, n_parameters, name = budgets.resolve(model, params, like)
 

@@ -37,7 +37,8 @@ class Step:
     bf16, over fp32 weights for `full` and over frozen bf16 ones for an adapter. "qlora" is always under autocast, over
     4-bit weights and all else in float32 (`prepare_model_for_kbit_training`, `Trainer(bf16=True)`). flash: PyTorch's
     fused attention against matrices of s² scores ("eager"). chunked_loss: head and loss in `CHUNKS` pieces.
-    held_outputs: the caller keeps the model's outputs, and so the logits, through the backward pass.
+    held_outputs: the caller keeps the model's outputs, and so the logits, through the backward pass. double_quant: of
+    qlora: the constants of its 4-bit weights are quantized too.
     """
 
     batch: int = 1
@@ -52,6 +53,7 @@ class Step:
     chunked_loss: bool = False
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     held_outputs: bool = False
+    double_quant: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq", "rank"):
@@ -69,6 +71,16 @@ class Step:
         return self.batch * self.seq
 
     @property
+    def needs_bitsandbytes(self) -> bool:
+        """Whether it takes 4-bit weights or 8-bit states, for which bitsandbytes has kernels."""
+        return self.method == "qlora" or self.optimizer == "adamw-8bit"
+
+    @property
+    def needs_bf16(self) -> bool:
+        """Whether anything is computed in bfloat16."""
+        return self.precision != "fp32" or self.method == "qlora"
+
+    @property
     def adapted(self) -> bool:
         """Whether an adapter is trained over frozen weights."""
         return self.method != "full"
@@ -80,8 +92,8 @@ class Measured:
 
     how: "fake tensors", or the GPU's name. peaks: phase → bytes. components: phase → component → bytes at that moment:
     weights, adapter, gradients, optimizer, inputs and those of `COMPONENTS`; on a GPU, where only sums are known, what
-    is there before the step, and "the rest". n_trainable, n_parameters: entries. seconds: for the whole measurement. batch,
-    seq: of the step.
+    is there before the step, and "the rest". n_trainable, n_parameters: entries. seconds: for the whole measurement.
+    batch, seq: of the step.
     """
 
     how: str

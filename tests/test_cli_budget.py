@@ -218,11 +218,29 @@ def test_bad_input_is_one_line(models, options, words):
                                      ["--batch", "0"], ["--zero", "4"], ["--measure"], ["--precision", "mixed"],
                                      ["--optimizer", "sgd"], ["--explain"], ["--explain", "--rank", "4,8"],
                                      ["--method", "full", "--rank", "8"], ["--method", "full", "--targets", "q"],
-                                     ["--method", "full", "--dtype", "bfloat16"]])  # fmt: skip
+                                     ["--method", "full", "--dtype", "bfloat16"],
+                                     ["--method", "lora", "--no-double-quant"]])  # fmt: skip
 def test_wrong_usage_is_exit_2(models, options):
     stdout, stderr = probe("budget", models / "8b", *options, code=2)
     assert stdout == ""
     assert "Invalid value" in stderr
+
+
+def test_cards_without_bf16_or_bitsandbytes_are_marked_everywhere(models, tmp_path):
+    qlora = ("budget", models / "tiny", "--method", "qlora", "--seq", "64")
+    stdout, _ = probe(*qlora, "--no-double-quant", "--out", tmp_path / "out")
+    assert "T4 (16 GB)†" in row(stdout, "T4")
+    assert " no‡" in row(stdout, "TPU v6e")
+    assert "†: no bf16 in hardware. ‡: no kernels of bitsandbytes" in " ".join(stdout.split())
+    assert "0.0625 B" in stdout
+    cards = pd.read_csv(tmp_path / "out" / "cards.csv").set_index("card")
+    assert not cards.loc["T4 (16 GB)†", "bf16"]
+    assert not cards.loc["TPU v6e (32 GB)", "runs"]
+    assert "†: no bf16 in hardware" in (tmp_path / "out" / "report.html").read_text()
+    told = json.loads(probe(*qlora, "--gpu", "TPU v6e", "--json", code=3)[0])
+    assert told["gpu"]["bitsandbytes"] is False
+    assert told["budgets"][0]["cards"][0]["runs"] is False
+    assert "†: no bf16 in hardware" in " ".join(probe("budget", models / "tiny")[0].split())
 
 
 def test_a_list_of_ranks_is_loras_and_takes_its_precision(models):
