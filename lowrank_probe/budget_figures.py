@@ -154,7 +154,8 @@ def _by_line(budgets: Sequence[Budget], what: str, usual: Sequence[int]) -> dict
         lines.setdefault(name, []).append(one)
     if max(len(line) for line in lines.values()) == 1:
         limit = budgets[0].positions if what == "seq" else None
-        values = [value for value in usual if limit is None or value <= limit]
+        few = {value for value in usual if limit is None or value <= limit}
+        values = sorted(few | {getattr(one.step, what) for one in budgets if getattr(one.step, what)})
         lines = {name: [line[0].changed(**{what: value}) for value in values] for name, line in lines.items()}
     return {name: sorted(line, key=lambda one: getattr(one.step, what)) for name, line in lines.items()}
 
