@@ -13,9 +13,10 @@ import pandas as pd
 from lowrank_probe import __version__
 from lowrank_probe import budget_words as words
 from lowrank_probe.accelerators import Accelerator, accelerators, find_accelerator
-from lowrank_probe.budget_figures import PARTS, budget_specs, run_names
+from lowrank_probe.budget_figures import PARTS, budget_specs
 from lowrank_probe.budget_fits import cards_by_stage, largest, mends, smallest_card, storage
 from lowrank_probe.budget_measured import beside, measured_total
+from lowrank_probe.budget_words import run_names
 from lowrank_probe.budgets import Budget
 from lowrank_probe.columns import BUDGET, BUDGET_CARDS, BUDGET_COMPONENTS
 from lowrank_probe.reports import flat_facts, page_environment, page_figure, page_table, plotly_js

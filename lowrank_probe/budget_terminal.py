@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lowrank_probe.training_steps import Measured
 
 
-def print_comparison(budgets: Sequence["Budget"], gpu: Accelerator | None) -> None:
+def print_comparison(budgets: Sequence["Budget"], gpu: Accelerator | None, price: float | None = None) -> None:
     """One line a method: bytes a parameter by component with its recipe, GB and GiB, adapter file, what holds it."""
     out, first = console(), budgets[-1]
     _print_model(out, first)
@@ -55,6 +55,7 @@ def print_comparison(budgets: Sequence["Budget"], gpu: Accelerator | None) -> No
         f"{words.bf16_note(budgets, [smallest_card(one) for one in budgets])}",
         style="dim",
     )
+    _print_prices(out, budgets, [one.label for one in budgets], card, price)
     if gpu is not None:
         for one in budgets:
             out.print(f"{one.label}: {words.on_cards(one, gpu)}")
@@ -91,7 +92,7 @@ def print_budget(found: "Budget", gpu: Accelerator | None, explain: bool, price:
         out.print(f"note: {said}")
 
 
-def print_sweep(budgets: Sequence["Budget"], gpu: Accelerator | None) -> None:
+def print_sweep(budgets: Sequence["Budget"], gpu: Accelerator | None, price: float | None = None) -> None:
     """One line a method, rank and sequence length: parameters, share, file, peak, and whether it fits."""
     out = console()
     _print_model(out, budgets[0], adapter=False)
@@ -117,6 +118,7 @@ def print_sweep(budgets: Sequence["Budget"], gpu: Accelerator | None) -> None:
         f"{words.bf16_note(budgets, [smallest_card(one) for one in budgets])}",
         style="dim",
     )
+    _print_prices(out, budgets, words.run_names(budgets), gpu or find_accelerator("H100"), price)
     _print_estimated(out, budgets)
 
 
@@ -212,6 +214,17 @@ def _print_mends(out: Console, found: "Budget", gpu: Accelerator | None) -> None
     for one in saved:
         table.add_row(one.name, one.option, _gib(one.saved_bytes), _gib(one.total_bytes))
     out.print(table)
+
+
+def _print_prices(
+    out: Console, budgets: Sequence["Budget"], names: Sequence[str], card: Accelerator, price: float | None
+) -> None:
+    """What each run costs an hour on as many of the cards as it takes."""
+    if price is None:
+        return
+    needed = ((name, least_cards(one, card)) for name, one in zip(names, budgets, strict=True))
+    told = (f"{name} {'–' if n is None else f'{n} × {price:g} = {n * price:,.2f}'}" for name, n in needed)
+    out.print(f"price an hour on {card.label}: {' · '.join(told)}")
 
 
 def _print_estimated(out: Console, budgets: Sequence["Budget"]) -> None:

@@ -41,6 +41,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.4f} %" if share < 0.1 else f"{100 * share:.1f} %"
 
 
+def run_names(budgets: Sequence[Budget]) -> list[str]:
+    """A name for each run: its label, with what else differs among them."""
+    several = {
+        "r": len({one.step.rank for one in budgets if one.counts.adapter}) > 1,
+        "s": len({one.step.seq for one in budgets}) > 1,
+    }
+    names = []
+    for one in budgets:
+        rank = f", r={one.step.rank}" if several["r"] and one.counts.adapter else ""
+        names.append(one.label + rank + (f", {one.step.seq:,} tokens" if several["s"] else ""))
+    return names
+
+
 def trained(found: Budget) -> str:
     """How many parameters are trained, and the share of all, which includes the adapter's own."""
     counts = found.counts

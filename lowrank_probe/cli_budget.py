@@ -147,9 +147,9 @@ def _show(
     from lowrank_probe import budget_terminal as terminal
 
     if compared:
-        terminal.print_comparison(found, card)
+        terminal.print_comparison(found, card, price)
     elif len(found) > 1:
-        terminal.print_sweep(found, card)
+        terminal.print_sweep(found, card, price)
     else:
         terminal.print_budget(found[0], card, explain, price)
     if storage is not None:

@@ -10,7 +10,8 @@ from test_reports import HOSTILE, data, without_scripts
 import lowrank_probe as lp
 from lowrank_probe import budget_reports, columns
 from lowrank_probe.accelerators import accelerators, find_accelerator
-from lowrank_probe.budget_figures import PARTS, bars_spec, budget_specs, phases_spec, rank_spec, run_names, seq_spec
+from lowrank_probe.budget_figures import PARTS, bars_spec, budget_specs, phases_spec, rank_spec, seq_spec
+from lowrank_probe.budget_words import run_names
 from lowrank_probe.budgets import compare, sweep
 from lowrank_probe.errors import OutputError
 
@@ -80,6 +81,12 @@ def test_without_a_sequence_there_are_no_phases():
         "full, pure bf16 Adam, 32 tokens", "full, pure bf16 Adam, 64 tokens", "lora, bf16 base, r=4, 32 tokens",
         "lora, bf16 base, r=4, 64 tokens", "lora, bf16 base, r=8, 32 tokens", "lora, bf16 base, r=8, 64 tokens",
     ]  # fmt: skip
+
+
+def test_a_model_of_few_positions_has_its_own_lengths():
+    found = lp.budget({**TINY, "max_position_embeddings": 128}, seq=48, rank=3)
+    assert seq_spec([found])["data"][0]["x"] == [48, 128]
+    assert 3 in rank_spec([found])["data"][0]["x"]
 
 
 def test_the_tables_are_documented_and_complete(budgets):

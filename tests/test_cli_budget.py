@@ -257,6 +257,14 @@ def test_what_only_activations_need_is_told_without_a_sequence(models):
     assert probe("budget", models / "tiny", "--batch", "4", "--quiet")[1] == ""
 
 
+def test_a_price_is_told_of_every_run(models):
+    stdout, _ = probe("budget", models / "tiny", "--price", "2.5")
+    assert stdout.count("1 × 2.5 = 2.50") == 7
+    assert (
+        "lora, bf16 base, r=8 1 × 2.5 = 2.50" in probe("budget", models / "tiny", "--rank", "4,8", "--price", "2.5")[0]
+    )
+
+
 def test_more_tokens_than_positions_are_told(models, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(
         {"model_type": "gpt2", "vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
