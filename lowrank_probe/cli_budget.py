@@ -24,7 +24,9 @@ def budget(
         str | None, typer.Argument(help="A directory, config.json, safetensors file or hub id; or --params.")
     ] = None,
     params: Annotated[str | None, typer.Option(help="A model's size instead of a model: 70B, 7e9, 135M.")] = None,
-    like: Annotated[str, typer.Option(help="The family whose proportions a model of that size has.")] = "llama",
+    like: Annotated[
+        str | None, typer.Option(help="The family whose proportions a model of that size has. Default: llama.")
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="full, lora, qlora, dora, rslora; several: lora,full. Default: all compared.")
     ] = None,
@@ -52,15 +54,15 @@ def budget(
     double_quant: Annotated[
         bool | None, typer.Option("--double-quant/--no-double-quant", help="Of qlora's constants. Default: on.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Cards.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=65536, help="Cards.")] = 1,
     zero: Annotated[int | None, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage over --gpus.")] = None,
     fsdp: Annotated[int | None, typer.Option(min=2, max=3, help="PyTorch FSDP: 2 SHARD_GRAD_OP, 3 FULL_SHARD.")] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Does it fit on one? H100, 4090, MI300X, 48GB, …; exit 3 where it does not.")
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one card an hour, to multiply by.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, max=1e9, help="Of one card an hour, to multiply by.")] = None,
     storage: Annotated[
-        int | None, typer.Option(min=1, help="That many tuned variants on disk: full or adapters.")
+        int | None, typer.Option(min=1, max=10**9, help="That many tuned variants on disk: full or adapters.")
     ] = None,
     explain: Annotated[bool, typer.Option(help="Every formula with its source.")] = False,
     measure: Annotated[bool, typer.Option(help="Measure one real step: on a GPU, else by fake tensors.")] = False,
@@ -76,7 +78,10 @@ def budget(
     the comparison, where none of its methods does.
     """
     methods = _methods(method)
-    ranks, seqs = _numbers(rank or "16", "--rank"), _numbers(seq, "--seq") if seq is not None else [None]
+    ranks, seqs = (
+        _numbers("16" if rank is None else rank, "--rank"),
+        _numbers(seq, "--seq") if seq is not None else [None],
+    )
     if loss not in ("whole", "chunked"):
         raise typer.BadParameter(f"{loss!r}: expected whole or chunked", param_hint="--loss")
     several = len(ranks) > 1 or len(seqs) > 1
@@ -86,6 +91,10 @@ def budget(
                 "the comparison of methods has recipes of its own; add --method, such as --method full")  # fmt: skip
     elif explain and (several or len(methods or ()) > 1):
         raise typer.BadParameter("explains one run: give one --method, --rank and --seq", param_hint="--explain")
+    if params is None:
+        _unused({"--like": like}, "is of a size; leave it out, or give --params in place of the model")
+    if methods == ("qlora",):
+        _unused({"--precision": precision}, "QLoRA computes in bf16 and keeps all else in fp32; leave it out")
     if methods == ("full",):
         _unused({"--rank": rank, "--targets": targets, "--dtype": dtype},
                 "is of an adapter, and full fine-tuning has none; leave it out, or give --method lora")  # fmt: skip
@@ -106,7 +115,7 @@ def budget(
         "flash": flash, "chunked_loss": loss == "chunked", "adapter_dtype": dtype or "float32",
         "double_quant": double_quant is not False, "gpus": gpus, "zero": zero, "fsdp": fsdp,
     }  # fmt: skip
-    shape, n_parameters, name = budgets.resolve(model, params, like)
+    shape, n_parameters, name = budgets.resolve(model, params, like or "llama")
 
     def made(seqs: Sequence[int | None]) -> "tuple[Budget, ...]":
         if compared:
@@ -190,7 +199,7 @@ def _unused(given: Mapping[str, object], why: str) -> None:
 def _methods(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
-    names = tuple(one.strip() for one in text.split(","))
+    names = tuple(dict.fromkeys(one.strip() for one in text.split(",")))
     for name in names:
         if name not in METHODS:
             raise typer.BadParameter(f"{name!r}: expected one of {', '.join(METHODS)}", param_hint="--method")

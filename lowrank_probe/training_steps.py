@@ -21,6 +21,7 @@ CHUNKS: Final = 8
 # sums in its backward pass.
 LSE_ROWS: Final = 32
 ACCUMULATOR: Final = (128, 32)
+_MOST: Final = {"batch": 2**24, "seq": 2**24, "rank": 10**6}  # more is a typing error
 
 
 def up(n: int, multiple: int) -> int:
@@ -56,9 +57,11 @@ class Step:
     double_quant: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch", "seq", "rank"):
+        for name, most in _MOST.items():
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ProbeError(f"{name}: expected 1 or more, found {value}")
+            if value is not None and value > most:
+                raise ProbeError(f"{name}: expected at most {most:,}, found {value}")
         for name, allowed in (("method", get_args(Method)), ("precision", get_args(Precision))):
             if (value := getattr(self, name)) not in allowed:
                 raise ProbeError(f"{name}: expected one of {', '.join(allowed)}, found {value}")

@@ -197,7 +197,8 @@ def test_an_estimate_is_marked(models, tmp_path):
         (["--params", "7B", "--like", "mamba"], ["mamba", "llama"]), (["{}/8b", "--params", "7B"], ["one of the two"]),
         (["{}/nothing"], ["no such file or directory"]),
         (["{}/8b", "--targets", "foo"], ["foo", "q_proj", "all-linear"]),
-        (["{}/8b", "--rank", "0"], ["rank", "found 0"]),
+        (["{}/8b", "--rank", "0"], ["rank", "found 0"]), (["{}/8b", "--rank", "9" * 20], ["at most 1,000,000"]),
+        (["{}/8b", "--seq", "9" * 20], ["seq", "at most"]),
         (["{}/8b", "--gpu", "H10"], ["'H10' is not known; nearest: ", "H100"]),
         (["{}/8b", "--zero", "3"], ["--zero 3", "--gpus"]),
         (["{}/8b", "--zero", "1", "--fsdp", "2", "--gpus", "2"], ["one of"]),
@@ -219,7 +220,9 @@ def test_bad_input_is_one_line(models, options, words):
                                      ["--optimizer", "sgd"], ["--explain"], ["--explain", "--rank", "4,8"],
                                      ["--method", "full", "--rank", "8"], ["--method", "full", "--targets", "q"],
                                      ["--method", "full", "--dtype", "bfloat16"],
-                                     ["--method", "lora", "--no-double-quant"]])  # fmt: skip
+                                     ["--method", "lora", "--no-double-quant"], ["--rank", ""],
+                                     ["--like", "llama"], ["--price", "inf"], ["--price", "nan"],
+                                     ["--method", "qlora", "--precision", "fp32"]])  # fmt: skip
 def test_wrong_usage_is_exit_2(models, options):
     stdout, stderr = probe("budget", models / "8b", *options, code=2)
     assert stdout == ""
