@@ -23,6 +23,7 @@ from lowrank_probe.training_steps import Step
 
 _ACTIVATIONS: Final = ("activation_function", "hidden_act", "feed_forward_proj")  # where a config names it
 _GELU_NEW: Final = ("gpt2", "gptj", "phi")  # model types whose config class has it where config.json says nothing
+_RELU: Final = ("opt", "t5")  # the same of ReLU
 # What takes its loss in the logits' own dtype: encoders, with a decoder or without.
 _NARROW: Final = ("ForMaskedLM", "ForConditionalGeneration")
 _NARROW_TYPES: Final = ("bert", "roberta", "distilbert", "t5")
@@ -227,11 +228,13 @@ class TapedModel:
         return self.tape.op([x], "h", x.item, [x, self._rows("h"), self._rows("h")], weight=weight)
 
     def activation(self, x: Array) -> Array:
-        """A nonlinearity: one kernel that saves its input, or "gelu_new" and "gelu_fast", written out in operators."""
+        """A nonlinearity: one kernel that saves its input, of "relu" its output; "gelu_new", "gelu_fast": operators."""
         tape, symbol = self.tape, x.symbol
         named = (self.config.get(name) for name in _ACTIVATIONS)
-        usual = "gelu_new" if self.shape.model_type in _GELU_NEW else ""
+        usual = "gelu_new" if self.shape.model_type in _GELU_NEW else "relu" if self.shape.model_type in _RELU else ""
         name = next(filter(None, named), usual)
+        if name == "relu":
+            return tape.op([x], symbol, x.item, saves_out=True)
         if name == "gelu_fast":
             return self._gelu_fast(x)
         if name not in ("gelu_new", "gated-gelu"):

@@ -206,6 +206,10 @@ ESTIMATED = {
     },
     "gemma2": {"model_type": "gemma2", **SAME, "head_dim": 32},
     "olmo2": {"model_type": "olmo2", **SAME},
+    "opt": {
+        "model_type": "opt", "vocab_size": 3000, "hidden_size": 256, "ffn_dim": 1024, "num_hidden_layers": 6,
+        "num_attention_heads": 8, "word_embed_proj_dim": 256,
+    },
     "deepseek_v3": {
         "model_type": "deepseek_v3", **SAME, **MIXTURE, "num_key_value_heads": 8, "n_routed_experts": 8,
         "q_lora_rank": 64, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32,
