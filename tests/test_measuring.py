@@ -12,6 +12,7 @@ from lowrank_probe.errors import ProbeError
 from lowrank_probe.measuring import measure_cuda, measure_fake
 from lowrank_probe.model_shapes import shape_of_config
 from lowrank_probe.storages import LiveStorages
+from lowrank_probe.trainable_models import trainable_model
 from lowrank_probe.training_steps import PHASES, Step
 
 LLAMA = {
@@ -144,7 +145,7 @@ def real_peaks(config, step):
     tracker = LiveStorages({})
     device = torch.device("cpu")
     with AsOnCuda():
-        run = measuring._Run(measuring._model(config, step, device), step, device)
+        run = measuring._Run(trainable_model(config, step, device), step, device)
         for tensor in (*run.model.parameters(), *run.model.buffers(), *measuring._states(run.optimizer), run.ids):
             tracker.hold(tensor, "held")
         with tracker:
