@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, OutputError, ProbeError, UnchangedError
 
 if TYPE_CHECKING:
+    from lowrank_probe.budget_runs import BudgetRun
     from lowrank_probe.budgets import Budget, budget
     from lowrank_probe.demos import demo
     from lowrank_probe.evaluation import evaluate
@@ -59,12 +60,14 @@ _VERBS = {
     "Resized": "resizing",
     "budget": "budgets",
     "Budget": "budgets",
+    "BudgetRun": "budget_runs",
     "report": "reports",
     "demo": "demos",
 }
 
 __all__ = [
     "Budget",
+    "BudgetRun",
     "CheckpointError",
     "Evaluation",
     "Extraction",

@@ -25,7 +25,8 @@ class Accelerator:
     """One card (or chip, or computer with unified memory).
 
     nominal_gb: as sold. usable_bytes: what a process can have. usable_from: where that number comes from. common:
-    one of the dozen that stand for the rest where space is short.
+    one of the dozen that stand for the rest where space is short. bf16: it computes in bfloat16 by hardware; a card of
+    which only the size is known is taken to.
     """
 
     name: str
@@ -35,10 +36,16 @@ class Accelerator:
     usable_from: str
     common: bool
     aliases: tuple[str, ...]
+    bf16: bool = True
 
     @property
     def is_estimate(self) -> bool:
         return self.usable_from.startswith("estimate")
+
+    @property
+    def bitsandbytes(self) -> bool:
+        """Whether bitsandbytes has kernels for it: NVIDIA's and AMD's, not Google's and Apple's."""
+        return self.vendor not in ("Google", "Apple")
 
     @property
     def label(self) -> str:
@@ -55,6 +62,7 @@ def accelerators() -> tuple[Accelerator, ...]:
             Accelerator(
                 row["name"], row["vendor"], float(row["nominal_gb"]), round(float(row["usable_gib"]) * 2**30),
                 row["usable_from"], row["common"] == "yes", tuple(filter(None, row["aliases"].split("|"))),
+                row["bf16"] != "no",
             )
             for row in csv.DictReader(file)
         )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Final
 
 from lowrank_probe.model_shapes import ModelShape
 from lowrank_probe.tape import HEAD, Tape, saved
+from lowrank_probe.taped_ends import embed, loss_of
 from lowrank_probe.taped_estimates import EAGER, block_of
 from lowrank_probe.taped_models import TapedModel
 from lowrank_probe.training_steps import CHUNKS, PHASES, Step
@@ -117,7 +118,7 @@ class _Run:
         self.model = model = TapedModel(shape, step, tape)
         block, self.estimated = block_of(shape)
         run = partial(block, model)
-        x = model.embed()
+        x = embed(model)
         for i in range(n_layers):
             with tape.at("first" if i == 0 else "last" if i == n_layers - 1 else "second" if i == 1 else "middle"):
                 x = tape.checkpoint(run, x) if step.checkpointing else run(x)
@@ -125,7 +126,7 @@ class _Run:
             x = model.norm(x)
         tape.phase = "loss"
         with tape.at(HEAD):
-            loss = model.loss(x)
+            loss = loss_of(model, x)
             del x
             self._saved = saved(loss, "activations")
             model.leave_autocast()

@@ -13,8 +13,10 @@ from lowrank_probe.activations import Activations
 from lowrank_probe.budget_counts import Counts
 from lowrank_probe.recipes import (
     EIGHT_BIT,
+    NF4_ABSMAX,
     NF4_CODES,
     NF4_DOUBLE_ABSMAX,
+    NF4_DOUBLE_TENSOR,
     NF4_SOURCE,
     NF4_TENSOR,
     ZERO_PAPER,
@@ -26,9 +28,10 @@ from lowrank_probe.training_steps import PHASES, Step
 
 STATES: Final = "states"
 
-# Not known beforehand, hence a reserve: the CUDA context with the libraries' workspaces, and what the allocator holds
-# without using it (2 to 7 % in PEFT's published runs; QLoRA was 10 to 16 % above this sum in a published curve).
-CONTEXT: Final = 600 * 2**20
+# Not known beforehand, hence a reserve: the CUDA context (as measured on one H200, docs/benchmarks-budget-gpu.md; other
+# cards were not measured), and what the allocator holds without using it (2 to 7 % in PEFT's published runs; QLoRA was
+# 10 to 16 % above this sum in a published curve).
+CONTEXT: Final = 767 * 2**20
 FRAGMENTATION: Final = 0.05
 QLORA_FRAGMENTATION: Final = 0.16
 
@@ -117,9 +120,11 @@ def _frozen(counts: Counts, step: Step, sharding: Sharding) -> list[Part]:
             "weights", share * (NF4_CODES * codes + 2 * rest),
             f"({NF4_CODES:g} B × {codes:,} in 4 bits + 2 B × {rest:,} loaded in bf16){over}", NF4_SOURCE,
         ))  # fmt: skip
+        absmax, tensor = (NF4_DOUBLE_ABSMAX, NF4_DOUBLE_TENSOR) if step.double_quant else (NF4_ABSMAX, NF4_TENSOR)
+        doubled = "with double quantization" if step.double_quant else "without double quantization"
         parts.append((
-            "quantization constants", NF4_DOUBLE_ABSMAX * codes + NF4_TENSOR * counts.n_quantizable,
-            f"{NF4_DOUBLE_ABSMAX:.5f} B × {codes:,} + {NF4_TENSOR:,} B × {counts.n_quantizable} tensors", NF4_SOURCE,
+            "quantization constants", absmax * codes + tensor * counts.n_quantizable,
+            f"{absmax:.5g} B × {codes:,} + {tensor:,} B × {counts.n_quantizable} tensors", f"{NF4_SOURCE}, {doubled}",
         ))  # fmt: skip
         parts.append((
             "fp32 upcasts", share * 2 * rest, f"2 B × {rest:,} more: {stacks}tables, output head, norms, biases{over}",
@@ -225,7 +230,7 @@ def _reserve(made: list[Component], step: Step, phases: Iterable[str]) -> Compon
     share = QLORA_FRAGMENTATION if step.method == "qlora" else FRAGMENTATION
     at = {phase: round(CONTEXT + share * sum(one.at[phase] for one in made)) for phase in phases}
     why = "QLoRA took 10 to 16 % more than this sum in a published curve" if step.method == "qlora" else (
-        "the allocator held 2 to 7 % more than it used in PEFT's published runs, 2 to 25 % on an H200, where the "
-        "context took 767 MiB"
+        "the allocator held 2 to 7 % more than it used in PEFT's published runs, 2 to 25 % on an H200"
     )  # fmt: skip
+    why = f"the context as measured on one H200 (other cards: not measured); {why}"
     return Component("reserve", at, f"{CONTEXT // 2**20} MiB CUDA context + {100 * share:.0f} % of the rest", why)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from lowrank_probe.accelerators import find_accelerator
-from lowrank_probe.budget_fits import positions
+from lowrank_probe.budget_words import run_names
 from lowrank_probe.budgets import Budget
 from lowrank_probe.figure_layers import button
 from lowrank_probe.figure_style import COLOURS, DASHES, INK, SYMBOLS, Spec, menu, numbers, spec, text
@@ -29,19 +29,6 @@ _NODES: Final = (
     ("8 × B200", 8, "B200"),
     ("8 × MI355X", 8, "MI355X"),
 )
-
-
-def run_names(budgets: Sequence[Budget]) -> list[str]:
-    """A name for each run: its label, with what else differs among them."""
-    several = {
-        "r": len({one.step.rank for one in budgets if one.counts.adapter}) > 1,
-        "s": len({one.step.seq for one in budgets}) > 1,
-    }
-    names = []
-    for one in budgets:
-        rank = f", r={one.step.rank}" if several["r"] and one.counts.adapter else ""
-        names.append(one.label + rank + (f", {one.step.seq:,} tokens" if several["s"] else ""))
-    return names
 
 
 def bars_spec(budgets: Sequence[Budget]) -> Spec:
@@ -154,8 +141,9 @@ def _by_line(budgets: Sequence[Budget], what: str, usual: Sequence[int]) -> dict
             several and value is not None and (other == "seq" or one.counts.adapter)) else "")  # fmt: skip
         lines.setdefault(name, []).append(one)
     if max(len(line) for line in lines.values()) == 1:
-        limit = positions(budgets[0]) if what == "seq" else None
-        values = [value for value in usual if limit is None or value <= limit]
+        limit = budgets[0].positions if what == "seq" else None
+        few = {value for value in usual if limit is None or value <= limit} or {limit or usual[0]}
+        values = sorted(few | {getattr(one.step, what) for one in budgets if getattr(one.step, what)})
         lines = {name: [line[0].changed(**{what: value}) for value in values] for name, line in lines.items()}
     return {name: sorted(line, key=lambda one: getattr(one.step, what)) for name, line in lines.items()}
 

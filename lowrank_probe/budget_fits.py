@@ -14,20 +14,21 @@ from lowrank_probe.budget_measured import beside, measured_total
 from lowrank_probe.budgets import SCHEMA_VERSION, Budget
 
 if TYPE_CHECKING:
-    from lowrank_probe.measuring import Measured
+    from lowrank_probe.training_steps import Measured
 
 MOST_CARDS: Final = 65536
 MOST_SEQUENCES: Final = 2**20
 MOST_TOKENS: Final = 2**24
-# Where a config says how many positions the model has.
-_POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 
 
 def cards_by_stage(found: Budget, gpu: Accelerator) -> dict[int, int | None]:
     """Stage → the least number of cards on each of which it fits; None where no number of them is enough.
 
-    1 for every stage where one card holds it. Stage 0 (DDP) never gets below what one card needs.
+    1 for every stage where one card holds it. Stage 0 (DDP) never gets below what one card needs. None too for a card
+    that cannot run it.
     """
+    if not found.runs_on(gpu):
+        return dict.fromkeys(range(4))
     if found.over(1, 0).fits(gpu):
         return dict.fromkeys(range(4), 1)
     stages: dict[int, int | None] = {0: None}
@@ -37,18 +38,14 @@ def cards_by_stage(found: Budget, gpu: Accelerator) -> dict[int, int | None]:
 
 
 def largest(found: Budget, what: str, gpu: Accelerator) -> int | None:
-    """The largest batch ("batch") or sequence ("seq") that fits on the card; None where 1 does not.
+    """The largest batch ("batch") or sequence ("seq") that fits on the card; None where 1 does not, or nothing runs.
 
     A sequence has at most as many tokens as the model has positions. Needs a budget that knows its activations.
     """
-    most = MOST_SEQUENCES if what == "batch" else positions(found) or MOST_TOKENS
+    if not found.runs_on(gpu):
+        return None
+    most = MOST_SEQUENCES if what == "batch" else found.positions or MOST_TOKENS
     return _most(most, gpu.usable_bytes, partial(found.total_at, what))
-
-
-def positions(found: Budget) -> int | None:
-    """How many positions the model's config says that it has."""
-    said = (found.shape.config.get(name) for name in _POSITIONS)
-    return next((value for value in said if isinstance(value, int) and value > 0), None)
 
 
 def smallest_card(found: Budget) -> Accelerator | None:
@@ -67,8 +64,8 @@ class Mend:
     saved_bytes: int
 
 
-def mends(found: Budget) -> tuple[Mend, ...]:
-    """What each switch that is still off would save at the peak of this run, the largest first."""
+def mends(found: Budget, gpu: Accelerator | None = None) -> tuple[Mend, ...]:
+    """What each switch that is still off would save at this run's peak, the largest first; only what `gpu` runs."""
     step = found.step
     tried: list[tuple[str, str, dict[str, Any]]] = []
     if found.knows_activations:
@@ -89,6 +86,8 @@ def mends(found: Budget) -> tuple[Mend, ...]:
         tried.append(("8-bit Adam", "--optimizer adamw-8bit", {"optimizer": "adamw-8bit"}))
     if step.optimizer == "adamw-foreach":
         tried.append(("fused Adam", "--optimizer adamw", {"optimizer": "adamw"}))
+    if step.method == "qlora" and not step.double_quant:
+        tried.append(("double quantization", "--double-quant", {"double_quant": True}))
     if step.method != "full" and step.adapter_dtype == "float32":
         tried.append(("adapter in bf16", "--dtype bfloat16", {"adapter_dtype": "bfloat16"}))
     if step.method != "full" and step.rank > 1:
@@ -100,8 +99,9 @@ def mends(found: Budget) -> tuple[Mend, ...]:
         tried.append((name, f"--method qlora{on}", {"method": "qlora", "checkpointing": True}))
     made = []
     for name, option, change in tried:
-        total = found.changed(**change).total_bytes
-        if total < found.total_bytes:
+        changed = found.changed(**change)
+        total = changed.total_bytes
+        if total < found.total_bytes and (gpu is None or changed.runs_on(gpu)):
             made.append(Mend(name, option, total, found.total_bytes - total))
     return tuple(sorted(made, key=lambda one: -one.saved_bytes))
 
@@ -126,10 +126,11 @@ def told(
             "n_parameters": first.counts.total,
             "n_active": shape.n_active, "by_type": shape.by_type(), "notes": list(shape.notes),
         },
-        "budgets": [_told_one(one, cards, price) for one in budgets],
+        "budgets": [_told_one(one, cards, price, gpu) for one in budgets],
         "gpu": None if gpu is None else {
-            "name": gpu.name, "nominal_gb": gpu.nominal_gb, "usable_bytes": gpu.usable_bytes,
-            "usable_from": gpu.usable_from, "fits": [one.fits(gpu) for one in budgets],
+            "name": gpu.name, "nominal_gb": gpu.nominal_gb, "usable_bytes": gpu.usable_bytes, "bf16": gpu.bf16,
+            "bitsandbytes": gpu.bitsandbytes, "usable_from": gpu.usable_from,
+            "fits": [one.fits(gpu) for one in budgets],
         },
     }  # fmt: skip
     if n_stored is not None:
@@ -142,11 +143,14 @@ def told(
     return found
 
 
-def _told_one(found: Budget, cards: Sequence[Accelerator], price: float | None) -> dict[str, Any]:
+def _told_one(
+    found: Budget, cards: Sequence[Accelerator], price: float | None, gpu: Accelerator | None
+) -> dict[str, Any]:
     rows = []
     for card in cards:
         stages = cards_by_stage(found, card)
         row: dict[str, Any] = {"name": card.name, "usable_bytes": card.usable_bytes, "fits": found.fits(card)}
+        row |= {"bf16": card.bf16, "runs": found.runs_on(card)}
         row["cards_by_stage"] = {str(stage): n for stage, n in stages.items()}
         if found.knows_activations:
             row |= {f"largest_{what}": largest(found, what, card) for what in ("batch", "seq")}
@@ -154,7 +158,9 @@ def _told_one(found: Budget, cards: Sequence[Accelerator], price: float | None) 
             n = least_cards(found, card)
             row["price_per_hour"] = None if n is None else n * price
         rows.append(row)
-    saved = [{"option": m.option, "saved_bytes": m.saved_bytes, "total_bytes": m.total_bytes} for m in mends(found)]
+    saved = [
+        {"option": m.option, "saved_bytes": m.saved_bytes, "total_bytes": m.total_bytes} for m in mends(found, gpu)
+    ]
     return found.as_dict() | {"cards": rows, "mends": saved}
 
 

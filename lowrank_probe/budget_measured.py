@@ -9,7 +9,7 @@ from lowrank_probe.budgets import Budget
 from lowrank_probe.errors import ProbeError
 
 if TYPE_CHECKING:
-    from lowrank_probe.measuring import Measured
+    from lowrank_probe.training_steps import Measured
 
 # What a measurement names → the components of a budget that it is.
 _SAME: Final[Mapping[str, tuple[str, ...]]] = {

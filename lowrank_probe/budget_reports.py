@@ -1,14 +1,10 @@
-"""Budgets to a directory: one self-contained HTML page, the tables behind it, and everything as JSON; imports no torch.
+"""Budgets as one self-contained HTML page, and the tables behind it; imports no torch.
 
 The page is `budget.html.j2`, rendered with autoescape: names and paths come from strangers' files.
 """
 
-import datetime
-import json
-import platform
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import jinja2
@@ -16,13 +12,15 @@ import pandas as pd
 
 from lowrank_probe import __version__
 from lowrank_probe import budget_words as words
-from lowrank_probe.accelerators import accelerators, find_accelerator
-from lowrank_probe.budget_figures import PARTS, budget_specs, run_names
-from lowrank_probe.budget_fits import cards_by_stage, largest, mends, smallest_card, storage, told
+from lowrank_probe.accelerators import Accelerator, accelerators, find_accelerator
+from lowrank_probe.budget_figures import PARTS, budget_specs
+from lowrank_probe.budget_fits import cards_by_stage, largest, mends, smallest_card, storage
+from lowrank_probe.budget_measured import beside, measured_total
+from lowrank_probe.budget_words import run_names
 from lowrank_probe.budgets import Budget
 from lowrank_probe.columns import BUDGET, BUDGET_CARDS, BUDGET_COMPONENTS
-from lowrank_probe.outputs import whole_directory, write_directory
 from lowrank_probe.reports import flat_facts, page_environment, page_figure, page_table, plotly_js
+from lowrank_probe.training_steps import Measured
 
 # Figure name → heading, and the one sentence on how to read it.
 READING: Final[dict[str, tuple[str, str]]] = {
@@ -57,24 +55,6 @@ MAX_CARDS: Final = 12  # runs that have a card on the page
 MAX_SAID: Final = 8  # runs of which the answer is a sentence too; the table has them all
 
 
-def save(budgets: Sequence[Budget], directory: Path, n_stored: int | None = None) -> Path:
-    """Write report.html, budgets.csv, components.csv, cards.csv and budget.json into a new or empty directory.
-
-    Raises `OutputError` where it is not empty or cannot be written.
-    """
-    tables = {"budgets.csv": runs_table(budgets), "components.csv": components_table(budgets),
-              "cards.csv": cards_table(budgets)}  # fmt: skip
-    page = render(budgets, n_stored)
-    everything = json.dumps(told(budgets, None, None, n_stored, None), ensure_ascii=False, indent=1)
-    files: dict[str, Callable[[Path], Any]]
-    files = {name: partial(table.to_csv, index=False) for name, table in tables.items()}
-    files["report.html"] = partial(Path.write_text, data=page, encoding="utf-8")
-    files["budget.json"] = partial(Path.write_text, data=everything + "\n", encoding="utf-8")
-    with whole_directory(directory) as aside:
-        write_directory(aside, files)
-    return directory
-
-
 def runs_table(budgets: Sequence[Budget]) -> pd.DataFrame:
     """One row a run, columns as `columns.BUDGET`."""
     rows = []
@@ -88,7 +68,8 @@ def runs_table(budgets: Sequence[Budget]) -> pd.DataFrame:
             "bytes_per_trained": one.recipe.total - one.recipe.optimizer + one.optimizer_each,
             "bytes_per_frozen": one.frozen_each, "state_bytes": one.state_bytes, "peak_phase": one.peak_phase,
             "total_bytes": one.total_bytes, "total_gib": one.total_bytes / 2**30, "total_gb": one.total_bytes / 1e9,
-            "adapter_file_bytes": one.adapter_file_bytes or None, "smallest_card": small.label if small else "",
+            "adapter_file_bytes": one.adapter_file_bytes or None,
+            "smallest_card": words.card(one, small) if small else "",
             "source": one.recipe.source,
         })  # fmt: skip
     return pd.DataFrame(rows, columns=list(BUDGET)).astype(
@@ -113,7 +94,8 @@ def cards_table(budgets: Sequence[Budget]) -> pd.DataFrame:
     for name, one in zip(run_names(budgets), budgets, strict=True):
         for card in accelerators():
             stages = cards_by_stage(one, card)
-            row = {"card": card.label, "run": name, "usable_gib": card.usable_bytes / 2**30, "fits": one.fits(card)}
+            row = {"card": words.card(one, card), "run": name, "usable_gib": card.usable_bytes / 2**30}
+            row |= {"bf16": card.bf16, "runs": one.runs_on(card), "fits": one.fits(card)}
             row |= {"usable_from": card.usable_from} | {f"stage_{stage}": stages[stage] for stage in (1, 2, 3)}
             if one.knows_activations and card.common:
                 row |= {f"largest_{what}": largest(one, what, card) for what in ("batch", "seq")}
@@ -123,8 +105,14 @@ def cards_table(budgets: Sequence[Budget]) -> pd.DataFrame:
     return table.astype(dict.fromkeys(whole, "Int64"))
 
 
-def render(budgets: Sequence[Budget], n_stored: int | None = None) -> str:
-    """The report as one HTML page, plotly.js included: no file beside it, no network."""
+def render(
+    budgets: Sequence[Budget], n_stored: int | None = None, measured: Measured | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """The report as one HTML page, plotly.js included: no file beside it, no network.
+
+    measured: one step of the first run. facts: versions and time, for the page's foot.
+    """
     first, h100 = budgets[0], find_accelerator("H100")
     names = run_names(budgets)
     tables = {
@@ -133,11 +121,10 @@ def render(budgets: Sequence[Budget], n_stored: int | None = None) -> str:
         "cards": (cards_table(budgets), BUDGET_CARDS, tuple(BUDGET_CARDS)),
     }
     shape = first.shape
-    facts = {
+    shown = {
         "model": {"source": shape.source, "model_type": shape.model_type, "n_parameters": first.counts.total,
                   "n_active": shape.n_active, "by layer type": dict(shape.by_type())},
-        "versions": {"lowrank_probe": __version__, "python": platform.python_version()},
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **(facts or {}),
     }  # fmt: skip
     stored = None
     if n_stored is not None:
@@ -155,12 +142,13 @@ def render(budgets: Sequence[Budget], n_stored: int | None = None) -> str:
                if any(part.name == word for one in budgets for part in one.components)],
         runs=[_run(name, one) for name, one in zip(names, budgets, strict=True)][:MAX_CARDS],
         left_out=max(0, len(budgets) - MAX_CARDS), known=first.knows_activations, legend=words.LEGEND,
-        sentences=sentences,
+        sentences=sentences, no_bf16=words.NO_BF16,
         on_cards=[f"{name}: {words.on_cards(one, h100)}" for name, one in zip(names, budgets, strict=True)]
         if len(budgets) <= MAX_SAID else [],
         figures=[page_figure(name, found, READING[name], False) for name, found in budget_specs(budgets).items()],
         mends=[{"run": name, "rows": _mends(one)} for name, one in zip(names, budgets, strict=True)][:MAX_CARDS],
-        stored=stored, facts=list(flat_facts(facts)), version=__version__, plotly_js=plotly_js(),
+        stored=stored, measured=_measured(first, measured, h100), facts=list(flat_facts(shown)), version=__version__,
+        plotly_js=plotly_js(),
         **{f"{key}_table": page_table(*of) for key, of in tables.items()},
     )  # fmt: skip
 
@@ -207,8 +195,33 @@ def _run(name: str, one: Budget) -> dict[str, Any]:
         "each": one.bytes_each, "recipe": one.recipe.name, "source": one.recipe.source,
         "trained": f"{one.counts.trained:,}", "states": f"{words.gb(one.state_bytes)} GB",
         "file": words.file_size(one.adapter_file_bytes) if one.counts.adapter else "–",
-        "card": small.label if small else "none",
+        "card": words.card(one, small) if small else "none",
     }  # fmt: skip
+
+
+def _measured(first: Budget, measured: Measured | None, card: Accelerator) -> dict[str, Any] | None:
+    """The measured step for the page: a row a part with both numbers of each phase, how far the sums are apart."""
+    if measured is None:
+        return None
+    found, phases = beside(first, measured), list(measured.peaks)
+    own = found or {}
+    if found is None:
+        names = dict.fromkeys(name for parts in measured.components.values() for name in parts)
+        rows = [[name, *(_gib(measured.components[phase].get(name, 0)) for phase in phases)] for name in names]
+        rows.append(["sum", *(_gib(measured.peaks[phase]) for phase in phases)])
+    else:
+        rows = [[name, *(cell for phase in phases for cell in map(_gib, row[phase]))] for name, row in found.items()]
+    off = [f"{phase} {100 * (a / b - 1):+.2f} %" for phase, (a, b) in own.get("sum", {}).items()]
+    seq = f"{measured.batch} × {measured.seq:,} tokens" if measured.seq else "one step"
+    return {
+        "phases": phases, "both": found is not None, "rows": rows, "off": ", ".join(off),
+        "how": f"{seq}, measured by {measured.how} in {measured.seconds:.0f} s; the reserve is not in it.",
+        "said": "" if found else words.measured(measured_total(measured), measured.phase, card),
+    }  # fmt: skip
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:,.2f}" if n_bytes else "·"
 
 
 def _mends(one: Budget) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from lowrank_probe import budget_words as words
 from lowrank_probe.accelerators import Accelerator, accelerators, find_accelerator
+from lowrank_probe.budget_components import CONTEXT, FRAGMENTATION, QLORA_FRAGMENTATION
 from lowrank_probe.budget_fits import cards_by_stage, largest, least_cards, mends, smallest_card, storage
 from lowrank_probe.budget_measured import beside, measured_total
 from lowrank_probe.console import console, plain_table
@@ -14,10 +15,10 @@ from lowrank_probe.errors import printable
 
 if TYPE_CHECKING:
     from lowrank_probe.budgets import Budget
-    from lowrank_probe.measuring import Measured
+    from lowrank_probe.training_steps import Measured
 
 
-def print_comparison(budgets: Sequence["Budget"], gpu: Accelerator | None) -> None:
+def print_comparison(budgets: Sequence["Budget"], gpu: Accelerator | None, price: float | None = None) -> None:
     """One line a method: bytes a parameter by component with its recipe, GB and GiB, adapter file, what holds it."""
     out, first = console(), budgets[-1]
     _print_model(out, first)
@@ -31,7 +32,7 @@ def print_comparison(budgets: Sequence["Budget"], gpu: Accelerator | None) -> No
         size, small = one.total_bytes if known else one.state_bytes, smallest_card(one)
         file = words.file_size(one.adapter_file_bytes) if one.counts.adapter else "–"
         table.add_row(one.label, one.bytes_each, words.gb(size), words.gib(size), file,
-                      small.label if small else "none", _count(cards_by_stage(one, card)[3]))  # fmt: skip
+                      words.card(one, small) if small else "none", _count(cards_by_stage(one, card)[3]))  # fmt: skip
     out.print(table)
     if known:
         out.print(
@@ -44,14 +45,17 @@ def print_comparison(budgets: Sequence["Budget"], gpu: Accelerator | None) -> No
     else:
         out.print(
             "GB, GiB: weights, gradients and optimizer states. Not in it: activations and logits, unknown without "
-            "--seq and --batch, and a reserve, which the cards have beside them: 600 MiB and 5 % (QLoRA 16 %).",
+            "--seq and --batch, and a reserve, which the cards have beside them: "
+            f"{CONTEXT // 2**20} MiB and {FRAGMENTATION:.0%} (QLoRA {QLORA_FRAGMENTATION:.0%}).".replace("%", " %"),
             style="dim",
         )
     out.print(
         "bytes a parameter: weights (+ fp32 master) + gradients + optimizer. one card: the smallest that holds it. "
-        f"{card.name}s: how many {card.label} cards hold it spread by ZeRO stage 3; with DDP each holds everything.",
+        f"{card.name}s: how many {card.label} cards hold it spread by ZeRO stage 3; with DDP each holds everything."
+        f"{words.bf16_note(budgets, [smallest_card(one) for one in budgets])}",
         style="dim",
     )
+    _print_prices(out, budgets, [one.label for one in budgets], card, price)
     if gpu is not None:
         for one in budgets:
             out.print(f"{one.label}: {words.on_cards(one, gpu)}")
@@ -82,11 +86,13 @@ def print_budget(found: "Budget", gpu: Accelerator | None, explain: bool, price:
             out.print(told)
     out.print(words.on_cards(found, gpu or find_accelerator("H100")))
     _print_cards(out, found, [gpu] if gpu else [one for one in accelerators() if one.common], price)
-    _print_mends(out, found)
-    out.print("; ".join(found.assumptions), style="dim")
+    _print_mends(out, found, gpu)
+    out.print("; ".join(said for said in found.assumptions if said != found.caution), style="dim")
+    for said in words.cautions([found]):
+        out.print(f"note: {said}")
 
 
-def print_sweep(budgets: Sequence["Budget"], gpu: Accelerator | None) -> None:
+def print_sweep(budgets: Sequence["Budget"], gpu: Accelerator | None, price: float | None = None) -> None:
     """One line a method, rank and sequence length: parameters, share, file, peak, and whether it fits."""
     out = console()
     _print_model(out, budgets[0], adapter=False)
@@ -101,16 +107,18 @@ def print_sweep(budgets: Sequence["Budget"], gpu: Accelerator | None) -> None:
             one.step.method, str(one.step.rank) if lora else "–", f"{one.step.seq:,}" if one.step.seq else "–",
             f"{counts.trained:,}", f"{share:.4f}" if lora else "100",
             words.file_size(one.adapter_file_bytes or one.checkpoint_bytes), words.gb(one.total_bytes),
-            words.gib(one.total_bytes), one.peak_phase, small.label if small else "none",
+            words.gib(one.total_bytes), one.peak_phase, words.card(one, small) if small else "none",
             *(("fits" if one.fits(gpu) else "no",) if gpu else ()),
         )  # fmt: skip
     out.print(table)
     known = budgets[0].knows_activations
     out.print(
         f"GB, GiB: on one card, {'at the peak' if known else 'without activations (give --seq)'}, with the reserve. "
-        f"file: of the adapter as PEFT saves it, or of the model.{words.unlike_checkpointing(budgets)}",
+        f"file: of the adapter as PEFT saves it, or of the model.{words.unlike_checkpointing(budgets)}"
+        f"{words.bf16_note(budgets, [smallest_card(one) for one in budgets])}",
         style="dim",
     )
+    _print_prices(out, budgets, words.run_names(budgets), gpu or find_accelerator("H100"), price)
     _print_estimated(out, budgets)
 
 
@@ -176,8 +184,9 @@ def _print_cards(out: Console, found: "Budget", cards: Sequence[Accelerator], pr
         table.add_column(head, justify="left" if head == "card" else "right", no_wrap=True)
     for card in cards:
         stages = cards_by_stage(found, card)
-        cells = [card.label, words.gib(card.usable_bytes) + ("*" if card.is_estimate else "")]
-        cells += ["fits" if found.fits(card) else "no", *(_count(stages[stage]) for stage in (1, 2, 3))]
+        cells = [words.card(found, card), words.gib(card.usable_bytes) + ("*" if card.is_estimate else "")]
+        fits = "fits" if found.fits(card) else "no" if found.runs_on(card) else "no‡"
+        cells += [fits, *(_count(stages[stage]) for stage in (1, 2, 3))]
         if known:
             cells += [_count(largest(found, what, card)) for what in ("batch", "seq")]
         if price is not None:
@@ -188,13 +197,15 @@ def _print_cards(out: Console, found: "Budget", cards: Sequence[Accelerator], pr
     out.print(
         "ZeRO 1, 2, 3: the least number of cards at that stage."
         + (" largest: the other of batch and sequence as given." if known else "")
-        + (" *: an estimate." if any(card.is_estimate for card in cards) else ""),
+        + (" *: an estimate." if any(card.is_estimate for card in cards) else "")
+        + words.bf16_note([found], cards)
+        + ("" if all(map(found.runs_on, cards)) else " ‡: no kernels of bitsandbytes, which this run needs."),
         style="dim",
     )
 
 
-def _print_mends(out: Console, found: "Budget") -> None:
-    saved = mends(found)
+def _print_mends(out: Console, found: "Budget", gpu: Accelerator | None) -> None:
+    saved = mends(found, gpu)
     if not saved:
         return
     table = plain_table()
@@ -205,9 +216,22 @@ def _print_mends(out: Console, found: "Budget") -> None:
     out.print(table)
 
 
+def _print_prices(
+    out: Console, budgets: Sequence["Budget"], names: Sequence[str], card: Accelerator, price: float | None
+) -> None:
+    """What each run costs an hour on as many of the cards as it takes."""
+    if price is None:
+        return
+    needed = ((name, least_cards(one, card)) for name, one in zip(names, budgets, strict=True))
+    told = (f"{name} {'–' if n is None else f'{n} × {price:g} = {n * price:,.2f}'}" for name, n in needed)
+    out.print(f"price an hour on {card.label}: {' · '.join(told)}")
+
+
 def _print_estimated(out: Console, budgets: Sequence["Budget"]) -> None:
     if said := words.estimated(budgets):
         out.print(printable(f"activations are an {said}"), style="dim")
+    for said in words.cautions(budgets):
+        out.print(f"note: {said}")
 
 
 def _count(n: int | None) -> str:

@@ -41,6 +41,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.4f} %" if share < 0.1 else f"{100 * share:.1f} %"
 
 
+def run_names(budgets: Sequence[Budget]) -> list[str]:
+    """A name for each run: its label, with what else differs among them."""
+    several = {
+        "r": len({one.step.rank for one in budgets if one.counts.adapter}) > 1,
+        "s": len({one.step.seq for one in budgets}) > 1,
+    }
+    names = []
+    for one in budgets:
+        rank = f", r={one.step.rank}" if several["r"] and one.counts.adapter else ""
+        names.append(one.label + rank + (f", {one.step.seq:,} tokens" if several["s"] else ""))
+    return names
+
+
 def trained(found: Budget) -> str:
     """How many parameters are trained, and the share of all, which includes the adapter's own."""
     counts = found.counts
@@ -49,25 +62,44 @@ def trained(found: Budget) -> str:
     return f"{counts.adapter:,} trainable ({percent(counts.adapter / (counts.total + counts.adapter))} of all)"
 
 
+NO_BF16: Final = "†: no bf16 in hardware"
+
+
+def card(found: Budget, one: Accelerator) -> str:
+    """The card's label, marked where the run computes in bf16 and the card does not."""
+    return one.label + ("†" if found.step.needs_bf16 and not one.bf16 else "")
+
+
+def bf16_note(budgets: Sequence[Budget], cards: Sequence[Accelerator | None]) -> str:
+    """What the mark means, where one of these runs has it on one of these cards; else ""."""
+    marked = any(one.step.needs_bf16 for one in budgets) and any(one is not None and not one.bf16 for one in cards)
+    return f" {NO_BF16}." if marked else ""
+
+
 def on_cards(found: Budget, gpu: Accelerator) -> str:
     """Whether it fits on one such card, and on how many together: memory of cards does not add up by itself."""
     need = both(found.total_bytes) + ("" if found.knows_activations else " without activations")
+    if not found.runs_on(gpu):
+        what = "QLoRA" if found.step.method == "qlora" else "8-bit Adam"
+        return f"{gpu.label} does not run it: {what} needs bitsandbytes, which has no kernels for it."
     fits = found.fits(gpu)
     many = found.sharding.gpus > 1
     first = (
-        f"{'Each of the cards' if many else 'One card'} needs {need}; {gpu.label} has {gib(gpu.usable_bytes)} GiB for "
-        f"it ({FROM.get(gpu.usable_from, gpu.usable_from)}): {'fits' if fits else 'does not fit'}."
+        f"{'Each of the cards' if many else 'One card'} needs {need}; {card(found, gpu)} has "
+        f"{gib(gpu.usable_bytes)} GiB for it ({FROM.get(gpu.usable_from, gpu.usable_from)}): "
+        f"{'fits' if fits else 'does not fit'}."
     )
+    mark = bf16_note([found], [gpu])
     if fits and not many:
-        return first + " That is on one card: a second one only takes another batch."
+        return f"{first} That is on one card: a second one only takes another batch.{mark}"
     cards = cards_by_stage(found, gpu)
     if cards[3] == 1:
-        return first
+        return first + mark
     rest = ", ".join(f"{n} with stage {stage}" for stage, n in cards.items() if stage and n is not None)
     together = (
         f"spread by ZeRO or FSDP it takes {rest}" if rest else "no number of them is enough: activations are not spread"
     )
-    return f"{first} Cards do not add up by themselves: with DDP each holds everything; {together}."
+    return f"{first} Cards do not add up by themselves: with DDP each holds everything; {together}.{mark}"
 
 
 def measured(n_bytes: int, phase: str, gpu: Accelerator) -> str:
@@ -139,6 +171,11 @@ def qlora_against_lora(found: Budget) -> str:
         "and norms upcast to fp32 make what passes between the layers fp32 too, and weights are unpacked to bf16 where "
         "they are used. So it can take more than LoRA where activations are most of it; the reserve is larger for that."
     )
+
+
+def cautions(budgets: Sequence[Budget]) -> list[str]:
+    """What cannot be run as it is asked for, each once."""
+    return list(dict.fromkeys(one.caution for one in budgets if one.caution))
 
 
 def estimated(budgets: Sequence[Budget]) -> str:

@@ -22,6 +22,15 @@ from lowrank_probe.taped_estimates import EAGER
 from lowrank_probe.training_steps import Step
 
 SCHEMA_VERSION: Final = 1
+# Where a config says how many positions the model has.
+_POSITIONS: Final = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_sequence_length",
+    "seq_length",
+    "max_seq_len",
+)
 # What the comparison shows, in its order: method, precision, optimizer, and the recipe where it is a special one.
 COMPARED: Final[tuple[tuple[str, str, str, Recipe | None], ...]] = (
     ("full", "fp32", "adamw", None),
@@ -159,9 +168,13 @@ class Budget:
         return f"{self.frozen_each:.3g} frozen; adapter {said}" if self.counts.adapter else said
 
     def fits(self, gpu: str | Accelerator) -> bool:
-        """Whether one card has room for it. Raises `ProbeError` for a GPU that is not known."""
+        """Whether one card has room for it, and can run it. Raises `ProbeError` for a GPU that is not known."""
         found = find_accelerator(gpu) if isinstance(gpu, str) else gpu
-        return self.total_bytes <= found.usable_bytes
+        return self.total_bytes <= found.usable_bytes and self.runs_on(found)
+
+    def runs_on(self, card: Accelerator) -> bool:
+        """Whether what the run needs exists there: 4-bit weights and 8-bit Adam need bitsandbytes' kernels."""
+        return card.bitsandbytes or not self.step.needs_bitsandbytes
 
     def changed(self, **what: Any) -> "Budget":
         """The budget of the same run with other values of its `Step`, such as `checkpointing=True`."""
@@ -199,6 +212,26 @@ class Budget:
         return lines
 
     @property
+    def positions(self) -> int | None:
+        """How many positions the model's config says that it has; None where it says nothing, or they are relative."""
+        if any(weight.layer_type == "relative_attention_bias" for weight in self.shape.weights):
+            return None
+        config = self.shape.config
+        inner = config.get("text_config")
+        said = [part.get(name) for part in (config, inner) if isinstance(part, Mapping) for name in _POSITIONS]
+        return next((value for value in said if isinstance(value, int) and value > 0), None)
+
+    @property
+    def caution(self) -> str:
+        """What cannot be run as it is asked for; "" where all can."""
+        if self.step.seq is None or not self.positions or self.step.seq <= self.positions:
+            return ""
+        table = any(weight.layer_type == "position_embedding" for weight in self.shape.weights)
+        return f"{self.step.seq:,} tokens are more than the model's {self.positions:,} positions: " + (
+            "its table of them ends there, so it cannot run this" if table else "its config must be changed for that"
+        )
+
+    @property
     def _attention(self) -> str:
         eager = self.shape.model_type in EAGER
         return "eager (the only one that this model has)" if eager else "fused" if self.step.flash else "eager"
@@ -220,11 +253,14 @@ class Budget:
                 f"{self._attention} attention, {'chunked' if step.chunked_loss else 'whole'} loss, "
                 "gradients set to None between steps, no padding"
             )
+        if self.caution:
+            said.append(self.caution)
         if self.activations is not None and self.activations.estimated:
             said.append(self.activations.estimated)
         if step.method == "qlora":
             said.append(
-                "QLoRA: all linear layers but the output head in 4 bits, everything else upcast to fp32 by "
+                "QLoRA: all linear layers but the output head in 4 bits"
+                f"{'' if step.double_quant else ' without double quantization'}, everything else upcast to fp32 by "
                 "prepare_model_for_kbit_training, under bf16 autocast; needs bitsandbytes, hence an NVIDIA or AMD GPU"
             )
             if self.counts.stacks:
@@ -249,6 +285,7 @@ class Budget:
             "precision": step.precision, "optimizer": step.optimizer, "batch": step.batch, "seq": step.seq,
             "checkpointing": step.checkpointing, "flash": step.flash, "chunked_loss": step.chunked_loss,
             "adapter_dtype": None if step.method == "full" else step.adapter_dtype,
+            "double_quant": step.double_quant if step.method == "qlora" else None,
             "sharding": {"gpus": self.sharding.gpus, "stage": self.sharding.stage, "library": self.sharding.library},
             "n_parameters": self.counts.total, "n_trainable": self.counts.trained,
             "adapter_file_bytes": self.adapter_file_bytes or None, "state_bytes": self.state_bytes,
@@ -284,6 +321,7 @@ def budget(
     flash: bool = True,
     chunked_loss: bool = False,
     adapter_dtype: str = "float32",
+    double_quant: bool = True,
     gpus: int = 1,
     zero: int | None = None,
     fsdp: int | None = None,
@@ -292,6 +330,7 @@ def budget(
 
     model: a directory, config.json, safetensors file, hub id, a config as a dict; or params, as 70e9, and a family.
     seq None: activations are not known and not in it. checkpointing None: off, but for QLoRA, as PEFT prepares it.
+    double_quant: of QLoRA's constants.
     zero, fsdp: the stage over `gpus` cards. Raises `ProbeError` for what cannot be: a size, a target, a stage.
 
     >>> found = budget(params=70e9, method="full", precision="fp32")
@@ -303,6 +342,7 @@ def budget(
         batch=batch, seq=seq, method=method, rank=rank, targets=targets, precision=precision,  # type: ignore[arg-type]
         optimizer=optimizer, checkpointing=method == "qlora" if checkpointing is None else checkpointing, flash=flash,
         chunked_loss=chunked_loss, adapter_dtype=adapter_dtype,  # type: ignore[arg-type]
+        double_quant=double_quant,
     )  # fmt: skip
     if method != "full":
         shape.lora_parameters(rank, targets, method == "dora")  # the errors of rank and targets

@@ -17,6 +17,7 @@ from lowrank_probe.errors import CheckpointError
 from lowrank_probe.gguf_files import open_gguf
 from lowrank_probe.memory import open_memory
 from lowrank_probe.pickles import open_pickle
+from lowrank_probe.quantization_codes import refuse_codes
 from lowrank_probe.safetensors_files import read_entries
 from lowrank_probe.safetensors_headers import read_header, read_index, read_json
 from lowrank_probe.tensor_info import Loader, Opened, TensorInfo
@@ -157,7 +158,7 @@ def _checked(side: Checkpoint) -> Checkpoint:
     if not side.tensors:
         raise CheckpointError(f"{side.path}: holds no tensor (expected weights); is the right file given?")
     _check_config(side)
-    quantized.refuse_codes(side.path, side.tensors, side.config)
+    refuse_codes(side.path, side.tensors, side.config)
     scales = quantized.fp8_scales(side.path, side.tensors, side.config)
     tensors = {name: replace(info, quantized=True) if name in scales else info for name, info in side.tensors.items()}
     return replace(side, tensors=tensors, scales=scales)

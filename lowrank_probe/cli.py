@@ -235,7 +235,7 @@ app.command(epilog="Example: probe budget base/ --method lora --rank 16 --seq 20
 
 @app.command(epilog="Example: probe report probe-runs/finetuned-20260102-030405/ --open")
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory, or what probe extract wrote.")],
+    run: Annotated[Path, typer.Argument(help="A run directory, or what probe extract or budget wrote.")],
     open_report: Open = False,
     figures: Figures = None,
 ) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -14,7 +14,7 @@ from lowrank_probe.errors import NoFormulaError
 if TYPE_CHECKING:
     from lowrank_probe.accelerators import Accelerator
     from lowrank_probe.budgets import Budget
-    from lowrank_probe.measuring import Measured
+    from lowrank_probe.training_steps import Measured
 
 METHODS: Final = ("full", "lora", "qlora", "dora", "rslora")
 
@@ -24,20 +24,24 @@ def budget(
         str | None, typer.Argument(help="A directory, config.json, safetensors file or hub id; or --params.")
     ] = None,
     params: Annotated[str | None, typer.Option(help="A model's size instead of a model: 70B, 7e9, 135M.")] = None,
-    like: Annotated[str, typer.Option(help="The family whose proportions a model of that size has.")] = "llama",
+    like: Annotated[
+        str | None, typer.Option(help="The family whose proportions a model of that size has. Default: llama.")
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="full, lora, qlora, dora, rslora; several: lora,full. Default: all compared.")
     ] = None,
-    rank: Annotated[str, typer.Option("--rank", "-r", help="A rank, or several: 4,8,16.")] = "16",
+    rank: Annotated[str | None, typer.Option("--rank", "-r", help="A rank, or several: 4,8,16. Default: 16.")] = None,
     targets: Annotated[
         list[str] | None,
         typer.Option(help="all-linear, everything, default, a layer type or a pattern; repeatable or a,b."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="bf16, mixed (fp32 master weights) or fp32.")] = "bf16",
+    precision: Annotated[
+        str | None, typer.Option(help="bf16 (the default), mixed (fp32 master weights) or fp32.")
+    ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="adamw (fused), adamw-foreach, adamw-8bit, sgd-momentum or sgd.")
-    ] = "adamw",
-    dtype: Annotated[str, typer.Option(help="Of the adapter in training: float32 or bfloat16.")] = "float32",
+        str | None, typer.Option(help="adamw (fused, the default), adamw-foreach, adamw-8bit, sgd-momentum or sgd.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the adapter in training: float32 or bfloat16.")] = None,
     seq: Annotated[
         str | None, typer.Option(help="Tokens a sequence, or several: 512,2048. Without: no activations.")
     ] = None,
@@ -47,15 +51,18 @@ def budget(
     ] = None,
     flash: Annotated[bool, typer.Option("--flash/--no-flash", help="Fused attention, or scores of s².")] = True,
     loss: Annotated[str, typer.Option(help="whole, or chunked: head and loss in pieces.")] = "whole",
-    gpus: Annotated[int, typer.Option(min=1, help="Cards.")] = 1,
+    double_quant: Annotated[
+        bool | None, typer.Option("--double-quant/--no-double-quant", help="Of qlora's constants. Default: on.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, max=65536, help="Cards.")] = 1,
     zero: Annotated[int | None, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage over --gpus.")] = None,
     fsdp: Annotated[int | None, typer.Option(min=2, max=3, help="PyTorch FSDP: 2 SHARD_GRAD_OP, 3 FULL_SHARD.")] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Does it fit on one? H100, 4090, MI300X, 48GB, …; exit 3 where it does not.")
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one card an hour, to multiply by.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, max=1e9, help="Of one card an hour, to multiply by.")] = None,
     storage: Annotated[
-        int | None, typer.Option(min=1, help="That many tuned variants on disk: full or adapters.")
+        int | None, typer.Option(min=1, max=10**9, help="That many tuned variants on disk: full or adapters.")
     ] = None,
     explain: Annotated[bool, typer.Option(help="Every formula with its source.")] = False,
     measure: Annotated[bool, typer.Option(help="Measure one real step: on a GPU, else by fake tensors.")] = False,
@@ -71,29 +78,51 @@ def budget(
     the comparison, where none of its methods does.
     """
     methods = _methods(method)
-    ranks, seqs = _numbers(rank, "--rank"), _numbers(seq, "--seq") if seq is not None else [None]
+    ranks, seqs = (
+        _numbers("16" if rank is None else rank, "--rank"),
+        _numbers(seq, "--seq") if seq is not None else [None],
+    )
     if loss not in ("whole", "chunked"):
         raise typer.BadParameter(f"{loss!r}: expected whole or chunked", param_hint="--loss")
+    several = len(ranks) > 1 or len(seqs) > 1
+    compared = methods is None and not several
+    if compared:
+        _unused({"--precision": precision, "--optimizer": optimizer, "--explain": explain or None},
+                "the comparison of methods has recipes of its own; add --method, such as --method full")  # fmt: skip
+    elif explain and (several or len(methods or ()) > 1):
+        raise typer.BadParameter("explains one run: give one --method, --rank and --seq", param_hint="--explain")
+    if params is None:
+        _unused({"--like": like}, "is of a size; leave it out, or give --params in place of the model")
+    if methods == ("qlora",):
+        _unused({"--precision": precision}, "QLoRA computes in bf16 and keeps all else in fp32; leave it out")
+    if methods == ("full",):
+        _unused({"--rank": rank, "--targets": targets, "--dtype": dtype},
+                "is of an adapter, and full fine-tuning has none; leave it out, or give --method lora")  # fmt: skip
+    if methods is not None and "qlora" not in methods:
+        _unused({"--double-quant": double_quant}, "is of 4-bit weights; leave it out, or give --method qlora")
     from lowrank_probe import budget_fits, budgets
     from lowrank_probe.accelerators import find_accelerator
 
+    if seq is None:
+        said = {f"--batch {batch}": batch > 1, "--checkpointing": checkpointing, "--no-flash": not flash,
+                "--loss chunked": loss == "chunked"}  # fmt: skip
+        for option in (option for option, changed in said.items() if changed):
+            tell(f"note: {option} changes nothing without --seq, which activations need", quiet)
     card = find_accelerator(gpu) if gpu is not None else None
     wanted = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
     same: dict[str, Any] = {
         "rank": ranks[0], "targets": wanted, "seq": seqs[0], "batch": batch, "checkpointing": checkpointing,
-        "flash": flash, "chunked_loss": loss == "chunked", "adapter_dtype": dtype, "gpus": gpus, "zero": zero,
-        "fsdp": fsdp,
+        "flash": flash, "chunked_loss": loss == "chunked", "adapter_dtype": dtype or "float32",
+        "double_quant": double_quant is not False, "gpus": gpus, "zero": zero, "fsdp": fsdp,
     }  # fmt: skip
-    swept = len(ranks) > 1 or len(seqs) > 1
-    compared = methods is None and not swept
-    shape, n_parameters, name = budgets.resolve(model, params, like)
+    shape, n_parameters, name = budgets.resolve(model, params, like or "llama")
 
     def made(seqs: Sequence[int | None]) -> "tuple[Budget, ...]":
         if compared:
             return budgets.compare(shape, n_parameters=n_parameters, name=name, **same | {"seq": seqs[0]})
         return budgets.sweep(
-            shape, methods or ("lora",), ranks, seqs, n_parameters, name, precision=precision, optimizer=optimizer,
-            **same,
+            shape, methods or ("lora",), ranks, seqs, n_parameters, name, precision=precision or "bf16",
+            optimizer=optimizer or "adamw", **same,
         )  # fmt: skip
 
     try:
@@ -105,9 +134,9 @@ def budget(
         tell(f"note: {str(error).partition(';')[0]}: only the measurement knows them", quiet)
     measured = _measured(found, compared, seqs, measure)
     if out is not None:
-        from lowrank_probe import budget_reports
+        from lowrank_probe.budget_runs import BudgetRun
 
-        budget_reports.save(found, out, storage)
+        BudgetRun(found, measured, storage).save(out)
     if as_json:
         print(json.dumps(budget_fits.told(found, card, price, storage, measured), ensure_ascii=False))  # noqa: T201
     else:
@@ -127,9 +156,9 @@ def _show(
     from lowrank_probe import budget_terminal as terminal
 
     if compared:
-        terminal.print_comparison(found, card)
+        terminal.print_comparison(found, card, price)
     elif len(found) > 1:
-        terminal.print_sweep(found, card)
+        terminal.print_sweep(found, card, price)
     else:
         terminal.print_budget(found[0], card, explain, price)
     if storage is not None:
@@ -160,10 +189,17 @@ def _measured(found: "tuple[Budget, ...]", compared: bool, seqs: "Sequence[int |
     return measured_step(found[0], seqs[0])
 
 
+def _unused(given: Mapping[str, object], why: str) -> None:
+    """A usage error for the first option that was given and means nothing here."""
+    for option, value in given.items():
+        if value is not None:
+            raise typer.BadParameter(why, param_hint=option)
+
+
 def _methods(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
-    names = tuple(one.strip() for one in text.split(","))
+    names = tuple(dict.fromkeys(one.strip() for one in text.split(",")))
     for name in names:
         if name not in METHODS:
             raise typer.BadParameter(f"{name!r}: expected one of {', '.join(METHODS)}", param_hint="--method")

@@ -38,9 +38,10 @@ from lowrank_probe.training_runs import Training
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from lowrank_probe.budget_runs import BudgetRun
     from lowrank_probe.trajectory_runs import Trajectory
 
-    Run = Result | Trajectory | Extraction | Evaluation | Training
+    Run = Result | Trajectory | Extraction | Evaluation | Training | BudgetRun
 
 FORMATS: Final = ("svg", "png")
 WIDTH: Final = 1100  # pixels of a written figure; a PNG has twice as many
@@ -209,5 +210,7 @@ def _all_jobs(found: "Run", root: Path) -> Iterable[dict[str, Any]]:
         layout = spec["layout"]
         for menu in layout.get("updatemenus", ()):  # a written figure has none: say what it would have shown as chosen
             layout["title"]["text"] += f" ({menu['buttons'][menu['active']]['label']})"
-    steps = [] if isinstance(found, Extraction | Evaluation | Training) else found.results.items()
+    from lowrank_probe.trajectory_runs import Trajectory
+
+    steps = found.results.items() if isinstance(found, Trajectory) else []
     return chain(_jobs(figures, root), *(_jobs(specs(result), root / label) for label, result in steps))

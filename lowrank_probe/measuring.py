@@ -7,11 +7,8 @@ the head, "loss" the head and the loss with their backward pass, "backward" the 
 
 import contextlib
 import inspect
-import re
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -21,11 +18,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_probe.as_on_cuda import AsOnCuda
-from lowrank_probe.built_shapes import model_class
 from lowrank_probe.errors import ProbeError
-from lowrank_probe.model_shapes import shape_of_config
 from lowrank_probe.storages import LiveStorages
-from lowrank_probe.training_steps import CHUNKS, COMPONENTS, PHASES, Step
+from lowrank_probe.trainable_models import trainable_model
+from lowrank_probe.training_steps import CHUNKS, COMPONENTS, PHASES, Measured, Step
 
 _OPTIMIZERS: Final[Mapping[str, tuple[Any, dict[str, Any]]]] = {
     "adamw": (torch.optim.AdamW, {"fused": True}),
@@ -34,32 +30,6 @@ _OPTIMIZERS: Final[Mapping[str, tuple[Any, dict[str, Any]]]] = {
     "sgd": (torch.optim.SGD, {"foreach": True}),
     "sgd-momentum": (torch.optim.SGD, {"momentum": 0.9, "foreach": True}),
 }
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One step's peaks in bytes.
-
-    how: "fake tensors", or the GPU's name. peaks: phase → bytes. components: phase → component → bytes at that moment:
-    weights, adapter, gradients, optimizer, inputs and those of `COMPONENTS`; on a GPU, where only sums are known, what
-    is there before the step, and "the rest". n_trainable, n_parameters: entries. seconds: for the whole measurement.
-    """
-
-    how: str
-    peaks: Mapping[str, int]
-    components: Mapping[str, Mapping[str, int]]
-    n_trainable: int
-    n_parameters: int
-    seconds: float
-
-    @property
-    def phase(self) -> str:
-        """The phase that peaks."""
-        return max(self.peaks, key=lambda phase: self.peaks[phase])
-
-    @property
-    def peak(self) -> int:
-        return self.peaks[self.phase]
 
 
 def measure_fake(config: Mapping[str, Any], step: Step) -> Measured:
@@ -71,7 +41,7 @@ def measure_fake(config: Mapping[str, Any], step: Step) -> Measured:
     """
     started = time.perf_counter()
     tracker = LiveStorages(COMPONENTS)
-    model = _model(config, step, torch.device("meta"))
+    model = trainable_model(config, step, torch.device("meta"))
     with FakeTensorMode(), AsOnCuda(), _no_packing():
         _replace_by_fakes(model)
         run = _Run(model, step, torch.device("cpu"))
@@ -84,13 +54,21 @@ def measure_fake(config: Mapping[str, Any], step: Step) -> Measured:
             tracker.hold(tensor, "optimizer")
         tracker.hold(run.ids, "inputs")
         hooks = [p.register_post_accumulate_grad_hook(lambda p: tracker.hold(p.grad, "gradients")) for p in run.trained]
-        with tracker:
+        with tracker, _clear_failure(config, step):
             run.step(tracker.enter)
         for hook in hooks:
             hook.remove()
     peaks = {phase: tracker.peaks[phase].n_bytes for phase in PHASES}
     parts = {phase: {k: v for k, v in tracker.peaks[phase].parts.items() if v} for phase in PHASES}
-    return Measured(f"fake tensors{_attention(run, step)}", peaks, parts, *run.sizes(), time.perf_counter() - started)
+    return Measured(
+        f"fake tensors{_attention(run, step)}",
+        peaks,
+        parts,
+        *run.sizes(),
+        time.perf_counter() - started,
+        step.batch,
+        step.seq,
+    )
 
 
 def measure_cuda(config: Mapping[str, Any], step: Step) -> Measured:
@@ -112,16 +90,17 @@ def measure_cuda(config: Mapping[str, Any], step: Step) -> Measured:
 
     try:
         device = torch.device("cuda")
-        run = _Run(_model(config, step, device), step, device)
+        run = _Run(trainable_model(config, step, device), step, device)
         before = torch.cuda.memory_allocated()
-        run.step(enter)
+        with _clear_failure(config, step):
+            run.step(enter)
         enter("")
         torch.cuda.synchronize()
     except torch.OutOfMemoryError as error:
         raise ProbeError(f"out of memory on {torch.cuda.get_device_name()}: {str(error).splitlines()[0]}") from error
     parts = {phase: {"before the step": before, "the rest": peak - before} for phase, peak in peaks.items()}
     how = f"{torch.cuda.get_device_name()}{_attention(run, step)}"
-    return Measured(how, peaks, parts, *run.sizes(), time.perf_counter() - started)
+    return Measured(how, peaks, parts, *run.sizes(), time.perf_counter() - started, step.batch, step.seq)
 
 
 def _attention(run: "_Run", step: Step) -> str:
@@ -197,45 +176,6 @@ class _Run:
         return torch.stack(losses).sum() / self.how.tokens
 
 
-def _model(config: Mapping[str, Any], step: Step, device: torch.device) -> Any:
-    """The model with its adapter on a device, ready to train; `ProbeError` where transformers cannot build it.
-
-    An encoder and decoder get as many tokens each. Attention is eager where the model knows no fused one.
-    """
-    kind = config.get("model_type")
-    if step.method == "qlora":
-        raise ProbeError(
-            "qlora: its kernels (bitsandbytes) are not measured; measure lora, whose activations it shares"
-        )
-    bf16 = step.precision == "bf16" or (step.precision == "mixed" and step.adapted)
-    try:
-        architecture, described = model_class(config)
-        fused = step.flash and architecture._supports_sdpa
-        with device:
-            model = architecture._from_config(
-                described, dtype=torch.bfloat16 if bf16 else torch.float32,
-                attn_implementation="sdpa" if fused else "eager",
-            )  # fmt: skip
-    except Exception as error:  # whatever the code of a model may raise
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ProbeError(f"model type {kind!r}: transformers cannot build it: {why}") from error
-    if model.get_output_embeddings() is None:
-        raise ProbeError(f"--measure trains on a language model's loss: {architecture.__name__} has no such head")
-    if step.chunked_loss and not architecture.__name__.endswith("CausalLM"):
-        raise ProbeError(f"--loss chunked is measured of decoders alone, which {architecture.__name__} is not")
-    if step.adapted:
-        with device:
-            model = _adapted(model, config, step)
-    if step.checkpointing:
-        body = model.get_base_model() if step.adapted else model
-        # Renamed in transformers 5.20; the old name warns.
-        turn_on = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
-        # What `Trainer` asks for. A mode is off in the backward pass, and with it in what is recomputed there.
-        fake = {"context_fn": lambda: (contextlib.nullcontext(), AsOnCuda())} if device.type != "cuda" else {}
-        turn_on({"use_reentrant": False, **fake})
-    return model.train()
-
-
 def _replace_by_fakes(model: nn.Module) -> None:
     """Every parameter and buffer made anew on the CPU, where a fake-tensor mode is on; what is shared stays shared."""
     fakes: dict[int, Tensor] = {}
@@ -248,43 +188,6 @@ def _replace_by_fakes(model: nn.Module) -> None:
                     fakes[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
                 if old is not None:
                     tensors[name] = fakes[id(old)]  # type: ignore[assignment]
-
-
-def _adapted(model: nn.Module, config: Mapping[str, Any], step: Step) -> Any:
-    """The model with PEFT's adapter on what `targets` select, in the dtype that the step asks for."""
-    import peft
-
-    weights = shape_of_config(config).adapted(step.targets)
-    modules = [re.escape(name) for weight in weights if weight.kind != "parameter" for name in weight.modules()]
-    bare = {
-        _parameter(model, name): weight for weight in weights if weight.kind == "parameter" for name in weight.modules()
-    }
-    settings = peft.LoraConfig(
-        r=step.rank, lora_alpha=2 * step.rank, target_modules=f"(?:{'|'.join(modules)})" if modules else [],
-        target_parameters=list(bare) or None,
-        rank_pattern={name: weight.rank_factor * step.rank for name, weight in bare.items() if weight.rank_factor > 1},
-        use_dora=step.method == "dora", use_rslora=step.method == "rslora",
-        fan_in_fan_out=any(weight.kind == "conv1d" for weight in weights),
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers for a property that transformers 5.24 has renamed.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        # It takes ranks of parameters, and looks for them among the modules too.
-        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
-        try:
-            adapted = peft.get_peft_model(model, settings)
-        except ValueError as error:
-            raise ProbeError(f"PEFT does not adapt these targets here: {str(error).partition(chr(10))[0]}") from error
-    for parameter in adapted.parameters():
-        if parameter.requires_grad and step.adapter_dtype == "bfloat16":
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return adapted
-
-
-def _parameter(model: nn.Module, name: str) -> str:
-    """The name of a bare parameter, or of that of a module which is nothing else, as a router."""
-    names = dict(model.named_parameters())
-    return name if name in names else f"{name}.weight"
 
 
 def _optimizer(trained: list[nn.Parameter], step: Step) -> torch.optim.Optimizer:
@@ -302,6 +205,22 @@ def _optimizer(trained: list[nn.Parameter], step: Step) -> torch.optim.Optimizer
 
 def _states(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     return (x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
+
+
+@contextlib.contextmanager
+def _clear_failure(config: Mapping[str, Any], step: Step) -> Iterator[None]:
+    """What a model's code raises while it runs as a `ProbeError`; PEFT wraps some modules that it cannot run."""
+    try:
+        yield
+    except (ProbeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        told = step.targets if isinstance(step.targets, str) else ", ".join(step.targets)
+        mend = f"PEFT may be unable to run an adapter on one of {told}: try other targets" if step.adapted else (
+            "try another --seq, or leave --measure out"
+        )  # fmt: skip
+        raise ProbeError(f"model type {config.get('model_type')!r}: the step cannot be run: {why}; {mend}") from error
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lowrank_probe import hub
 from lowrank_probe.errors import CheckpointError
+from lowrank_probe.quantization_codes import quantization_method
 from lowrank_probe.safetensors_headers import read_header, read_json
 from lowrank_probe.shape_families import FAMILIES, family_shape, is_known
 from lowrank_probe.shape_headers import check_headers, headers_in, shape_of_headers
@@ -19,6 +20,11 @@ from lowrank_probe.typical_shapes import typical_shape
 from lowrank_probe.weight_shapes import Kind, ModelShape, Weight
 
 __all__ = ["Kind", "ModelShape", "Weight", "model_shape", "shape_of_config", "typical_shape"]
+
+_DEPTHS: Final = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_decoder_layers", "encoder_layers",
+                  "decoder_layers")  # fmt: skip
+_MOST_LAYERS: Final = 10_000  # ten times the deepest that was published
+_MOST: Final = 2**31 - 1  # of any other size: a vocabulary, a width
 
 
 def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
@@ -32,11 +38,31 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
             f"config has no model_type (expected one such as {', '.join(list(FAMILIES)[:3])}; it has "
             f"{', '.join(sorted(map(str, config))[:5]) or 'no field'}); give a model's own config.json"
         )
+    _check_sizes(config)
     if is_known(config):
-        return family_shape(config)
-    from lowrank_probe.built_shapes import built_shape
+        shape = family_shape(config)
+    else:
+        from lowrank_probe.built_shapes import built_shape
 
-    return built_shape(config)
+        shape = built_shape(config)
+    method = quantization_method(config) or ("an unnamed method" if config.get("quantization_config") else "")
+    if not method:
+        return shape
+    note = (
+        f"its config says that the weights are quantized ({method}): every number here is of the model as it trains, "
+        "in 16 or 32 bits (qlora: in bitsandbytes' NF4), not of those files"
+    )
+    return replace(shape, notes=(*shape.notes, note))
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a size that no model has: building a billion layers would take all memory."""
+    for part in (config, *(inner for inner in config.values() if isinstance(inner, Mapping))):
+        for name, value in part.items():
+            deep = name in _DEPTHS
+            if isinstance(value, int) and value > (_MOST_LAYERS if deep else _MOST):
+                most = f"{_MOST_LAYERS:,} layers" if deep else f"{_MOST:,}"
+                raise CheckpointError(f"config: {name} is {value}, expected at most {most}; a typing error?")
 
 
 def model_shape(source: str | os.PathLike[str] | Mapping[str, Any] | ModelShape) -> ModelShape:
@@ -66,8 +92,7 @@ def model_shape(source: str | os.PathLike[str] | Mapping[str, Any] | ModelShape)
 def _directory(root: Path) -> ModelShape:
     config = root / "config.json"
     if not config.exists() and (root / "adapter_config.json").exists():
-        base = read_json(root / "adapter_config.json").get("base_model_name_or_path")
-        raise CheckpointError(f"{root}: is an adapter, not a model; give its base model{f', {base}' if base else ''}")
+        raise _an_adapter(root, root / "adapter_config.json")
     headers = headers_in(root)
     if config.exists():
         shape = _read(config)
@@ -84,12 +109,19 @@ def _directory(root: Path) -> ModelShape:
     return shape_of_headers(headers, root)
 
 
+def _an_adapter(path: Path, config: Path) -> CheckpointError:
+    base = read_json(config).get("base_model_name_or_path") if config.exists() else None
+    return CheckpointError(f"{path}: is an adapter, not a model; give its base model{f', {base}' if base else ''}")
+
+
 def _file(path: Path) -> ModelShape:
     if path.suffix != ".safetensors":
         raise CheckpointError(
             f"{path}: expected a directory, config.json, .safetensors file or hub id, found a file named *{path.suffix}"
         )
     headers, config = read_header(path), path.parent / "config.json"
+    if any(".lora_A." in name or ".lora_embedding_A" in name for name in headers):
+        raise _an_adapter(path, path.parent / "adapter_config.json")
     if path.name == "model.safetensors" and config.exists():
         return _directory(path.parent)
     return shape_of_headers(headers, path)
@@ -99,6 +131,8 @@ def _read(file: Path) -> ModelShape:
     """The shape that a config.json, or the directory of an index of shards, describes."""
     if file.name.endswith(".index.json"):
         return _directory(file.parent)
+    if file.name == "adapter_config.json":
+        raise _an_adapter(file, file)
     try:
         return shape_of_config(read_json(file))
     except CheckpointError as error:

@@ -1,9 +1,8 @@
-"""Quantized weights in safetensors' dtypes: fp8 with scales is dequantized, codes of other formats are refused by name.
+"""Quantized weights in safetensors' dtypes: fp8 with scales is dequantized.
 
 Legend: m out, n in, E experts. W = codes·scale, with one scale a tensor, a row, or a block of rows and columns.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -14,39 +13,8 @@ from lowrank_probe.errors import CheckpointError
 from lowrank_probe.tensor_info import TensorInfo
 from lowrank_probe.torch_dtypes import DTYPES
 
-# Quantized formats whose tensors are codes: subtracting them would be nonsense.
-_REFUSED_METHODS: Final = {
-    "bitsandbytes": "bitsandbytes", "bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes",
-    "gptq": "GPTQ", "awq": "AWQ", "hqq": "HQQ", "aqlm": "AQLM", "eetq": "EETQ", "quanto": "Quanto", "vptq": "VPTQ",
-    "higgs": "HIGGS", "spqr": "SpQR", "auto-round": "AutoRound", "mxfp4": "MXFP4", "quark": "Quark",
-    "bitnet": "BitNet", "torchao": "torchao",
-}  # fmt: skip
-_REFUSED_NAMES: Final = (
-    (re.compile(r"\.weight\.(?:absmax|quant_map|nested_absmax|quant_state\..+)$|\.SCB$"), "bitsandbytes"),
-    (re.compile(r"\.g_idx$"), "GPTQ"),
-    (re.compile(r"\.qzeros$|\.qweight$"), "GPTQ or AWQ"),
-    (re.compile(r"_blocks$"), "MXFP4"),
-    (re.compile(r"\.weight_packed$"), "compressed-tensors (packed integers)"),
-)
 _SCALES: Final = ("_scale_inv", "_scale")
 _FP8: Final = ("F8_E4M3", "F8_E5M2")
-
-
-def refuse_codes(path: Any, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` naming the format where tensors are quantization codes, from config or from names."""
-    method = str((config.get("quantization_config") or {}).get("quant_method", "")).lower()
-    found, evidence = _REFUSED_METHODS.get(method, ""), f"config.json says quant_method {method!r}"
-    if not found:
-        for name in tensors:
-            what = next((what for pattern, what in _REFUSED_NAMES if pattern.search(name)), "")
-            if what and (what != "MXFP4" or tensors[name].dtype == "U8"):
-                found, evidence = what, f"it holds {name}"
-                break
-    if found:
-        raise CheckpointError(
-            f"{path}: is quantized with {found} ({evidence}); its tensors are codes, not weights: dequantize it first "
-            "(load it with transformers, model.dequantize(), save_pretrained)"
-        )
 
 
 def fp8_scales(path: Any, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:

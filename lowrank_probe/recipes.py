@@ -83,8 +83,9 @@ ZERO_PAPER: Final = Recipe(
 NF4_CODES: Final = 0.5
 NF4_ABSMAX: Final = 4 / 64
 NF4_DOUBLE_ABSMAX: Final = 1 / 64 + 4 / (64 * 256)
-NF4_TENSOR: Final = 1092  # bytes a tensor: both tables of codes (16 and 256 floats) and the offset
-NF4_SOURCE: Final = "Dettmers et al. 2023: NF4 in blocks of 64 with double quantization, as bitsandbytes stores it"
+NF4_TENSOR: Final = 64  # bytes a tensor: the table of codes (16 floats)
+NF4_DOUBLE_TENSOR: Final = 1092  # and that of the quantized constants (256 floats) with their offset
+NF4_SOURCE: Final = "Dettmers et al. 2023: NF4 in blocks of 64, as bitsandbytes stores it"
 
 
 def recipe(precision: str, optimizer: str) -> Recipe:

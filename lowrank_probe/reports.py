@@ -93,6 +93,7 @@ def report(
     `ProbeError` where the figures cannot be drawn.
     """
     from lowrank_probe import evaluation_reports, extraction_reports, training_reports, trajectory_reports
+    from lowrank_probe.budget_runs import BudgetRun
 
     root = Path(run_dir).absolute()
     root = extraction_directory(root) or root
@@ -105,6 +106,8 @@ def report(
         pages = {root: evaluation_reports.render(found)}
     elif isinstance(found, Training):
         pages = {root: training_reports.render(found)}
+    elif isinstance(found, BudgetRun):
+        pages = {root: found.page()}
     else:
         pages = {root / label: render(result) for label, result in found.results.items()}
         pages[root] = trajectory_reports.render(found)

@@ -26,6 +26,7 @@ from lowrank_probe.outputs import check_name, check_writable, write_directory
 from lowrank_probe.verdicts import summarise
 
 if TYPE_CHECKING:
+    from lowrank_probe.budget_runs import BudgetRun
     from lowrank_probe.evaluation_runs import Evaluation
     from lowrank_probe.extraction_runs import Extraction
     from lowrank_probe.training_runs import Training
@@ -130,8 +131,8 @@ def notebook_html(lines: Sequence[str], table: pd.DataFrame) -> str:
     return said + shown
 
 
-def load(directory: str | os.PathLike[str]) -> "Result | Trajectory | Extraction | Evaluation | Training":
-    """Read a run directory back: the `Result` of a pair, a `Trajectory`, `Extraction`, `Evaluation` or `Training`.
+def load(directory: str | os.PathLike[str]) -> "Result | Trajectory | Extraction | Evaluation | Training | BudgetRun":
+    """Read a run directory back: a `Result`, `Trajectory`, `Extraction`, `Evaluation`, `Training` or `BudgetRun`.
 
     Raises `CheckpointError` where it is none, a file is not as it was written, or a newer version wrote it.
     """
@@ -144,6 +145,10 @@ def load(directory: str | os.PathLike[str]) -> "Result | Trajectory | Extraction
         return evaluation_runs.Evaluation.load(root)
     if (root / trajectory_runs.FACTS).exists():
         return trajectory_runs.load_trajectory(root)
+    if (root / "budget.json").exists():
+        from lowrank_probe.budget_runs import BudgetRun
+
+        return BudgetRun.load(root)
     if extraction_runs.extraction_directory(root):
         return extraction_runs.Extraction.load(root)
     return load_result(root)

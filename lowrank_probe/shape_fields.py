@@ -90,9 +90,14 @@ def decoder_sizes(
     hidden, heads = f.size("hidden_size"), f.size("num_attention_heads")
     if head_dim is None and f.config.get("head_dim") is None:
         head_dim = f.share(hidden, heads)
+    grouped = f.size("num_key_value_heads", default=kv_heads or heads, null=heads)
+    if heads % grouped and f.config.get("num_key_value_heads"):
+        raise CheckpointError(
+            f"config of model type {f.model_type!r}: num_attention_heads {heads} is not a multiple of "
+            f"num_key_value_heads {grouped}; give the model's own config.json"
+        )
     return Sizes(
-        hidden, f.size("num_hidden_layers"), heads,
-        f.size("num_key_value_heads", default=kv_heads or heads, null=heads), f.size("head_dim", default=head_dim),
+        hidden, f.size("num_hidden_layers"), heads, grouped, f.size("head_dim", default=head_dim),
         f.size("intermediate_size"), f.size("vocab_size"), f.flag("tie_word_embeddings", tied), gated,
     )  # fmt: skip
 

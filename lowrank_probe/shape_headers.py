@@ -13,6 +13,7 @@ from typing import Final
 
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.layers import is_conv1d, module_of, place, starred
+from lowrank_probe.quantization_codes import code_format
 from lowrank_probe.safetensors_headers import read_header, read_index
 from lowrank_probe.shape_families import is_known
 from lowrank_probe.shape_mixtures import mixture_notes
@@ -20,8 +21,10 @@ from lowrank_probe.tensor_info import FLOATS, TensorInfo
 from lowrank_probe.weight_shapes import Kind, ModelShape, Weight
 
 _INDEX: Final = "model.safetensors.index.json"
-# Saved by old versions, and no parameters: frequencies of rotary positions, masks of attention.
-_BUFFERS: Final = re.compile(r"(?:inv_freq|masked_bias|position_ids)$|attn\.bias$|attention\.bias$")
+# No parameters: frequencies of rotary positions and masks of attention, saved by old versions; scales of fp8 weights.
+_BUFFERS: Final = re.compile(
+    r"(?:inv_freq|masked_bias|position_ids)$|attn\.bias$|attention\.bias$|weight_scale(?:_inv)?$"
+)
 _OF_SEVERAL: Final = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 # (layer type, layer, stack)
 _Key = tuple[str, int | None, str]
@@ -134,7 +137,27 @@ def _no_more(shape: ModelShape, stored: Mapping[_Key, list[TensorInfo]], known: 
 
 
 def shape_of_headers(headers: Mapping[str, TensorInfo], path: Path) -> ModelShape:
-    """A shape from headers alone: names as in the file; heads, and whatever else no tensor tells, are 0."""
+    """A shape from headers alone: names as in the file; heads, and whatever else no tensor tells, are 0.
+
+    Raises `CheckpointError` where the weights are quantization codes, whose shapes are not the model's, and where there
+    are no numbered layers.
+    """
+    packed, evidence = code_format(headers, {})
+    matrices = (one for name, one in headers.items() if len(one.shape) > 1 and not _BUFFERS.search(name))
+    odd = next((one for one in matrices if one.dtype not in FLOATS and not one.dtype.startswith("F8_")), None)
+    if not packed and odd is not None:
+        packed, evidence = "an unknown method", f"{odd.name} is {odd.dtype}"
+    if packed:
+        raise CheckpointError(
+            f"{path}: is quantized with {packed} ({evidence}), so that shapes do not tell the model's; expected its "
+            "config.json beside it: give that, or the model's hub id"
+        )
+    if not any(place(name).layer is not None for name in headers):
+        names = ", ".join(list(headers)[:3]) + (", …" if len(headers) > 3 else "")
+        raise CheckpointError(
+            f"{path}: expected a model's weights, found no numbered layers ({names or 'no tensor'}); give the model's "
+            "directory or its config.json"
+        )
     found: dict[tuple[str, Kind, tuple[int, ...], int], list[int | None]] = {}
     for name, info in headers.items():
         biased = name.endswith(".bias") and f"{name[:-5]}.weight" in headers

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from lowrank_probe.tape import Array
+from lowrank_probe.taped_attention import attention, rotate
 from lowrank_probe.taped_models import TapedModel
 
 # Model types that are run as Llama is; what sets them apart is in the config.
@@ -31,8 +32,8 @@ def _llama_attention(model: TapedModel, x: Array) -> Array:
     q, k, v = (model.linear(x, kind, symbol) for kind, symbol in (("q", "q"), ("k", "K"), ("v", "K")))
     if "q_norm" in model.weights:
         q, k = model.norm(q), model.norm(k)
-    q, k = model.rotate(q), model.rotate(k)
-    out = model.attention(q, k, v)
+    q, k = rotate(model, q), rotate(model, k)
+    out = attention(model, q, k, v)
     return model.linear(out, "o", "h")
 
 
@@ -66,8 +67,8 @@ def _fused_attention(model: TapedModel, x: Array, dropout: str, rotary: bool) ->
     fused = model.linear(x, "qkv", "c")
     q, k, v = model.tape.split(fused, "qKK")
     if rotary:
-        q, k = model.rotate(q), model.rotate(k)
-    out = model.attention(q, k, v, dropout)
+        q, k = rotate(model, q), rotate(model, k)
+    out = attention(model, q, k, v, dropout)
     return model.linear(out, "o", "h")
 
 

@@ -17,8 +17,11 @@ from lowrank_probe.taped_blocks import BLOCKS, attend, feed_forward
 from lowrank_probe.taped_models import TapedModel
 from lowrank_probe.weight_shapes import Weight
 
-# Model types whose attention transformers 5 runs in no fused kernel.
-EAGER: Final = frozenset({"bloom", "gemma2", "gpt_oss"})
+# Model types whose attention, of all tokens with all, transformers 5 runs in no fused kernel.
+EAGER: Final = frozenset({
+    "bloom", "deberta", "deberta-v2", "gemma2", "gpt_neo", "gpt_oss", "ibert", "luke", "megatron-bert", "mpnet", "mpt",
+    "mvp", "nllb-moe", "openai-gpt", "rembert", "roformer", "switch_transformers", "t5gemma", "vaultgemma", "xglm",
+})  # fmt: skip
 _BACK: Final = ("o", "down", "cross_o", "expert_down")  # what goes back to the residual stream
 _POST: Final = "post_feedforward_layernorm"
 # Where a config names the residual branches' dropout, and model types that have 0.1 where config.json says nothing.
@@ -37,6 +40,8 @@ def block_of(shape: ModelShape) -> tuple[Callable[[TapedModel, Array], Array], s
     name = shape.model_type or "a model without a config"
     if not shape.n_layers or not shape.hidden or not there & {"o", "cross_o"}:
         raise NoFormulaError(f"{name}: no formula for its activations; --measure runs the step instead")
+    if not shape.tied_embeddings and "lm_head" not in {weight.layer_type for weight in shape.weights}:
+        raise NoFormulaError(f"{name}: no formula for its loss, since it has no language model's head")
     alike = all(weight.count == shape.n_layers for weight in shape.weights if weight.layers and len(weight.shape) > 1)
     attention = {"q", "k", "v"} <= there or "qkv" in there
     mlp = "expert_gate_up" in there or ("down" in there and there & {"up", "gate_up"})

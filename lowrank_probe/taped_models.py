@@ -1,7 +1,8 @@
 """The layers of transformers' decoder models on a `Tape`: what each of them makes and saves in a training step.
 
-The code follows transformers' modelling files and PEFT's layers as far as they make tensors, local names included,
-since these keep tensors alive. Operators are CUDA's. Linear layers are named by their layer type.
+Attention is in `taped_attention`, embeddings and loss in `taped_ends`. The code follows transformers' modelling files
+and PEFT's layers as far as they make tensors, local names included, since these keep tensors alive. Operators are
+CUDA's. Linear layers are named by their layer type.
 
 Legend: T tokens, s sequence, h hidden, q heads·head_dim, K key/value heads·head_dim, f intermediate, V vocabulary, n
 heads, k key/value heads, r rank, c the fused q, k and v; n·s scores a token.
@@ -12,17 +13,17 @@ autocast_mode.cpp, transformers/cuda/attention.cu).
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from lowrank_probe.errors import NoFormulaError
 from lowrank_probe.model_shapes import ModelShape, Weight
-from lowrank_probe.tape import HEAD, Array, Buffer, Tape
-from lowrank_probe.training_steps import ACCUMULATOR, CHUNKS, LSE_ROWS, Step, up
+from lowrank_probe.tape import Array, Buffer, Tape
+from lowrank_probe.training_steps import Step
 
 _ACTIVATIONS: Final = ("activation_function", "hidden_act", "feed_forward_proj")  # where a config names it
-# Model types that have the window wherever the config names one; others ask `use_sliding_window`.
-_WINDOWED: Final = ("mistral", "phi3", "starcoder2")
 _GELU_NEW: Final = ("gpt2", "gptj", "phi")  # model types whose config class has it where config.json says nothing
+_RELU: Final = ("opt", "t5")  # the same of ReLU
 # What takes its loss in the logits' own dtype: encoders, with a decoder or without.
 _NARROW: Final = ("ForMaskedLM", "ForConditionalGeneration")
 _NARROW_TYPES: Final = ("bert", "roberta", "distilbert", "t5")
@@ -48,6 +49,9 @@ class TapedModel:
         self.adapter = 2 if step.adapter_dtype == "bfloat16" else 4
         # A stack of experts may have a bias of the same layer type.
         self.weights = {weight.layer_type: weight for weight in sorted(shape.weights, key=lambda one: len(one.shape))}
+        if shape.tied_embeddings and "embedding" in self.weights:  # headers have no tensor of a tied head
+            table = replace(self.weights["embedding"], layer_type="lm_head", tied=True)
+            self.weights.setdefault("lm_head", table)
         self.adapted = {weight.name: weight for weight in _everywhere(shape, step)}
         self.layer_norms = any(weight.kind == "norm" and weight.bias for weight in shape.weights)
         self.gemma = shape.model_type.startswith("gemma")
@@ -122,9 +126,11 @@ class TapedModel:
 
     def _low_rank(self, x: Array, weight: Weight, symbol: str) -> Array:
         """B(A(x))."""
-        (m, n), r = weight.sides, self.share(weight, self.step.rank)
-        a = self._matmul(x, f"{weight.name}.A", "r" if r == self.step.rank else str(r), r * n, self.adapter, True)
-        return self._matmul(a, f"{weight.name}.B", symbol, r * m, self.adapter, True)
+        (m, n), rank = weight.sides, self.step.rank
+        r = max(1, self.share(weight, rank))  # a width, whole also where few of the blocks have the weight
+        in_a, in_b = self.share(weight, rank * n), self.share(weight, rank * m)
+        a = self._matmul(x, f"{weight.name}.A", "r" if r == rank else str(r), in_a, self.adapter, True)
+        return self._matmul(a, f"{weight.name}.B", symbol, in_b, self.adapter, True)
 
     def _lora(self, x: Array, result: Array, weight: Weight, symbol: str) -> Array:
         """result + B(A(x))·scaling in the adapter's dtype, and back."""
@@ -222,11 +228,13 @@ class TapedModel:
         return self.tape.op([x], "h", x.item, [x, self._rows("h"), self._rows("h")], weight=weight)
 
     def activation(self, x: Array) -> Array:
-        """A nonlinearity: one kernel that saves its input, or "gelu_new" and "gelu_fast", written out in operators."""
+        """A nonlinearity: one kernel that saves its input, of "relu" its output; "gelu_new", "gelu_fast": operators."""
         tape, symbol = self.tape, x.symbol
         named = (self.config.get(name) for name in _ACTIVATIONS)
-        usual = "gelu_new" if self.shape.model_type in _GELU_NEW else ""
+        usual = "gelu_new" if self.shape.model_type in _GELU_NEW else "relu" if self.shape.model_type in _RELU else ""
         name = next(filter(None, named), usual)
+        if name == "relu":
+            return tape.op([x], symbol, x.item, saves_out=True)
         if name == "gelu_fast":
             return self._gelu_fast(x)
         if name not in ("gelu_new", "gated-gelu"):
@@ -260,132 +268,6 @@ class TapedModel:
         mask = self.tape.hold(self.tape.size(x.symbol, 1), text=f"1{x.symbol}")
         return self.tape.op([x], x.symbol, x.item, [mask])
 
-    # Attention
-
-    def rotate(self, x: Array) -> Array:
-        """Rotary positions, in the residual stream's dtype where that is wider; nothing of x is saved."""
-        item = max(x.item, self.base)
-        size = self.tape.size(x.symbol, item)
-        return self.tape.op([x], x.symbol, item, scratch=3 * size, back_scratch=3 * size)
-
-    def attention(self, q: Array, k: Array, v: Array, dropout: str = "attention_dropout") -> Array:
-        """softmax(q·kᵀ)·v by the kernel that CUDA takes (`as_on_cuda.attention`)."""
-        if not self.step.flash:
-            return self._eager(q, k, v, dropout)
-        tape, b, n, s, masked = self.tape, self.step.batch, self.shape.n_heads, self.length, self.masked
-        if self.autocast:
-            q, k, v = (tape.cast(x, 2) for x in (q, k, v))
-        if masked:
-            k, v = self._repeated(k), self._repeated(v)
-        elif q.item == 4 and self.grouped:
-            return self._math(q, k, v)
-        flash, rows = q.item == 2 and not masked, up(s, LSE_ROWS)
-        mask = [tape.hold(b * s * s * q.item, text="mask")] if masked else []
-        lse = tape.hold(4 * b * n * (s if flash else rows), text="4n")
-        # Beside the gradients: float32 sums, and the gradients of keys and values for each head.
-        scratch = 4 * b * n * (up(s, ACCUMULATOR[0]) * (1 + up(self.shape.head_dim, ACCUMULATOR[1])) if flash else rows)
-        scratch += 2 * tape.size("q", q.item) * (flash and self.grouped)
-        return tape.op([q, k, v], "q", q.item, [q, k, v, *mask, lse], saves_out=True, back_scratch=scratch)
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence."""
-        return self.step.tokens // self.step.batch
-
-    @property
-    def masked(self) -> bool:
-        """Whether a sequence fills the sliding window, and so fused attention gets a mask."""
-        return self.length >= _window(self.config, self.shape.model_type)
-
-    @property
-    def grouped(self) -> bool:
-        """Whether several heads share keys and values."""
-        return self.shape.n_kv_heads != self.shape.n_heads
-
-    def _repeated(self, x: Array) -> Array:
-        """Keys or values for each head: repeated where grouped, else as they are."""
-        return self.tape.op([x], "q", x.item) if self.grouped else x
-
-    def _eager(self, q: Array, k: Array, v: Array, dropout: str) -> Array:
-        """With every matrix of n·s scores a token; the softmax in float32, in GPT-2 in the dtype that there is."""
-        tape, item, gpt2 = self.tape, q.item, self.shape.model_type == "gpt2"
-        # A product of matrices copies what lies in a fused projection.
-        q, k, v = (x if x.buffer.text[1:] != "c" else tape.op([x], "q", x.item) for x in (q, k, v))
-        k, v = self._repeated(k), self._repeated(v)
-        if self.autocast:
-            q, k, v = (tape.cast(x, 2) for x in (q, k, v))
-        scores = tape.op([q, k], "ns", q.item, [q, k])
-        scores = tape.op([scores], "ns", q.item)
-        scores = tape.op([scores], "ns", max(q.item, self.base))
-        scores = tape.cast(scores, scores.item if gpt2 and not self.autocast else 4)
-        scores = tape.op([scores], "ns", scores.item, saves_out=True)
-        scores = tape.cast(scores, v.item if gpt2 else item)
-        scores = self.dropout(scores, dropout, 0.1 * gpt2)
-        scores = tape.cast(scores, v.item)
-        return tape.op([scores, v], "q", v.item, [scores, v])
-
-    def _math(self, q: Array, k: Array, v: Array) -> Array:
-        """What PyTorch falls back to for grouped queries in float32, which no fused kernel takes."""
-        tape = self.tape
-        k, v = self._repeated(k), self._repeated(v)
-        q, k = tape.op([q], "q", 4), tape.op([k], "q", 4)
-        scores = tape.op([q, k], "ns", 4, [q, k])
-        scores = tape.op([scores], "ns", 4, saves_out=True)
-        return tape.op([scores, v], "q", 4, [scores, v])
-
-    # The model from end to end
-
-    def embed(self) -> Array:
-        """Token and position embeddings; checkpointing always wants their gradient (`enable_input_require_grads`)."""
-        tape, family = self.tape, self.shape.model_type
-        x = tape.array("h", self.base)
-        if self.masked and self.step.flash:  # one byte an entry for all sequences; each layer makes its own of it
-            self.mask = tape.hold(self.length**2, text="mask")
-        if self.trains:
-            tables = {kind: w for kind, w in self.weights.items() if kind in ("embedding", "position_embedding")}
-            x = tape.leaf(x, {kind: math.prod(w.shape) * self.base for kind, w in tables.items()})
-        elif self.step.checkpointing:
-            x = tape.leaf(x)
-        if self.mask and self.step.checkpointing and x.node:  # an argument of every block, also when it is run again
-            x.node.saved.append(self.mask)
-        if family == "gpt2":
-            x = self.dropout(x, "embd_pdrop", 0.1)
-        return tape.op([x], "h", x.item) if self.gemma else x
-
-    def loss(self, hidden: Array) -> Array:
-        """Head, logits and loss; chunked, the pieces of the tokens one by one, and again in the backward pass."""
-        tape, self.mask = self.tape, None
-        if not self.step.chunked_loss:
-            logits = self._logits(hidden)
-            self.held = logits if self.step.held_outputs else None
-            return self._cross_entropy(logits)
-        pieces = tape.split(hidden, "h" * CHUNKS)
-        with tape.at(HEAD, math.ceil(self.step.tokens / CHUNKS)):
-            losses = [tape.checkpoint(self._piece, pieces.pop()) for _ in range(CHUNKS)]
-            total = losses.pop()
-            while losses:
-                total = tape.add(total, losses.pop())
-        return total
-
-    def _piece(self, hidden: Array) -> Array:
-        return self._cross_entropy(self._logits(hidden))
-
-    def _logits(self, hidden: Array) -> Array:
-        """By the head; Gemma 2 bounds them by a tanh."""
-        tape, logits = self.tape, self.linear(hidden, "lm_head", "V")
-        if not self.config.get("final_logit_softcapping", self.shape.model_type == "gemma2"):
-            return logits
-        logits = tape.op([logits], "V", logits.item)
-        logits = tape.op([logits], "V", logits.item, saves_out=True)
-        return tape.op([logits], "V", logits.item)
-
-    def _cross_entropy(self, logits: Array) -> Array:
-        """In float32, where the model takes it so; what is saved is the log-softmax."""
-        tape = self.tape
-        wide = tape.cast(logits, 4) if self.wide_loss or self.autocast else logits
-        log_softmax = tape.op([wide], "V", wide.item, saves_out=True)
-        return tape.op([log_softmax], "1", 4)
-
 
 def _everywhere(shape: ModelShape, step: Step) -> list[Weight]:
     """The adapted weights; `NoFormulaError` where an adapter is on some of the layers only, or on none of them."""
@@ -401,10 +283,3 @@ def _everywhere(shape: ModelShape, step: Step) -> list[Weight]:
             f"{found[0].name}: no formula for an adapter outside of the layers alone; --measure runs the step instead"
         )
     return found
-
-
-def _window(config: Mapping[str, Any], family: str) -> float:
-    """The sliding window, from which on attention gets a mask; ∞ without."""
-    if family not in _WINDOWED and not config.get("use_sliding_window", False):
-        return math.inf
-    return config.get("sliding_window", 4096 if family == "mistral" else None) or math.inf

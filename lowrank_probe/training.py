@@ -80,6 +80,7 @@ def train(
     where = _device(device)
     processes.meet(where.type)
     recipe = _checked(recipe or _default(shape, where), shape)
+    given = _given_rates(lr, plan.methods)
     modules = {group: _modules(shape, group, plan) for group in plan.targets}
     blocks, notes = _blocks(directory, Path(data), recipe, held_out, packing, shape)
     setting = Setting(directory, *blocks, recipe, modules, where)
@@ -92,7 +93,7 @@ def train(
     work = _Work(root / RUNS, setting, plan, on_progress)
     gc.freeze()  # Trainer collects garbage at every start, and goes through all that was ever imported
     try:
-        rates = work.rates(lr)
+        rates = given or work.rates()
         base = work.base()
         fits = plan.fits(rates, recipe.steps)
         for fit in fits:
@@ -145,16 +146,9 @@ class _Work:
         self.done += fit.steps
         return facts
 
-    def rates(self, lr: str | float | Mapping[str, float]) -> dict[str, float]:
-        """Method → learning rate."""
-        methods = self.plan.methods
-        if isinstance(lr, Mapping):
-            if missing := [one for one in methods if one not in lr]:
-                raise ProbeError(f"lr: no learning rate for {missing[0]}; given are {', '.join(lr)}")
-            return {one: _rate(lr[one]) for one in methods}
-        if lr != "auto":
-            return {one: _rate(lr) / (10 if one == FULL else 1) for one in methods}
-        return {one: self._search(one) for one in methods}
+    def rates(self) -> dict[str, float]:
+        """Method → learning rate, each by a search."""
+        return {one: self._search(one) for one in self.plan.methods}
 
     def _search(self, method: str) -> float:
         """The rate with the lowest held-out loss after a short run, half a decade apart."""
@@ -268,6 +262,15 @@ def _blocks(
     if epochs > 1:
         notes.append(f"{recipe.steps} steps go {epochs:.1f} times through the {len(found[0])} training sequences")
     return (found[0], found[1]), notes
+
+
+def _given_rates(lr: str | float | Mapping[str, float], methods: Sequence[str]) -> dict[str, float]:
+    """Method → learning rate as asked for; empty for "auto"."""
+    if isinstance(lr, Mapping):
+        if missing := [one for one in methods if one not in lr]:
+            raise ProbeError(f"lr: no learning rate for {missing[0]}; given are {', '.join(lr)}")
+        return {one: _rate(lr[one]) for one in methods}
+    return {} if lr == "auto" else {one: _rate(lr) / (10 if one == FULL else 1) for one in methods}
 
 
 def _rate(value: str | float) -> float:

@@ -83,7 +83,7 @@ def load_model(directory: Path) -> Any:
 
 
 def lora_config(fit: Fit, modules: tuple[Sequence[str], Sequence[str]], alpha: float) -> Any:
-    """PEFT's `LoraConfig` of a run; "all-linear" is left to PEFT, which has rules of its own for mixtures of experts."""
+    """PEFT's `LoraConfig` of a run; "all-linear" is left to PEFT, which has its own rules for mixtures of experts."""
     from peft import LoraConfig
 
     linear, parameters = modules if fit.targets != "all-linear" else ("all-linear", ())

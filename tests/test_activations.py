@@ -5,11 +5,14 @@ import sys
 from dataclasses import replace
 
 import pytest
+import transformers
+from transformers import AutoConfig
 
 from lowrank_probe.activations import activations
 from lowrank_probe.errors import NoFormulaError, ProbeError
 from lowrank_probe.measuring import measure_fake
 from lowrank_probe.model_shapes import shape_of_config
+from lowrank_probe.taped_estimates import EAGER
 from lowrank_probe.training_steps import PHASES, Step
 
 # Of middle size, so that lower-order terms do not vanish; six blocks, so that the closed form extrapolates.
@@ -203,6 +206,10 @@ ESTIMATED = {
     },
     "gemma2": {"model_type": "gemma2", **SAME, "head_dim": 32},
     "olmo2": {"model_type": "olmo2", **SAME},
+    "opt": {
+        "model_type": "opt", "vocab_size": 3000, "hidden_size": 256, "ffn_dim": 1024, "num_hidden_layers": 6,
+        "num_attention_heads": 8, "word_embed_proj_dim": 256,
+    },
     "deepseek_v3": {
         "model_type": "deepseek_v3", **SAME, **MIXTURE, "num_key_value_heads": 8, "n_routed_experts": 8,
         "q_lora_rank": 64, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32,
@@ -259,6 +266,27 @@ def test_some_layers_only_and_no_length_have_no_formula():
 def test_nonsense_is_refused(wrong):
     with pytest.raises(ProbeError, match=next(iter(wrong))):
         Step(**wrong)
+
+
+def test_a_model_without_a_language_models_head_has_no_formula():
+    config = {"model_type": "vit", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "intermediate_size": 96}  # fmt: skip
+    with pytest.raises(NoFormulaError, match="no language model's head"):
+        activations(shape_of_config(config), Step(seq=8))
+
+
+def test_a_tied_head_that_headers_leave_out_is_the_table():
+    shape = shape_of_config(CONFIGS["llama, one head each, tied"])
+    bare = replace(shape, weights=tuple(weight for weight in shape.weights if weight.layer_type != "lm_head"))
+    assert activations(bare, Step(seq=8)) == activations(shape, Step(seq=8))
+
+
+def test_attention_without_a_fused_kernel_is_known():
+    for model_type in EAGER - {"gemma2", "gpt_oss"}:
+        config = AutoConfig.for_model(model_type)
+        known = [m for name in ("CausalLM", "Seq2SeqLM", "MaskedLM") if type(config) in
+                 (m := getattr(transformers, f"AutoModelFor{name}")._model_mapping)]  # fmt: skip
+        assert not known[0][type(config)]._supports_sdpa, model_type
 
 
 def test_it_imports_no_torch():

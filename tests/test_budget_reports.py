@@ -10,7 +10,8 @@ from test_reports import HOSTILE, data, without_scripts
 import lowrank_probe as lp
 from lowrank_probe import budget_reports, columns
 from lowrank_probe.accelerators import accelerators, find_accelerator
-from lowrank_probe.budget_figures import PARTS, bars_spec, budget_specs, phases_spec, rank_spec, run_names, seq_spec
+from lowrank_probe.budget_figures import PARTS, bars_spec, budget_specs, phases_spec, rank_spec, seq_spec
+from lowrank_probe.budget_words import run_names
 from lowrank_probe.budgets import compare, sweep
 from lowrank_probe.errors import OutputError
 
@@ -82,6 +83,12 @@ def test_without_a_sequence_there_are_no_phases():
     ]  # fmt: skip
 
 
+def test_a_model_of_few_positions_has_its_own_lengths():
+    found = lp.budget({**TINY, "max_position_embeddings": 128}, seq=48, rank=3)
+    assert seq_spec([found])["data"][0]["x"] == [48, 128]
+    assert 3 in rank_spec([found])["data"][0]["x"]
+
+
 def test_the_tables_are_documented_and_complete(budgets):
     assert list(budget_reports.runs_table(budgets)) == list(columns.BUDGET)
     parts = budget_reports.components_table(budgets)
@@ -119,5 +126,5 @@ def test_hostile_names_stay_text(budgets):
 def test_a_directory_that_is_not_empty_is_left_alone(budgets, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="is not empty"):
-        budget_reports.save(budgets[:1], tmp_path)
+        lp.BudgetRun(budgets[:1]).save(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]

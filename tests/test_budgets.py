@@ -132,6 +132,46 @@ def test_eight_bit_adam_keeps_the_tables_in_fp32():
     assert found.bytes_each == "2 + 2 + 2.42 = 6.42"
 
 
+def test_without_double_quantization_four_bits_take_nine_sixteenths_of_a_byte():
+    plain, doubled = (lp.budget(LLAMA_8B, method="qlora", double_quant=double) for double in (False, True))
+    codes, n = plain.counts.quantizable, plain.counts.n_quantizable
+    assert part(plain, "quantization constants") == 4 / 64 * codes + 64 * n  # as bitsandbytes: absmax and 16 floats
+    low = 0.5 * codes + part(plain, "quantization constants") - 64 * n
+    assert low / codes == 0.5625
+    assert part(doubled, "quantization constants") == pytest.approx((1 / 64 + 4 / 16384) * codes + 1092 * n, abs=1)
+    assert ["--double-quant" in [mend.option for mend in mends(one)] for one in (plain, doubled)] == [True, False]
+    assert "without double quantization" in " ".join(plain.assumptions)
+    assert [plain.as_dict()["double_quant"], lp.budget(LLAMA_8B).as_dict()["double_quant"]] == [False, None]
+
+
+def test_what_needs_bitsandbytes_is_withheld_where_there_is_none():
+    for options in ({"method": "qlora"}, {"method": "full", "optimizer": "adamw-8bit"}):
+        found = lp.budget(TINY, seq=64, **options)
+        for name in ("TPU v5e", "Apple 128GB"):
+            card = find_accelerator(name)
+            assert found.total_bytes < card.usable_bytes
+            assert not found.fits(card)
+            assert set(cards_by_stage(found, card).values()) == {None}
+            assert largest(found, "batch", card) is None
+            assert "bitsandbytes, which has no kernels" in on_cards(found, card)
+        assert found.fits("T4") and found.fits("MI300X")  # noqa: PT018
+    found = lp.budget(TINY, seq=64)
+    assert found.fits("TPU v5e")
+    named = [mend.option for mend in mends(found, find_accelerator("TPU v5e"))]
+    assert named
+    assert not any("qlora" in option or "8bit" in option for option in named)
+
+
+def test_a_card_without_bf16_is_marked_where_the_run_computes_in_it():
+    for name in ("T4", "V100 16GB", "V100 32GB"):
+        card = find_accelerator(name)
+        assert not card.bf16
+        assert "†: no bf16 in hardware" in on_cards(lp.budget(TINY), card)
+        assert "†" not in on_cards(lp.budget(TINY, precision="fp32"), card)
+        assert f"{card.label}†" in on_cards(lp.budget(TINY, method="qlora", precision="fp32"), card)
+    assert "†" not in on_cards(lp.budget(TINY), find_accelerator("L4"))
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora", "rslora"])
 @pytest.mark.parametrize("seq", [None, 256])
 def test_the_parts_are_the_phases_and_the_largest_phase_is_the_total(method, seq):

@@ -197,7 +197,8 @@ def test_an_estimate_is_marked(models, tmp_path):
         (["--params", "7B", "--like", "mamba"], ["mamba", "llama"]), (["{}/8b", "--params", "7B"], ["one of the two"]),
         (["{}/nothing"], ["no such file or directory"]),
         (["{}/8b", "--targets", "foo"], ["foo", "q_proj", "all-linear"]),
-        (["{}/8b", "--rank", "0"], ["rank", "found 0"]),
+        (["{}/8b", "--rank", "0"], ["rank", "found 0"]), (["{}/8b", "--rank", "9" * 20], ["at most 1,000,000"]),
+        (["{}/8b", "--seq", "9" * 20], ["seq", "at most"]),
         (["{}/8b", "--gpu", "H10"], ["'H10' is not known; nearest: ", "H100"]),
         (["{}/8b", "--zero", "3"], ["--zero 3", "--gpus"]),
         (["{}/8b", "--zero", "1", "--fsdp", "2", "--gpus", "2"], ["one of"]),
@@ -215,11 +216,69 @@ def test_bad_input_is_one_line(models, options, words):
 
 
 @pytest.mark.parametrize("options", [["--method", "ia3"], ["--rank", "a"], ["--seq", "1k"], ["--loss", "half"],
-                                     ["--batch", "0"], ["--zero", "4"], ["--measure"]])  # fmt: skip
+                                     ["--batch", "0"], ["--zero", "4"], ["--measure"], ["--precision", "mixed"],
+                                     ["--optimizer", "sgd"], ["--explain"], ["--explain", "--rank", "4,8"],
+                                     ["--method", "full", "--rank", "8"], ["--method", "full", "--targets", "q"],
+                                     ["--method", "full", "--dtype", "bfloat16"],
+                                     ["--method", "lora", "--no-double-quant"], ["--rank", ""],
+                                     ["--like", "llama"], ["--price", "inf"], ["--price", "nan"],
+                                     ["--method", "qlora", "--precision", "fp32"]])  # fmt: skip
 def test_wrong_usage_is_exit_2(models, options):
     stdout, stderr = probe("budget", models / "8b", *options, code=2)
     assert stdout == ""
     assert "Invalid value" in stderr
+
+
+def test_cards_without_bf16_or_bitsandbytes_are_marked_everywhere(models, tmp_path):
+    qlora = ("budget", models / "tiny", "--method", "qlora", "--seq", "64")
+    stdout, _ = probe(*qlora, "--no-double-quant", "--out", tmp_path / "out")
+    assert "T4 (16 GB)†" in row(stdout, "T4")
+    assert " no‡" in row(stdout, "TPU v6e")
+    assert "†: no bf16 in hardware. ‡: no kernels of bitsandbytes" in " ".join(stdout.split())
+    assert "0.0625 B" in stdout
+    cards = pd.read_csv(tmp_path / "out" / "cards.csv").set_index("card")
+    assert not cards.loc["T4 (16 GB)†", "bf16"]
+    assert not cards.loc["TPU v6e (32 GB)", "runs"]
+    assert "†: no bf16 in hardware" in (tmp_path / "out" / "report.html").read_text()
+    told = json.loads(probe(*qlora, "--gpu", "TPU v6e", "--json", code=3)[0])
+    assert told["gpu"]["bitsandbytes"] is False
+    assert told["budgets"][0]["cards"][0]["runs"] is False
+    assert "†: no bf16 in hardware" in " ".join(probe("budget", models / "tiny")[0].split())
+
+
+def test_a_list_of_ranks_is_loras_and_takes_its_precision(models):
+    stdout, _ = probe("budget", models / "tiny", "--rank", "4,8", "--optimizer", "sgd", "--precision", "fp32", "--json")
+    assert {(one["method"], one["optimizer"], one["precision"]) for one in json.loads(stdout)["budgets"]} == {
+        ("lora", "sgd", "fp32")
+    }
+
+
+def test_what_only_activations_need_is_told_without_a_sequence(models):
+    _, stderr = probe("budget", models / "tiny", "--batch", "4", "--no-flash")
+    assert "note: --batch 4 changes nothing without --seq" in stderr
+    assert "note: --no-flash changes nothing" in stderr
+    assert probe("budget", models / "tiny", "--batch", "4", "--quiet")[1] == ""
+
+
+def test_a_price_is_told_of_every_run(models):
+    stdout, _ = probe("budget", models / "tiny", "--price", "2.5")
+    assert stdout.count("1 × 2.5 = 2.50") == 7
+    assert (
+        "lora, bf16 base, r=8 1 × 2.5 = 2.50" in probe("budget", models / "tiny", "--rank", "4,8", "--price", "2.5")[0]
+    )
+
+
+def test_more_tokens_than_positions_are_told(models, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"model_type": "gpt2", "vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    ))  # fmt: skip
+    for model, seq, words in (
+        (models / "8b", "8193", "its config must be changed"),
+        (tmp_path, "65", "cannot run this"),
+    ):
+        for options in ([], ["--method", "lora"], ["--rank", "4,8"]):
+            assert words in " ".join(probe("budget", model, "--seq", seq, *options)[0].split())
+    assert "positions:" not in probe("budget", models / "8b", "--seq", "8192")[0]
 
 
 def test_a_config_without_what_is_needed_names_it(tmp_path):

@@ -12,6 +12,7 @@ from lowrank_probe.errors import ProbeError
 from lowrank_probe.measuring import measure_cuda, measure_fake
 from lowrank_probe.model_shapes import shape_of_config
 from lowrank_probe.storages import LiveStorages
+from lowrank_probe.trainable_models import trainable_model
 from lowrank_probe.training_steps import PHASES, Step
 
 LLAMA = {
@@ -144,7 +145,7 @@ def real_peaks(config, step):
     tracker = LiveStorages({})
     device = torch.device("cpu")
     with AsOnCuda():
-        run = measuring._Run(measuring._model(config, step, device), step, device)
+        run = measuring._Run(trainable_model(config, step, device), step, device)
         for tensor in (*run.model.parameters(), *run.model.buffers(), *measuring._states(run.optimizer), run.ids):
             tracker.hold(tensor, "held")
         with tracker:
@@ -195,6 +196,11 @@ BERT = {
     "model_type": "bert", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "intermediate_size": 96,
 }  # fmt: skip
+# PEFT hands the adapter of OPT's table of positions an attention mask in place of token numbers.
+OPT = {
+    "model_type": "opt", "vocab_size": 256, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "word_embed_proj_dim": 64, "max_position_embeddings": 128,
+}  # fmt: skip
 BLOOM = {"model_type": "bloom", "vocab_size": 1000, "hidden_size": 64, "n_layer": 2, "n_head": 4}
 
 
@@ -229,6 +235,7 @@ def test_a_position_bias_that_is_trained_has_its_gradient():
             "BertForSequenceClassification has",
         ),
         (T5, Step(seq=8, chunked_loss=True), "decoders alone"),
+        (OPT, Step(seq=8, targets="everything"), "'opt': the step cannot be run: .*on one of everything: try other"),
     ],
 )
 def test_what_cannot_be_measured_says_so(config, step, said):

@@ -492,3 +492,36 @@ print(*sorted(set(heavy) & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[1] == ""
+
+
+def test_what_is_no_whole_model_is_one_line(tmp_path):
+    """An adapter, codes, a file without layers, sizes that no model has."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    factor = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({factor: torch.zeros(4, 16)}, adapter / "adapter_model.safetensors")
+    for source in (adapter, adapter / "adapter_config.json", adapter / "adapter_model.safetensors"):
+        refused(source, "is an adapter, not a model", "org/base", act=model_shape)
+    module = "model.layers.0.self_attn.q_proj."
+    for tensors, said in (
+        ({f"{module}weight": (2048, torch.uint8), f"{module}weight.absmax": (64, torch.uint8)}, "bitsandbytes"),
+        ({f"{module}qweight": (64, torch.int32), f"{module}qzeros": (8, torch.int32)}, "GPTQ or AWQ"),
+        ({f"{module}weight": (64, torch.int8)}, "I8"), ({"weight": (64, torch.float32)}, "no numbered layers"),
+    ):  # fmt: skip
+        save_file({k: torch.zeros(8, n, dtype=dtype) for k, (n, dtype) in tensors.items()}, tmp_path / "x.safetensors")
+        refused(tmp_path / "x.safetensors", said, "config.json", act=model_shape)
+    for wrong, said in (
+        ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
+        ({"num_hidden_layers": 10**9}, "expected at most 10,000 layers"), ({"vocab_size": 10**12}, "vocab_size"),
+    ):  # fmt: skip
+        refused(configs("llama")[0] | wrong, said, act=model_shape)
+    refused({"model_type": "stablelm", "num_hidden_layers": 10**9}, "expected at most 10,000", act=model_shape)
+
+
+def test_a_quantized_config_is_told():
+    plain = configs("llama")[0]
+    for said, name in (({"quant_method": "GPTQ"}, "gptq"), ({"bits": 4}, "an unnamed method"), ("yes", "unnamed")):
+        shape = model_shape(plain | {"quantization_config": said})
+        assert shape.weights == model_shape(plain).weights
+        assert f"the weights are quantized ({name}" in shape.notes[0] or name in shape.notes[0]
