@@ -35,6 +35,7 @@ def train(
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens a sequence. Default: 512, or the model's positions.")
     ] = None,
+    evaluations: Annotated[int, typer.Option(min=1, help="Held-out losses on the way.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA's α, at every rank.")] = 32.0,
     held_out: Annotated[float, typer.Option(help="Share of the documents that no run learns from.")] = 0.1,
     packing: Annotated[bool, typer.Option(help="Documents one after the other, or one a sequence.")] = True,
@@ -68,7 +69,7 @@ def train(
 
             check_writable(figures)
     recipe = Recipe(
-        steps=steps, batch=batch, accumulation=accumulation, alpha=alpha, checkpointing=checkpointing,
+        steps=steps, batch=batch, accumulation=accumulation, alpha=alpha, checkpointing=checkpointing, evaluations=evaluations,
         stop_on_nan=stop_on_nan, report_to=tuple(one for one in report_to.split(",") if one),
     )  # fmt: skip
     with progress_bar(quiet or not processes.is_first()) as on_progress:
