@@ -70,7 +70,8 @@ def train(
             check_writable(figures)
     recipe = Recipe(
         steps=steps, batch=batch, accumulation=accumulation, alpha=alpha, evaluations=evaluations,
-        checkpointing=checkpointing, stop_on_nan=stop_on_nan, report_to=tuple(one for one in report_to.split(",") if one),
+        checkpointing=checkpointing, stop_on_nan=stop_on_nan,
+        report_to=tuple(one for one in report_to.split(",") if one),
     )  # fmt: skip
     with progress_bar(quiet or not processes.is_first()) as on_progress:
         try:
