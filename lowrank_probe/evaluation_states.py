@@ -8,20 +8,15 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from lowrank_probe.errors import MatchError, ProbeError
-from lowrank_probe.layers import matches, sort_key
+from lowrank_probe.layer_groups import in_group
+from lowrank_probe.layers import sort_key
 from lowrank_probe.swapping import Piece, State
-from lowrank_probe.weight_shapes import ATTENTION, MLP
 
 How = Literal["alone", "all", "leave out"]
 ALL: Final = "all"
 FULL: Final = "full"
 EACH: Final = "each"
 RANKS: Final[tuple[int | str, ...]] = (0, 1, 2, 4, 8, 16, 32, 64, FULL)
-# What LoRA on "all-linear" leaves out: tables, convolutions and the heads.
-_NOT_LINEAR: Final = frozenset(
-    {"embedding", "position_embedding", "token_type_embedding", "patch_embedding", "relative_attention_bias", "conv",
-     "lm_head", "classifier", "score"}
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,24 +111,6 @@ def _members(pieces: Sequence[Piece], targets: Sequence[str] | None) -> dict[str
 
 def _picks(target: str, piece: Piece) -> bool:
     return in_group(target, piece.label, piece.layer_type, piece.parameter, piece.part.expert is not None)
-
-
-def in_group(target: str, label: str, layer_type: str, name: str, is_expert: bool = False) -> bool:
-    """Whether a target, or one of several parted by commas, picks a matrix.
-
-    label: its layer type as shown, with its stack where that has to be told.
-    """
-    return any(_is_picked(one, label, layer_type, name, is_expert) for one in target.split(","))
-
-
-def _is_picked(target: str, label: str, layer_type: str, name: str, is_expert: bool) -> bool:
-    if target == "everything":
-        return True
-    if target == "all-linear":
-        return layer_type not in _NOT_LINEAR and not is_expert
-    if target in ("attention", "mlp"):
-        return layer_type in (ATTENTION if target == "attention" else MLP)
-    return target in (label, layer_type) or matches(name, target)
 
 
 def _group(name: str, how: How, found: tuple[int, ...], pieces: Sequence[Piece], ranks: Sequence[int | str]) -> Group:

@@ -27,7 +27,7 @@ import pandas as pd
 
 from lowrank_probe.columns import HYPOTHESIS
 from lowrank_probe.evaluation_runs import Evaluation, interval_word, rank_word
-from lowrank_probe.evaluation_states import in_group
+from lowrank_probe.layer_groups import in_group
 from lowrank_probe.layers import labels
 from lowrank_probe.runs import Result
 from lowrank_probe.words import number

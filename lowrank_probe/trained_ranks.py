@@ -78,7 +78,8 @@ def trained_ranks(
         # The largest rank is its own yardstick, which it meets by definition.
         bar = np.maximum(drawn_tolerance, 0.0)
         low, high = np.percentile(drawn, [2.5, 97.5], axis=1, method="nearest")  # of what may be infinite
-        spread = _per_seed(L, weights).std(axis=1, ddof=1) if len(seeds) > 1 else np.full(len(ranks), math.nan)
+        with np.errstate(invalid="ignore"):  # ∞ where a run diverged
+            spread = _per_seed(L, weights).std(axis=1, ddof=1) if len(seeds) > 1 else np.full(len(ranks), math.nan)
         found.append(
             Trained(
                 str(variant), str(targets), tuple(ranks), means, low, high,

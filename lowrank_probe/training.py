@@ -154,9 +154,10 @@ class _Work:
         """The rate with the lowest held-out loss after a short run, half a decade apart."""
         start = FULL_RATES if method == FULL else LORA_RATES
         steps = max(SEARCH_STEPS, self.setting.recipe.steps // 4)
+        widest = max(self.plan.targets, key=lambda group: sum(map(len, self.setting.modules[group])))
         tried: dict[float, float] = {}
         while (rate := next_rate(tried, start, MOST_RATES)) is not None:
-            fit = self.plan.searched(method, rate, steps)
+            fit = self.plan.searched(method, rate, steps, widest)
             self.searches.append(fit)
             self.total += steps
             loss = self.run(fit)["loss"]

@@ -110,10 +110,13 @@ class Plan:
     def methods(self) -> tuple[str, ...]:
         return (FULL, *self.variants)
 
-    def searched(self, method: str, lr: float, steps: int) -> Fit:
-        """The run that tries a learning rate for a method: the middle rank, the first targets, the first seed."""
+    def searched(self, method: str, lr: float, steps: int, targets: str) -> Fit:
+        """The run that tries a learning rate for a method: the middle rank, the first seed.
+
+        targets: the widest group; a rate that is good for fewer layers can be too high for more.
+        """
         rank = 0 if method == FULL else self.ranks[len(self.ranks) // 2]
-        return Fit(method, rank, "" if method == FULL else self.targets[0], self.seeds[0], lr, steps, search=True)
+        return Fit(method, rank, "" if method == FULL else targets, self.seeds[0], lr, steps, search=True)
 
     def fits(self, rates: dict[str, float], steps: int) -> list[Fit]:
         """Full fine-tuning at every seed, then the adapters, seed by seed from the small ranks up."""

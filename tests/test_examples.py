@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import evaluated
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -66,3 +67,10 @@ def test_safe_merge(run):
     assert "new: none" in out
     assert "new: ['lm_head.weight']" in out
     assert re.search(r"refused: .*lora_embedding_A in .*contains NaN or Inf\n  written: nothing", out)
+
+
+def test_functional_rank(run, tmp_path, monkeypatch):
+    base, tuned = evaluated.saved(tmp_path, *evaluated.moved(evaluated.llama))
+    monkeypatch.chdir(tmp_path)
+    assert re.search(r"^ *all +\d+", run("functional_rank.py", base, tuned), re.MULTILINE)
+    assert (tmp_path / "functional-rank" / "report.html").exists()

@@ -15,11 +15,12 @@ from evaluated import gpt2, llama, mixtral
 from tokenizers_in_tests import tokenizer
 
 import lowrank_probe as lp
-from lowrank_probe import training_fits
+from lowrank_probe import training, training_fits
 from lowrank_probe.demo_text import read_prose
 from lowrank_probe.errors import CheckpointError, MatchError, OutputError, ProbeError
 from lowrank_probe.running_models import quiet
-from lowrank_probe.training_plan import FULL, Fit
+from lowrank_probe.training_fits import Setting, run_fit
+from lowrank_probe.training_plan import FULL, Fit, Plan
 
 RECIPE = lp.Recipe(steps=12, batch=4, length=32, evaluations=2)
 RATES = {"full": 3e-3, "lora": 1e-2}
@@ -179,41 +180,40 @@ def test_the_same_command_again_trains_nothing(trained, sides):
     assert again.verdict.to_csv() == found.verdict.to_csv()
 
 
+def one_run(sides, folder, fit, recipe=RECIPE):
+    """The facts of one run, without the conclusions of a whole training."""
+    shape = training._shape(sides[0])
+    plan = Plan((fit.rank,), (fit.targets,), (0,))
+    modules = {fit.targets: training._modules(shape, fit.targets, plan)}
+    blocks, _ = training._blocks(*sides, recipe, 0.1, True, shape)
+    return run_fit(fit, Setting(sides[0], *blocks, recipe, modules, torch.device("cpu")), folder)
+
+
 @pytest.mark.parametrize("variant", ["rslora", "dora", "pissa", "lora+"])
-def test_variants_train_and_load_as_lora(variant, sides, tmp_path):
+def test_variants_train_and_load_as_lora(variant, sides, tmp_path, trained):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    found = lp.train(
-        *sides, tmp_path / "run", ranks=[2, 4], targets=["mlp"], seeds=1, variants=[variant],
-        lr={"full": 3e-3, variant: 3e-3}, recipe=RECIPE, device="cpu",
-    )  # fmt: skip
-    label = Fit(variant, 4, "mlp", 0, 3e-3, 12).label
-    row = found.runs.set_index("label").loc[label]
-    assert row["loss"] < found.base_loss
+    facts = one_run(sides, tmp_path, Fit(variant, 4, "mlp", 0, 3e-3, 12))
+    assert facts["loss"] < trained[0].base_loss
     base = AutoModelForCausalLM.from_pretrained(sides[0])
     with quiet():
-        worn = PeftModel.from_pretrained(base, tmp_path / "run/runs" / label / "adapter").merge_and_unload()
+        worn = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
     blocks = held_out_blocks(sides)
     with torch.inference_mode():
         loss = worn(input_ids=blocks.ids, labels=blocks.labels).loss
-    assert float(loss) == pytest.approx(row["loss"], abs=2e-3)  # over tokens and over sequences of one length
+    assert float(loss) == pytest.approx(facts["loss"], abs=2e-3)  # over tokens and over sequences of one length
 
 
 @pytest.mark.parametrize(("make", "targets"), [(gpt2, "all-linear"), (mixtral, "all-linear"), (mixtral, "attention")])
 def test_other_architectures(make, targets, sides, tmp_path):
     base = model(tmp_path, make)
-    recipe = lp.Recipe(steps=4, batch=4, length=32, evaluations=1)
-    found = lp.train(base, sides[1], tmp_path / "run", ranks=[2], targets=[targets], seeds=1, lr=RATES, recipe=recipe,
-                     device="cpu")  # fmt: skip
-    shape_budget = lp.budget(base, method="lora", rank=2, targets=[targets])
-    adapters = found.runs[found.runs["method"] == "lora"]
-    assert adapters["n_trained"].eq(shape_budget.counts.adapter).all()
+    recipe = lp.Recipe(steps=2, batch=4, length=32, evaluations=1)
+    facts = one_run((base, sides[1]), tmp_path / "run", Fit("lora", 2, targets, 0, 1e-2, 2), recipe)
+    assert facts["n_trained"] == lp.budget(base, method="lora", rank=2, targets=[targets]).counts.adapter
 
 
 def test_the_search_finds_a_rate_and_tells_what_it_tried(sides, tmp_path, monkeypatch):
-    from lowrank_probe import training
-
     monkeypatch.setattr(training, "SEARCH_STEPS", 4)
     monkeypatch.setattr(training, "MOST_RATES", 4)
     found = lp.train(
@@ -229,7 +229,7 @@ def test_the_search_finds_a_rate_and_tells_what_it_tried(sides, tmp_path, monkey
 COMMAND = (
     "import sys, lowrank_probe as lp\n"
     "lp.train(sys.argv[1], sys.argv[2], sys.argv[3], ranks=[1], targets=['mlp'], seeds=1, device='cpu',"
-    " lr={'full': 3e-3, 'lora': 1e-2}, recipe=lp.Recipe(steps=40, batch=4, length=32, save_s=0.0, evaluations=2))\n"
+    " lr={'full': 3e-3, 'lora': 1e-2}, recipe=lp.Recipe(steps=16, batch=4, length=32, save_s=0.0, evaluations=2))\n"
 )
 
 
@@ -257,7 +257,7 @@ def test_a_killed_training_goes_on_where_it_was_and_ends_the_same(sides, tmp_pat
 def test_two_processes_train_as_one(sides, tmp_path):
     """torchrun on two CPUs: one directory, the first process's; each sees its own half of the batches."""
     script = tmp_path / "train.py"
-    script.write_text(COMMAND.replace("steps=40", "steps=6"), encoding="utf-8")
+    script.write_text(COMMAND.replace("steps=16", "steps=4"), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     command = [sys.executable, *launcher]
     done = subprocess.run(

@@ -28,9 +28,9 @@ def test_labels_are_names_of_directories():
 
 
 def test_a_search_takes_the_middle_rank_and_tells_its_rate():
-    fit = Plan((1, 4, 16), ("mlp",), (3,)).searched("lora", 3e-4, 20)
+    fit = Plan((1, 4, 16), ("mlp",), (3,)).searched("lora", 3e-4, 20, "mlp")
     assert (fit.rank, fit.targets, fit.seed, fit.label) == (4, "mlp", 3, "search-lora-lr3e-4")
-    assert PLAN.searched(FULL, 1e-4, 20).rank == 0
+    assert PLAN.searched(FULL, 1e-4, 20, "attention").rank == 0
 
 
 def find(best, start=FULL_RATES, most=9, cliff=math.inf):
