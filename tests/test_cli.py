@@ -41,8 +41,9 @@ OPTIONS = {
     ],
     "train": [
         "--data", "--out", "--rank", "--targets", "--seeds", "--variant", "--lr", "--steps", "--batch",
-        "--accumulation", "--length", "--evaluations", "--alpha", "--held-out", "--no-packing", "--tolerance", "--precision",
-        "--checkpointing", "--stop-on-nan", "--report-to", "--device", "--json", "--open", "--figures", "--quiet",
+        "--accumulation", "--length", "--evaluations", "--alpha", "--held-out", "--no-packing", "--tolerance",
+        "--precision", "--checkpointing", "--stop-on-nan", "--report-to", "--device", "--json", "--open", "--figures",
+        "--quiet",
     ],
     "resize": [
         "--out", "--rank", "--energy", "--budget", "--max-rank", "--rank-multiple", "--dtype", "--json", "--quiet",
