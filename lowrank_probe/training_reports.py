@@ -110,13 +110,14 @@ def _card(row: Mapping[Any, Any]) -> dict[str, Any]:
     verdict = str(row["verdict"])
     style = "low-rank" if verdict.startswith("low-rank") else "not-low-rank" if verdict.startswith("not") else "unknown"
     parts = []
-    for kind, title in (("trained", "LoRA as good as full"), ("functional", "ΔW truncated, nothing lost")):
+    for kind, title in (("trained", "trained rank"), ("functional", "functional rank")):
         largest = row[f"{kind}_largest"]
         if not pd.isna(largest):
+            rank = rank_word(row[f"{kind}_rank"], largest)
             between = interval_word(row[f"{kind}_low"], row[f"{kind}_high"], largest)
-            parts.append((title, f"r={rank_word(row[f'{kind}_rank'], largest)} ({between})"))
+            parts.append((title, rank if between == rank else f"{rank} ({between})"))
     if not pd.isna(row["r90_high"]):
-        parts.append(("90 % of ‖ΔW‖²", f"r={words.bracket(row['r90_low'], row['r90_high'])}"))
+        parts.append(("r90", words.bracket(row["r90_low"], row["r90_high"])))
     return {
         "name": row["layer_type"], "n": words.count(int(row["n_matrices"]), "matrix", "matrices"), "verdict": verdict,
         "style": style, "parts": parts, "decided_by": row["decided_by"], "missing": row["missing"],
