@@ -4,10 +4,8 @@ The page is `budget.html.j2`, rendered with autoescape: names and paths come fro
 """
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, Final
 
-import jinja2
 import pandas as pd
 
 from lowrank_probe import __version__
@@ -19,7 +17,7 @@ from lowrank_probe.budget_measured import beside, measured_total
 from lowrank_probe.budget_words import run_names
 from lowrank_probe.budgets import Budget
 from lowrank_probe.columns import BUDGET, BUDGET_CARDS, BUDGET_COMPONENTS
-from lowrank_probe.reports import flat_facts, page_environment, page_figure, page_table, plotly_js
+from lowrank_probe.reports import flat_facts, page_figure, page_table, page_template, plotly_js
 from lowrank_probe.training_steps import Measured
 
 # Figure name → heading, and the one sentence on how to read it.
@@ -134,7 +132,7 @@ def render(
     sentences = [words.peak(one) for one in budgets] if len(budgets) == 1 else []
     for why in (words.lora_against_full, words.qlora_against_lora):
         sentences += [said for one in budgets if (said := why(one))][:1]
-    return _template().render(
+    return page_template("budget.html.j2").render(
         title=first.name or f"{first.counts.total:,} parameters",
         source=f"{first.counts.total:,} parameters, from {shape.source}", headline=_headline(budgets, names),
         assumptions=[*shape.notes, *_assumptions(budgets, names)],
@@ -151,13 +149,6 @@ def render(
         plotly_js=plotly_js(),
         **{f"{key}_table": page_table(*of) for key, of in tables.items()},
     )  # fmt: skip
-
-
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    environment = page_environment()
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
-    return environment.get_template("budget.html.j2")
 
 
 def _headline(budgets: Sequence[Budget], names: Sequence[str]) -> str:

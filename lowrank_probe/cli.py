@@ -29,6 +29,7 @@ from lowrank_probe.cli_shared import (
     Out,
     Quiet,
     Seed,
+    finish,
     layer_span,
     progress_bar,
     run_directory,
@@ -212,13 +213,7 @@ def _finish(
 ) -> None:  # fmt: skip
     from lowrank_probe import runs
 
-    if figures is not None:
-        from lowrank_probe.figures import write
-
-        write(found, figures)
-        tell(f"figures: {figures}", quiet)
-    if open_report:
-        typer.launch(str((directory / "report.html").resolve()))
+    finish(found, directory, figures, open_report, quiet)
     summary = found.summary if isinstance(found, runs.Result) else found.table
     if fail_on and any(str(verdict).startswith(fail_on) for verdict in summary["verdict"]):
         tell(f"--fail-on {fail_on}: at least one verdict is {fail_on}", False)

@@ -15,6 +15,7 @@ from lowrank_probe.cli_shared import (
     Out,
     Quiet,
     Seed,
+    finish,
     progress_bar,
     run_directory,
     stopped_line,
@@ -84,13 +85,7 @@ def evaluate(
             again = f"the same command with --out {directory} resumes"
             raise stopped_line(f"finished states are kept in {directory}", again) from None
     _show(found, directory, as_json, quiet)
-    if figures is not None:
-        from lowrank_probe.figures import write
-
-        write(found, figures)
-        tell(f"figures: {figures}", quiet)
-    if open_report:
-        typer.launch(str((directory / "report.html").resolve()))
+    finish(found, directory, figures, open_report, quiet)
 
 
 def _ranks(text: str | None) -> list[int | str] | None:

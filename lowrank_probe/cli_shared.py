@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -91,6 +91,17 @@ def run_directory(out: Path | None, last: str) -> AbstractContextManager[Path]:
     slug = re.sub(r"[^\w.-]+", "-", Path(last).resolve().name).strip("-") or "run"
     named = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}"
     return nullcontext(out) if out is not None else new_directory(Path("probe-runs") / named)
+
+
+def finish(found: Any, directory: Path, figures: Path | None, open_report: bool, quiet: bool) -> None:
+    """What `--figures` and `--open` ask for, once a run is written."""
+    if figures is not None:
+        from lowrank_probe.figures import write
+
+        write(found, figures)
+        tell(f"figures: {figures}", quiet)
+    if open_report:
+        typer.launch(str((directory / "report.html").resolve()))
 
 
 def stopped_line(kept: str, again: str) -> interrupts.Stopped:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank_probe import interrupts, processes
-from lowrank_probe.cli_shared import Device, Figures, Json, Open, Quiet, progress_bar, stopped_line, tell
+from lowrank_probe.cli_shared import Device, Figures, Json, Open, Quiet, finish, progress_bar, stopped_line, tell
 
 if TYPE_CHECKING:
     from lowrank_probe.training_plan import Recipe
@@ -85,13 +85,7 @@ def train(
             raise stopped_line(f"finished runs are kept in {out}", "the same command goes on") from None
     if found is not None:
         _show(found, out, as_json, quiet)
-        if figures is not None:
-            from lowrank_probe.figures import write
-
-            write(found, figures)
-            tell(f"figures: {figures}", quiet)
-        if open_report:
-            typer.launch(str((out / "report.html").resolve()))
+        finish(found, out, figures, open_report, quiet)
 
 
 def _completed(recipe: "Recipe", length: int | None, precision: str, model: Path, device: str) -> "Recipe":
@@ -99,9 +93,8 @@ def _completed(recipe: "Recipe", length: int | None, precision: str, model: Path
     from lowrank_probe.training import default_recipe
 
     found = default_recipe(model, device)
-    if precision != "auto":
-        found = replace(found, precision=precision)  # type: ignore[arg-type]
-    return replace(recipe, length=length or found.length, precision=found.precision)
+    chosen = found.precision if precision == "auto" else precision
+    return replace(recipe, length=length or found.length, precision=chosen)
 
 
 def _ranks(text: str) -> list[int]:

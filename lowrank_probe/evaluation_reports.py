@@ -5,10 +5,8 @@ The page is `evaluation.html.j2`, rendered with autoescape: names and paths come
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
-import jinja2
 import pandas as pd
 
 from lowrank_probe import __version__, words
@@ -18,10 +16,10 @@ from lowrank_probe.evaluation_runs import interval_word, rank_word
 from lowrank_probe.evaluation_terminal import text_line, tolerance_line
 from lowrank_probe.reports import (
     flat_facts,
-    page_environment,
     page_figure,
     page_side,
     page_table,
+    page_template,
     plotly_js,
     run_line,
     versions_of,
@@ -65,7 +63,7 @@ def render(found: "Evaluation") -> str:
     facts = found.facts
     figures = [page_figure(name, spec, READING[name], False) for name, spec in evaluation_specs(found).items()]
     named = found.table.assign(group=found.table["group"].where(found.table["group"] != "", found.table["how"]))
-    return _template().render(
+    return page_template("evaluation.html.j2").render(
         sides=[page_side(word, facts[word]) for word in ("base", "tuned")],
         headline=_headline(found),
         told=[merit_word(found), text_line(facts), tolerance_line(facts)],
@@ -83,13 +81,6 @@ def render(found: "Evaluation") -> str:
         version=versions_of(facts).get("lowrank_probe", __version__),
         plotly_js=plotly_js(),
     )  # fmt: skip
-
-
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    environment = page_environment()
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
-    return environment.get_template("evaluation.html.j2")
 
 
 def _headline(found: "Evaluation") -> str:

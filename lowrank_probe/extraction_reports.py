@@ -4,10 +4,7 @@ The page is `extraction.html.j2`, rendered with autoescape: names and paths come
 """
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
-
-import jinja2
 
 from lowrank_probe import __version__, words
 from lowrank_probe.check_tables import calibration_table, verification_table
@@ -17,10 +14,10 @@ from lowrank_probe.extraction_summary import extraction_totals
 from lowrank_probe.model_card import command, model_name, percent
 from lowrank_probe.reports import (
     flat_facts,
-    page_environment,
     page_figure,
     page_side,
     page_table,
+    page_template,
     plotly_js,
     run_line,
     versions_of,
@@ -66,7 +63,7 @@ def render(found: "Extraction") -> str:
     figures = [page_figure(name, spec, READING[name], name in WIDE) for name, spec in extraction_specs(found).items()]
     several = len(adapters) > 1
     types, ledger = ([name for name in main if several or name != "adapter"] for main in (TYPES_MAIN, LEDGER_MAIN))
-    return _template().render(
+    return page_template("extraction.html.j2").render(
         sides=[page_side(word, facts[word]) | {"name": model_name(facts[word]["path"])} for word in ("base", "tuned")],
         headline=_headline(adapters),
         asked=command(facts, "…"),
@@ -110,13 +107,6 @@ def _listed(facts: Mapping[str, Any]) -> dict[str, Any]:
         tables = ("tried", "base")
         listed["calibration"] = {key: value for key, value in facts["calibration"].items() if key not in tables}
     return listed
-
-
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    environment = page_environment()
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
-    return environment.get_template("extraction.html.j2")
 
 
 def _adapter(found: "Extraction", label: str, total: dict[Any, Any]) -> dict[str, Any]:

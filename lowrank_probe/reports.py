@@ -128,7 +128,7 @@ def render(result: Result) -> str:
     figures = [page_figure(name, spec, READING[name], name in WIDE) for name, spec in specs(result).items()]
     table = result.table.assign(verdict_alone=verdict_alone(result.table))
     drawn = result.table["name"].isin(result.singular_values.keys())
-    return _template().render(
+    return page_template("report.html.j2").render(
         sides=[
             page_side(word, facts.get(key)) for word, key in (("base", "base"), ("tuned", "tuned")) if facts.get(key)
         ],
@@ -175,14 +175,15 @@ def page_environment() -> jinja2.Environment:
     )  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
+@lru_cache
+def page_template(name: str) -> jinja2.Template:
+    """A page's template, whose JSON is strict and short."""
     environment = page_environment()
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
     environment.filters["number"] = words.number
     environment.filters["rank"] = words.rank
     environment.filters["percent"] = lambda value: f"{words.number(100 * value)} %" if words.is_known(value) else "–"
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def plotly_js() -> Markup:

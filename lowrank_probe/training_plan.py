@@ -36,7 +36,7 @@ class Recipe:
     weight_decay: float = 0.0
     clip: float = 1.0
     evaluations: int = 8
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: str = "fp32"
     checkpointing: bool = False
     save_s: float = 300.0
     lr_ratio: float = 16.0
@@ -47,6 +47,8 @@ class Recipe:
         for name in ("steps", "batch", "accumulation", "length", "evaluations"):
             if (value := getattr(self, name)) < 1:
                 raise ProbeError(f"{name}: expected 1 or more, found {value}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ProbeError(f"precision: expected fp32 or bf16, found {self.precision}")
         if not self.alpha > 0:
             raise ProbeError(f"alpha: expected more than 0, found {self.alpha:g}")
         if not 0 <= self.warmup < 1:

@@ -4,10 +4,8 @@ The page is `training.html.j2`, rendered with autoescape: names and paths come f
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
-import jinja2
 import pandas as pd
 
 from lowrank_probe import __version__, words
@@ -15,9 +13,9 @@ from lowrank_probe.columns import EQUAL_PARAMETERS, HYPOTHESIS, TRAINING
 from lowrank_probe.evaluation_runs import interval_word, rank_word
 from lowrank_probe.reports import (
     flat_facts,
-    page_environment,
     page_figure,
     page_table,
+    page_template,
     plotly_js,
     run_line,
     versions_of,
@@ -83,7 +81,7 @@ def render(found: "Training") -> str:
     """The report as one HTML page, plotly.js included: no file beside it, no network."""
     facts = found.facts
     figures = [page_figure(name, one, READING[name], name in WIDE) for name, one in training_specs(found).items()]
-    return _template().render(
+    return page_template("training.html.j2").render(
         model=model_word(found), path=facts["model"]["path"], headline=summary_words(found),
         run=run_line(facts), notes=[str(note) for note in facts.get("notes") or ()],
         cards=[_card(row) for row in found.verdict.to_dict("records")],
@@ -96,13 +94,6 @@ def render(found: "Training") -> str:
         facts=list(flat_facts({k: v for k, v in facts.items() if k not in ("notes", "health", "recommendation")})),
         version=versions_of(facts).get("lowrank_probe", __version__), plotly_js=plotly_js(),
     )  # fmt: skip
-
-
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    environment = page_environment()
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
-    return environment.get_template("training.html.j2")
 
 
 def _card(row: Mapping[Any, Any]) -> dict[str, Any]:
