@@ -12,7 +12,8 @@ parameters as the matrices:
                 the largest rank that was trained is not low, and not
                 as good; and the loss has not levelled off before        not low-rank
                 the loss levelled off above the full fine-tune's         no evidence: other types moved, too
-    functional  its interval's upper end is low                          low-rank at r = that end
+    functional  its interval's upper end is 0                            no evidence: the text does not need it
+                its interval's upper end is low                          low-rank at r = that end
                 its interval's lower end is not                          not low-rank
     spectral    as `verdicts`
     anything else                                                        undecidable, and which evidence is missing
@@ -30,6 +31,7 @@ from lowrank_probe.evaluation_runs import Evaluation, interval_word, rank_word
 from lowrank_probe.layer_groups import in_group
 from lowrank_probe.layers import labels
 from lowrank_probe.runs import Result
+from lowrank_probe.verdicts import verdict as spectral_verdict
 from lowrank_probe.words import number
 
 if TYPE_CHECKING:
@@ -169,6 +171,8 @@ def _functional(row: Mapping[str, Any] | None, limit: float) -> Said:
         f"truncated to r={rank_word(row['functional_rank'], largest)} it loses nothing "
         f"({interval_word(low, high, largest)}, within {number(row['tolerance_nats'])})"
     )
+    if not pd.isna(high) and high == 0:
+        return Said(evidence=f"{told}: this text does not need it", missing=("text on which this update matters",))
     if not pd.isna(high) and high <= limit:
         return Said(f"low-rank at r={high}", told)
     if pd.isna(low) or low > limit:
@@ -179,13 +183,12 @@ def _functional(row: Mapping[str, Any] | None, limit: float) -> Said:
 def _spectral(name: str, spectrum: Result | None) -> Said:
     if spectrum is None:
         return Said(missing=("the spectrum of a full fine-tune",))
-    summary = spectrum.summary
-    found = summary[summary["layer_type"] == name]
-    if found.empty:
+    rows = _matrices(name, spectrum)
+    if rows.empty or not spectrum.facts.get("related", True):
         return Said()
-    verdict, evidence = str(found["verdict"].iloc[0]), str(found["evidence"].iloc[0])
-    if verdict.startswith((UNDECIDABLE, "unrelated")):
-        return Said(evidence=f"{verdict}, {evidence}")
+    verdict, evidence = spectral_verdict(rows)
+    if verdict.startswith(UNDECIDABLE):
+        return Said(evidence=f"{verdict}, {evidence}", missing=("a spectrum that decides",))
     return Said(verdict, evidence)
 
 
