@@ -81,8 +81,19 @@ def button(page, within, label):
 
 
 def press(page, element):
-    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
-    element.click()
+    """Click it; anew where plots that were still being laid out moved it away."""
+
+    def clicked(page):
+        from selenium.common.exceptions import ElementClickInterceptedException
+
+        page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+        try:
+            element.click()
+        except ElementClickInterceptedException:
+            return False
+        return True
+
+    wait(page, clicked)
 
 
 def column(page, table, heading):

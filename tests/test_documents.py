@@ -58,7 +58,7 @@ def _table(file, columns):
         ("a.jsonl", b"", "holds no text"),
         ("a.txt", b"\xff\xfe\x00", "is not UTF-8"),
         ("a.txt.gz", b"not packed", "is no whole gzip file"),
-        ("a.txt.gz", gzip.compress(b"x" * 999)[:-9], "is no whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:-9], "is no whole gzip file"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"prompt": "b", "answer": "c"}\n', "line 2 has no text"),
         ("a.jsonl", b"[1]\n", "found list"),

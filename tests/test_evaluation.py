@@ -132,7 +132,9 @@ def test_a_planted_rank_4_is_judged_4(tmp_path, text):
     asked = {"ranks": range(9), "groups": ["all-linear", "down"], "tolerance": "2%", "leave_out": False}
     found = lp.evaluate(*sides, text, **asked, **FAST)
     told = found.functional.set_index("group")
-    assert told.loc["all-linear", ["functional_rank", "low", "high"]].tolist() == [4, 4, 4]
+    # At rank 3 some sequences are within the tolerance, on some processors enough for the interval to begin there.
+    assert told.loc["all-linear", ["functional_rank", "high"]].tolist() == [4, 4]
+    assert told.loc["all-linear", "low"] >= 3
     assert told.loc["down", "functional_rank"] <= 4
     assert rows(found, "all", "all").set_index("rank").loc[4, "excess"] == pytest.approx(0, abs=1e-5)
     assert rows(found, "all", "all").set_index("rank").loc[3, "excess"] > found.facts["tolerance"]
