@@ -154,6 +154,32 @@ def copy_into(directory: Path, files: Iterable[Path]) -> None:
             shutil.copyfile(file, directory / file.name)
 
 
+def own(root: Path, name: str) -> None:
+    """Note in root/name which process works in root. Raises `OutputError` where another one does, and lives.
+
+    A process that was killed leaves the file behind; the next one of this host takes it over.
+    """
+    file = root / name
+    mine = f"{platform.node()} {os.getpid()}"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "x", encoding="utf-8") as handle:
+            handle.write(mine)
+        return
+    except FileExistsError:
+        host, _, process = file.read_text(encoding="utf-8").partition(" ")
+    except OSError as error:
+        raise OutputError(f"{file.parent}: cannot be made: {why(error)}") from None
+    if host == platform.node() and process != str(os.getpid()) and is_alive(process):
+        raise OutputError(f"{root}: process {process} is at work there; {ANOTHER_OUT}")
+    aside = file.with_name(f".part-{os.getpid()}-owner")
+    try:
+        aside.write_text(mine, encoding="utf-8")
+        os.replace(aside, file)
+    except OSError as error:
+        raise OutputError(f"{root}: cannot write {name}: {why(error)}") from None
+
+
 def is_alive(process: str) -> bool:
     """Whether a process of this number runs on this host, as far as can be told."""
     try:

@@ -25,7 +25,7 @@ from lowrank_probe.documents import read_documents, split_documents
 from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, OutputError, ProbeError
 from lowrank_probe.model_shapes import ModelShape, model_shape
 from lowrank_probe.options import Progress
-from lowrank_probe.outputs import ANOTHER_OUT, check_writable, write_json
+from lowrank_probe.outputs import ANOTHER_OUT, check_writable, own, write_json
 from lowrank_probe.runs import plain
 from lowrank_probe.sequence_losses import sequence_losses
 from lowrank_probe.token_blocks import Blocks, load_tokenizer, to_blocks
@@ -35,6 +35,7 @@ from lowrank_probe.training_runs import PLAN, Training
 
 RUNS: Final = "runs"
 BASE: Final = "base.npy"
+OWNER: Final = ".owner"  # the process that trains here
 # Rates that the search for one tries at most, and the steps of each: a quarter of a run's, and at least so many.
 MOST_RATES: Final = 7
 SEARCH_STEPS: Final = 20
@@ -98,11 +99,13 @@ def train(
         fits = plan.fits(rates, recipe.steps)
         for fit in fits:
             work.run(fit)
+        if not processes.is_first():
+            return None
+        return conclude(root, root / RUNS, setting, plan, fits, work.searches, base, tolerance, notes, on_progress)
     finally:
         gc.unfreeze()
-    if not processes.is_first():
-        return None
-    return conclude(root, root / RUNS, setting, plan, fits, work.searches, base, tolerance, notes, on_progress)
+        if processes.is_first():
+            (root / OWNER).unlink(missing_ok=True)
 
 
 class _Work:
@@ -318,4 +321,5 @@ def _begin(root: Path, identity: Mapping[str, Any]) -> None:
             aside = root / f".{PLAN}"
             write_json(aside, json.loads(told))
             aside.replace(file)
+        own(root, OWNER)
     processes.wait()

@@ -6,7 +6,6 @@ its factors. A file is written aside and renamed: what is there is whole.
 
 import json
 import os
-import platform
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -47,25 +46,9 @@ class Unfinished:
                 )
         elif found and found != [FOLDER]:
             raise OutputError(f"{out}: is not empty; {outputs.ANOTHER_OUT}")
-        self._own()
+        outputs.own(out, f"{FOLDER}/owner")
         if not (self.folder / "run.json").exists():
             self._write("run.json", lambda path: path.write_text(told, encoding="utf-8"))
-
-    def _own(self) -> None:
-        """Note which process works here. Raises `OutputError` where another one does, and lives."""
-        owner, own = self.folder / "owner", f"{platform.node()} {os.getpid()}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(owner, "x", encoding="utf-8") as handle:
-                handle.write(own)
-            return
-        except FileExistsError:
-            host, _, process = owner.read_text(encoding="utf-8").partition(" ")
-        except OSError as error:
-            raise OutputError(f"{self.folder}: cannot be made: {outputs.why(error)}") from None
-        if host == platform.node() and process != str(os.getpid()) and outputs.is_alive(process):
-            raise OutputError(f"{self.folder.parent}: process {process} is at work there; {outputs.ANOTHER_OUT}")
-        self._write("owner", lambda path: path.write_text(own, encoding="utf-8"))
 
     def has(self, key: str) -> bool:
         """Whether it is there, and whole: a machine that lost power may leave an empty file of that name."""

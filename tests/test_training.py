@@ -314,6 +314,18 @@ def test_another_training_in_the_directory_is_refused(trained, sides):
         lp.train(*sides, out, ranks=[2], targets=["attention", "mlp"], seeds=2, lr=RATES, recipe=RECIPE, device="cpu")
 
 
+def test_two_trainings_at_once_in_one_directory_are_refused(trained, sides):
+    _, out = trained
+    same = {"ranks": [1, 4], "targets": ["attention", "mlp"], "seeds": 2, "lr": RATES, "recipe": RECIPE}
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (out / ".owner").write_text(f"{os.uname().nodename} {other.pid}", encoding="utf-8")
+        with pytest.raises(OutputError, match=f"run: process {other.pid} is at work there; choose another --out"):
+            lp.train(*sides, out, **same, device="cpu")
+        other.kill()
+    lp.train(*sides, out, **same, device="cpu")  # what a killed one left is taken over
+    assert not (out / ".owner").exists()
+
+
 def test_out_of_memory_tells_what_is_needed_and_what_would_fit(sides, tmp_path, monkeypatch):
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
