@@ -108,8 +108,12 @@ def finite(table: pd.DataFrame, name: str) -> Values:
 def five_numbers(values: Values) -> dict[str, float]:
     """A box: quartiles, and as fences the outermost values within 1.5 interquartile ranges (Tukey)."""
     q1, median, q3 = np.percentile(values, [25, 50, 75])
-    inside = values[(values >= q1 - 1.5 * (q3 - q1)) & (values <= q3 + 1.5 * (q3 - q1))]
-    fences = {"lowerfence": min(float(inside.min()), q1), "upperfence": max(float(inside.max()), q3)}
+    reach = 1.5 * (q3 - q1)
+    # A quartile bounds each: between two values one rounding apart it may lie outside of both.
+    fences = {
+        "lowerfence": float(np.min(values[values >= q1 - reach], initial=q1)),
+        "upperfence": float(np.max(values[values <= q3 + reach], initial=q3)),
+    }
     return {"q1": q1, "median": median, "q3": q3, **fences}
 
 

@@ -420,3 +420,11 @@ def test_a_figure_that_cannot_be_drawn_leaves_those_that_were_there(result, tmp_
     with pytest.raises(ProbeError, match="did not draw"):
         figures.write(result, tmp_path)
     assert [(path.name, path.read_text("utf-8")) for path in tmp_path.iterdir()] == [("heatmap.svg", "before")]
+
+
+@pytest.mark.parametrize("values", [[1 - 3e-16, 1 - 1e-16], [1.0, 1.0], [3.0], [0.0, 1.0, 2.0, 3.0, 100.0]])
+def test_a_box_bounds_its_values_also_where_they_are_one_rounding_apart(values):
+    box = figure_data.five_numbers(np.array(values))
+    assert box["lowerfence"] <= box["q1"] <= box["median"] <= box["q3"] <= box["upperfence"]
+    assert box["lowerfence"] == pytest.approx(values[0])
+    assert box["upperfence"] == pytest.approx(3.0 if len(values) == 5 else values[-1])

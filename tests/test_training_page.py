@@ -1,0 +1,182 @@
+"""A training's figures, its terminal tables, and its page in real headless Chromium, from file://."""
+
+import html
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from browsers import needs_chromium
+from test_browser import HOSTILE, button, choose, column, drawn, driver, find, press, visit  # noqa: F401
+from test_training import model, words
+
+import lowrank_probe as lp
+from lowrank_probe import training, training_reports
+from lowrank_probe.training_figures import training_specs
+from lowrank_probe.training_terminal import print_training
+
+FIGURES = ("loss", "ranks", "parameters", "curves", "search", "memory", "subspaces", "amplification")
+GROUPS = ("attention", "mlp")
+ESCAPED = html.escape(HOSTILE, quote=False)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """A short real training with a search for rates; as if on a GPU, and with a hostile name for one group."""
+    root = tmp_path_factory.mktemp("training")
+    recipe = lp.Recipe(steps=4, batch=4, length=32, evaluations=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SEARCH_STEPS", 1)
+        patch.setattr(training, "MOST_RATES", 3)
+        made = lp.train(
+            model(root), words(root), root / "run", ranks=[2, 8], targets=GROUPS, recipe=recipe, device="cpu"
+        )
+    bytes_ = np.arange(len(made.runs), dtype=float) * 2**28 + 2**30
+    sick = {"label": "full-s0", "name": "plateau", "severity": "warning", "step": None, "evidence": HOSTILE}
+    return replace(
+        made,
+        runs=_renamed(made.runs, "targets").assign(peak_bytes=bytes_, predicted_bytes=1.1 * bytes_),
+        verdict=_renamed(made.verdict, "layer_type"), equal_parameters=_renamed(made.equal_parameters, "targets"),
+        facts=made.facts | {"notes": [HOSTILE], "health": [sick | {"mend": "train longer"}]},
+    )  # fmt: skip
+
+
+def _renamed(table, column):
+    return table.assign(**{column: table[column].replace("mlp", HOSTILE)})
+
+
+def test_loss_against_rank_with_full_and_base_as_lines(found):
+    data = training_specs(found)["loss"]["data"]
+    lines = {one["name"]: one for one in data if "name" in one}
+    assert list(lines) == ["full fine-tune", "base", "attention", ESCAPED]
+    assert lines["base"]["y"] == pytest.approx([found.base_loss] * 2, rel=1e-5)
+    assert lines["full fine-tune"]["y"] == pytest.approx([found.full_loss] * 2, rel=1e-5)
+    rows = found.runs[(found.runs["targets"] == "attention") & (found.runs["rank"] == 8)]
+    assert lines["attention"]["x"] == [2, 8]
+    assert lines["attention"]["y"][1] == pytest.approx(rows["loss"].mean(), rel=1e-5)
+    bands = [one for one in data if one.get("fill")]
+    assert len(bands) == 3
+    assert bands[1]["y"][1] == pytest.approx(rows["loss"].max(), rel=1e-5)
+    assert bands[1]["y"][2] == pytest.approx(rows["loss"].min(), rel=1e-5)
+
+
+def test_trained_functional_and_spectral_ranks_side_by_side(found):
+    trained, functional, spectral = training_specs(found)["ranks"]["data"]
+    assert len(trained["x"]) == len(GROUPS)
+    assert len(functional["x"]) == len(found.verdict)
+    assert len(spectral["x"]) == found.verdict["r90_low"].notna().sum()
+    for one, kind in ((trained, "trained"), (functional, "functional")):
+        rows = found.verdict[found.verdict[f"{kind}_largest"].notna()]
+        expected = rows[f"{kind}_rank"].fillna(rows[f"{kind}_largest"]).astype(float).clip(lower=0.5)
+        assert one["x"] == pytest.approx(list(expected))
+        beyond = [symbol == "triangle-right" for symbol in one["marker"]["symbol"]]
+        assert beyond == list(rows[f"{kind}_rank"].isna())
+
+
+def test_the_other_figures_show_the_tables(found):
+    specs = training_specs(found)
+    assert tuple(specs) == FIGURES
+    attention = specs["parameters"]["data"][0]
+    rows = found.runs[(found.runs["targets"] == "attention") & (found.runs["seed"] == 0)]
+    assert attention["x"] == list(rows["n_trained"])
+    assert len(specs["curves"]["data"]) == (found.runs["seed"] == 0).sum()
+    for line in specs["search"]["data"]:
+        tried = found.searches[found.searches["method"] == line["name"]].sort_values("lr")
+        assert line["y"] == pytest.approx(list(tried["loss"]), rel=1e-5)
+    predicted, measured = specs["memory"]["data"]
+    assert measured["y"][0] == 1
+    assert predicted["y"][0] == pytest.approx(1.1)
+    names = [one["name"] for one in specs["subspaces"]["data"]]
+    assert names[0::2] == [
+        "lora-r2-attention-s0 and lora-r8-attention-s0",
+        "lora-r2-attention-s0 and lora-r8-attention-s1",
+        "lora-r8-attention-s0 and lora-r8-attention-s1",
+    ]
+    assert all(name.endswith(", random") for name in names[1::2])
+    assert {one["name"] for one in specs["amplification"]["data"]} == {
+        "lora-r2-attention-s0, r=2", "lora-r8-attention-s0, r=8", "lora-r8-attention-s1, r=8",
+    }  # fmt: skip
+
+
+def test_the_terminal_has_every_loss_and_verdict(found, capsys):
+    print_training(found)
+    out = capsys.readouterr().out
+    for (targets, _), rows in found.runs[found.runs["rank"] > 0].groupby(["targets", "rank"]):
+        line = next(line for line in out.splitlines() if line.strip().startswith(targets[:9]))
+        assert f"{rows['loss'].mean():.4f}" in line
+    for row in found.verdict.itertuples():
+        assert row.verdict.partition(" at ")[0] in out
+    assert found.facts["recommendation"]["lora_config"] in out
+
+
+def test_names_are_escaped_and_nothing_is_fetched(found):
+    page = training_reports.render(found)
+    assert HOSTILE not in page
+    assert "http://" not in page.partition("plotly.js v")[0].replace("http://www.w3.org", "")
+
+
+@pytest.fixture(scope="module")
+def path(found, tmp_path_factory):
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    file.write_text(training_reports.render(found), encoding="utf-8")
+    return file
+
+
+@pytest.mark.browser
+@needs_chromium
+class TestPage:
+    @pytest.fixture
+    def page(self, driver, path):  # noqa: F811
+        visit(driver, path.as_uri())
+        yield driver
+        driver.execute_script("localStorage.clear()")
+        assert [entry["message"] for entry in driver.get_log("browser")] == []
+
+    def test_every_plot_is_drawn_and_nothing_is_fetched(self, page, found):
+        for name in FIGURES:
+            assert page.execute_script("return document.querySelectorAll(arguments[0]).length", f"#{name} svg path") > 3
+        assert len(drawn(page, "curves", "data")) == (found.runs["seed"] == 0).sum()
+        assert page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
+        assert page.title != "hacked"
+        assert not find(page, "img")
+
+    def test_a_card_a_group_says_verdict_ranks_and_what_decided(self, page, found):
+        cards = [card.text for card in find(page, ".card")]
+        assert [card.split("\n")[0] for card in cards] == list(found.verdict["layer_type"])
+        for card, row in zip(cards, found.verdict.itertuples(), strict=True):
+            assert row.verdict in card
+            assert ("decided by" in card) == bool(row.decided_by)
+            assert ("missing" in card) == bool(row.missing)
+        assert find(page, "#recommendation pre")[0].text == found.facts["recommendation"]["lora_config"]
+        assert "train longer" in find(page, "#health")[0].text
+
+    def test_the_runs_sort_and_filter(self, page, found):
+        press(page, button(page, "#runs", "loss"))
+        shown = [float(x) for x in column(page, "runs", "loss")]
+        assert shown == sorted(shown)
+        assert len(shown) == len(found.runs)
+        choose(page, "#runs [data-facet=targets]", "attention (4)")
+        labels = column(page, "runs", "label")
+        assert len(labels) == 4
+        assert all("attention" in label for label in labels)
+
+    def test_both_themes_and_a_narrow_screen(self, page):
+        background = "return getComputedStyle(document.body).backgroundColor"
+        light = page.execute_script(background)
+        press(page, find(page, "#theme")[0])
+        assert page.execute_script(background) == "rgb(15, 18, 23)" != light
+        size = {"width": 380, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_training_without_adapters_that_compare_has_no_such_figures(found):
+    full = found.runs[found.runs["method"] == "full"].assign(peak_bytes=np.nan)
+    bare = replace(
+        found, runs=full, verdict=found.verdict.iloc[:0], searches=found.searches.iloc[:0], subspaces=None,
+        equal_parameters=pd.DataFrame(columns=found.equal_parameters.columns),
+        facts=found.facts | {"recommendation": None},
+    )  # fmt: skip
+    assert list(training_specs(bare)) == ["curves"]
+    assert "data-equal" not in training_reports.render(bare)
