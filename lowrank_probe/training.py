@@ -30,6 +30,7 @@ from lowrank_probe.runs import plain
 from lowrank_probe.sequence_losses import sequence_losses
 from lowrank_probe.token_blocks import Blocks, load_tokenizer, to_blocks
 from lowrank_probe.training_fits import Setting, autocast, finished, load_model, run_fit
+from lowrank_probe.training_loggers import check_loggers
 from lowrank_probe.training_plan import FULL, FULL_RATES, LORA_RATES, Fit, Plan, Recipe, next_rate
 from lowrank_probe.training_runs import PLAN, Training
 
@@ -81,6 +82,7 @@ def train(
     where = _device(device)
     processes.meet(where.type)
     recipe = _checked(recipe or _default(shape, where), shape)
+    check_loggers(recipe.report_to)
     given = _given_rates(lr, plan.methods)
     modules = {group: _modules(shape, group, plan) for group in plan.targets}
     blocks, notes = _blocks(directory, Path(data), recipe, held_out, packing, shape)

@@ -28,6 +28,7 @@ from lowrank_probe.running_models import first_line, quiet
 from lowrank_probe.runs import plain
 from lowrank_probe.sequence_losses import sequence_losses
 from lowrank_probe.token_blocks import Blocks
+from lowrank_probe.training_loggers import logged
 from lowrank_probe.training_plan import FULL, Fit, Recipe
 
 FACTS: Final = "facts.json"
@@ -128,7 +129,7 @@ def _run(fit: Fit, setting: Setting, folder: Path, on_step: Callable[[int, int],
         model, started_from = _adapted(model, fit, setting, folder)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     watch = HealthWatch(stop_on_nan=recipe.stop_on_nan or fit.search, method=fit.method)
-    with quiet():
+    with quiet(), logged(recipe.report_to, folder):
         trainer = Trainer(
             model=model, args=_arguments(fit, setting, folder), train_dataset=Rows(setting.training),
             eval_dataset=Rows(setting.held_out), callbacks=[watch, _saving(recipe.save_s), *_told(on_step)],

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -226,6 +227,24 @@ def test_the_search_finds_a_rate_and_tells_what_it_tried(sides, tmp_path, monkey
         assert found.facts["rates"][method] == tried.idxmin()
 
 
+def test_tensorboard_has_one_run_a_label(sides, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    recipe = lp.Recipe(steps=2, batch=4, length=32, evaluations=1, report_to=("tensorboard",))
+    found = lp.train(
+        *sides, tmp_path / "run", ranks=[1], targets=["mlp"], seeds=1, lr=RATES, recipe=recipe, device="cpu"
+    )
+    assert {path.name for path in (tmp_path / "run/tensorboard").iterdir()} == {"full-s0", "lora-r1-mlp-s0"}
+    for label, history in found.histories.groupby("label"):
+        events = EventAccumulator(str(tmp_path / "run/tensorboard" / label)).Reload()
+        logged = [(one.step, one.value) for one in events.Scalars("train/loss")]
+        kept = history[history["loss"].notna()]
+        assert [step for step, _ in logged] == list(kept["step"])
+        assert [value for _, value in logged] == pytest.approx(list(kept["loss"]), rel=1e-3)
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
 COMMAND = (
     "import sys, lowrank_probe as lp\n"
     "lp.train(sys.argv[1], sys.argv[2], sys.argv[3], ranks=[1], targets=['mlp'], seeds=1, device='cpu',"
@@ -293,6 +312,8 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(sides, tmp_path):
     assert said == "lr: no learning rate for full; given are lora"
     said, _ = refused(sides, tmp_path, lr="fast")
     assert said.startswith("lr fast: expected auto")
+    said, _ = refused(sides, tmp_path, recipe=replace(RECIPE, report_to=("tensorbord",)))
+    assert said.startswith("--report-to tensorbord: expected a logger of Trainer that is installed; installed are ")
     said, _ = refused(sides, tmp_path, seeds=0)
     assert said == "seeds: expected at least 1"
     short = tmp_path / "short.txt"
