@@ -96,6 +96,33 @@ def press(page, element):
     wait(page, clicked)
 
 
+def turns_dark(page):
+    background = "return getComputedStyle(document.body).backgroundColor"
+    light = page.execute_script(background)
+    press(page, find(page, "#theme")[0])
+    return page.execute_script(background) == "rgb(15, 18, 23)" != light
+
+
+def fits(page, width=380):
+    """Whether nothing sticks out of a narrow screen."""
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        return page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def arrives(driver, path, section):
+    """Whether a deep link shows its section at the top, or as near as the page's end allows, without a word."""
+    visit(driver, f"{path.as_uri()}#{section}")
+    top, last = driver.execute_script(
+        f"return [document.querySelector('#{section}').getBoundingClientRect().top,"
+        " innerHeight + scrollY >= document.documentElement.scrollHeight - 1]"
+    )
+    return (0 <= top < 120 or last) and driver.get_log("browser") == []
+
+
 def column(page, table, heading):
     heads = [h.text for h in find(page, f"#{table} thead th")]
     return [c.text for c in find(page, f"#{table} tbody tr td:nth-child({heads.index(heading) + 1})")]

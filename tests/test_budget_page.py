@@ -2,7 +2,7 @@
 
 import pytest
 from browsers import needs_chromium
-from test_browser import button, choose, column, drawn, driver, find, press, visit  # noqa: F401
+from test_browser import arrives, button, choose, column, drawn, driver, find, fits, press, turns_dark, visit  # noqa: F401
 from test_budgets import LLAMA_8B
 
 from lowrank_probe import budget_reports
@@ -70,21 +70,12 @@ def sum_fits(budgets):
 
 @pytest.mark.parametrize("section", ["seqs", "cards", "mends", "components", "facts"])
 def test_a_deep_link_arrives(driver, path, section):  # noqa: F811
-    visit(driver, f"{path.as_uri()}#{section}")
-    top, last = driver.execute_script(
-        f"return [document.querySelector('#{section}').getBoundingClientRect().top,"
-        " innerHeight + scrollY >= document.documentElement.scrollHeight - 1]"
-    )
-    assert 0 <= top < 120 or last
-    assert driver.get_log("browser") == []
+    assert arrives(driver, path, section)
 
 
 def test_a_narrow_dark_page_fits(page):
-    press(page, find(page, "#theme")[0])
-    size = {"width": 380, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert turns_dark(page)
+    assert fits(page)
 
 
 def test_every_control_is_named(page):

@@ -3,7 +3,7 @@
 import pytest
 from browsers import needs_chromium
 from extractions import TYPES, build_extraction, checks
-from test_browser import HOSTILE, button, choose, column, drawn, driver, find, press, visit  # noqa: F401
+from test_browser import HOSTILE, arrives, button, choose, column, drawn, driver, find, fits, press, turns_dark, visit  # noqa: F401
 
 from lowrank_probe import extraction_reports
 
@@ -84,27 +84,12 @@ def test_the_types_sort_by_what_is_cut_away(page, found):
 
 @pytest.mark.parametrize("section", ["error", "where", "calibration", "types", "ledger", "facts"])
 def test_a_deep_link_arrives(driver, path, section):  # noqa: F811
-    visit(driver, f"{path.as_uri()}#{section}")
-    top, last = driver.execute_script(
-        f"return [document.querySelector('#{section}').getBoundingClientRect().top,"
-        " innerHeight + scrollY >= document.documentElement.scrollHeight - 1]"
-    )
-    assert 0 <= top < 120 or last
-    assert driver.get_log("browser") == []
-
-
-def test_the_theme_is_toggled(page):
-    background = "return getComputedStyle(document.body).backgroundColor"
-    light = page.execute_script(background)
-    press(page, find(page, "#theme")[0])
-    assert page.execute_script(background) == "rgb(15, 18, 23)" != light
+    assert arrives(driver, path, section)
 
 
 def test_a_narrow_dark_page_fits(page):
-    size = {"width": 380, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert turns_dark(page)
+    assert fits(page)
 
 
 def test_every_control_is_named(page):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browsers import needs_chromium
-from test_browser import HOSTILE, button, choose, column, drawn, driver, find, press, visit  # noqa: F401
+from test_browser import HOSTILE, arrives, button, choose, column, drawn, driver, find, fits, press, turns_dark, visit  # noqa: F401
 from test_training import model, words
 
 import lowrank_probe as lp
@@ -161,14 +161,8 @@ class TestPage:
         assert all("attention" in label for label in labels)
 
     def test_both_themes_and_a_narrow_screen(self, page):
-        background = "return getComputedStyle(document.body).backgroundColor"
-        light = page.execute_script(background)
-        press(page, find(page, "#theme")[0])
-        assert page.execute_script(background) == "rgb(15, 18, 23)" != light
-        size = {"width": 380, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert turns_dark(page)
+        assert fits(page)
 
 
 def test_a_training_without_adapters_that_compare_has_no_such_figures(found):
