@@ -188,9 +188,9 @@ def main() -> int:
     verdict = "PASS" if min(inside.values()) >= 0.95 and low_rank == 0 else "FAIL"
     line = (
         f"decided {len(decided)} of {int((~is_flat).sum())}; truth inside the bracket: "
-        f"r50 {100 * inside['r50']:.1f} %, r90 {100 * inside['r90']:.1f} % (bar 95 %): {verdict}"
+        f"r50 {100 * inside['r50']:.1f} %, r90 {100 * inside['r90']:.1f} % (bar 95 %)"
     )
-    print(line)
+    print(f"{verdict}: {line}")
     if not quick:
         DOCS.mkdir(exist_ok=True)
         plot(table, DOCS / "calibration.png")
@@ -200,7 +200,7 @@ def main() -> int:
             f"Written by `python benchmarks/calibration.py` on {facts['device']['name']}, torch "
             f"{facts['versions']['torch']}, {facts['time'][:10]}.\n\n"
             f"Gate: decided where the stored entries resolve at least {RESOLVED_GATE:g} of ‖ΔW‖². Slack of the energy "
-            f"curve: {SLACK[0]:g} + {SLACK[1]:g}·(1 − resolved)².\n\n**{line}**\n\nNot counted there, {flat_line}.\n\n"
+            f"curve: {SLACK[0]:g} + {SLACK[1]:g}·(1 − resolved)².\n\n- {verdict}: {line}\n\nNot counted there, {flat_line}.\n\n"
             "![calibration](calibration.png)\n\n"
             "Each point is one matrix: the printed estimate over the truth, its bracket as a bar. Left of the dashed "
             "line `probe` says undecidable.\n\n## Planted updates\n\n"

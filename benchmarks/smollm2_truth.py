@@ -86,8 +86,8 @@ def main() -> int:
         "norm within 2 % (≥ 95 of 100)": everything["norm_within_2%"] >= 0.95,
         "r90 inside its bracket (≥ 95 of 100)": everything["r90_inside"] >= 0.95,
     }
-    line = "; ".join(f"{bar}: {'PASS' if held else 'FAIL'}" for bar, held in bars.items())
-    print(line)
+    lines = "\n".join(f"- {'PASS' if held else 'FAIL'}: {bar}" for bar, held in bars.items())
+    print(lines)
     facts = machine_facts(choose_device(arguments.device))
     text = (
         "# Full fine-tunes of SmolLM2-135M: truth, raw, ours\n\n"
@@ -95,7 +95,7 @@ def main() -> int:
         "16 × 512 tokens of German manual pages, fp32 masters, cosine schedule. The analysis sees the bf16-stored pair "
         f"only. {facts['device']['name']}, torch {facts['versions']['torch']}, {facts['time'][:10]}; "
         f"{len(table)} matrices analysed in {seconds:.0f} s.\n\n"
-        f"**{line}** (over matrices with at most 70 % of their entries unchanged)\n\n"
+        f"Over matrices with at most 70 % of their entries unchanged:\n\n{lines}\n\n"
         "Medians over 30 layers. raw: of the difference as stored.\n\n"
         f"{frame(shown)}\n\n## Share of decided matrices for which it holds\n\n{frame(scores)}\n"
     )

@@ -1,6 +1,6 @@
 """Tokens a second of `probe train`'s runs against a bare `transformers.Trainer` on the same model, adapter and batches.
 
-    python benchmarks/training_throughput.py MODEL TEXT [--steps 40] [--batch 8] [--length 128] [--device cpu]
+    python benchmarks/training_throughput.py [MODEL TEXT] [--steps 40] [--batch 8] [--length 128] [--device cpu]
 
 Both train the same steps with the same arguments and no held-out losses, in turns; ours with its watch on health, its
 saving and its progress. Prints the ratio of the medians over rounds, bar 0.9; writes docs/benchmarks-training-throughput-<device>.md.
@@ -8,6 +8,7 @@ saving and its progress. Prints the ratio of the medians over rounds, bar 0.9; w
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accuracy import publish
+from training_whole import demo_task
 from transformers import PrinterCallback, Trainer, set_seed
 
 from lowrank_probe import training
@@ -44,16 +46,23 @@ def bare(fit: Fit, setting: Setting, folder: Path) -> float:
         return time.perf_counter() - began
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("text", type=Path)
+    parser.add_argument("model", type=Path, nargs="?", help="default: the demo's base")
+    parser.add_argument("text", type=Path, nargs="?", help="default: the language reference's prose")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if asked.text is None:
+            asked.model, asked.text = demo_task(Path(folder))
+        return measure(asked)
+
+
+def measure(asked: argparse.Namespace) -> int:
     device, shape = training._device(asked.device), training._shape(asked.model)
     recipe: Recipe = replace(
         training.default_recipe(asked.model, asked.device), steps=asked.steps, batch=asked.batch, length=asked.length
@@ -85,7 +94,8 @@ def main() -> None:
     heads = ("run", "bare Trainer, tokens/s", "`probe train`, tokens/s", "ratio")
     page = f"benchmarks-training-throughput-{device.type}"
     publish("training_throughput", "Throughput of reference runs", note, [("", heads, cells)], verdicts, page=page)
+    return 0 if all(ok for _, ok in verdicts) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

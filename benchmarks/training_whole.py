@@ -25,15 +25,20 @@ BAR_S = 600.0
 HEADS = ("runs", "what", "seconds")
 
 
+def demo_task(folder: Path) -> tuple[Path, Path]:
+    """(the demo's base, trained on first use; a file in `folder` with the prose that its fine-tune learnt)."""
+    text = folder / "prose.jsonl"
+    text.write_text("".join(json.dumps({"text": one}) + "\n" for one in read_prose(1_000_000)), encoding="utf-8")
+    return Path(lp.demo().facts["demo"]["base"]), text
+
+
 def main() -> int:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    pair = lp.demo().facts["demo"]
     with tempfile.TemporaryDirectory() as folder:
-        text, out = Path(folder) / "prose.jsonl", Path(folder) / "run"
-        text.write_text("".join(json.dumps({"text": one}) + "\n" for one in read_prose(1_000_000)), encoding="utf-8")
+        (base, text), out = demo_task(Path(folder)), Path(folder) / "run"
         probe = shutil.which("probe", path=Path(sys.executable).parent) or "probe"
         command = [
-            probe, "train", pair["base"], "--data", str(text), "--rank", "1,4,16", "--targets", "attention,mlp",
+            probe, "train", str(base), "--data", str(text), "--rank", "1,4,16", "--targets", "attention,mlp",
             "--seeds", "2", "--steps", "100", "--length", "128", "--out", str(out), "--quiet",
         ]  # fmt: skip
         began = time.perf_counter()
