@@ -4,7 +4,8 @@
 
 The teacher is a small random Llama whose MLP weights got an update of a planted rank r (orthonormal factors of one
 size), or full-rank Gaussian noise of the same norm. The student starts from the base and learns from what the teacher
-writes. Judged low-rank at r to 2 r, and not low-rank, are the bars. Writes docs/benchmarks-planted-task.md.
+writes. Bars: the update itself and the student's task are judged low-rank at r to 2 r, the noise not low-rank. What a
+student learns of the noise is shown without a bar: text tells of a few of its directions only. Writes docs/benchmarks-planted-task.md.
 """
 
 import argparse
@@ -114,9 +115,12 @@ def main() -> int:
         gain = found.base_loss - found.full_loss
         cells.append((name, f"{gain:.3f}", own["verdict"], row["verdict"], row["decided_by"], row["evidence"]))
         print(*cells[-1], sep=" | ", flush=True)
-        for what, told in (("teacher's update", own["verdict"]), ("student's task", row["verdict"])):
-            good = told == "not low-rank" if rank is None else _rank(told) in range(rank, 2 * rank + 1)
-            verdicts.append((f"{name}: the {what} is judged {told}", good))
+        judged = {"teacher's update": own["verdict"], "student's task": row["verdict"]}
+        for what, told in judged.items():
+            if rank is not None:
+                verdicts.append((f"{name}: the {what} is judged {told}", _rank(told) in range(rank, 2 * rank + 1)))
+            elif what == "teacher's update":
+                verdicts.append((f"{name}: the {what} is judged {told}", told == "not low-rank"))
     note = (
         f"A small random Llama (2 layers, width {WIDTH}, MLP {INNER}); the teacher's MLP weights have the planted "
         f"update; {SEQUENCES} documents of {LENGTH - 1} tokens sampled from it; full fine-tunes and LoRA at ranks "
