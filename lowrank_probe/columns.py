@@ -420,6 +420,7 @@ TRAINING: Final[dict[str, Column]] = {
     "loss": Column("held-out loss at the end; missing where it is not finite", "nats a token"),
     "excess": Column("loss − loss of the full fine-tune of that seed", "nats a token"),
     "lowest_loss": Column("lowest held-out loss on the way", "nats a token"),
+    "diverged": Column("whether a loss or gradient was NaN or Inf, on the way or at the end: then it is no evidence"),
     "seconds": Column("of training, its held-out losses included", "s"),
     "tokens_per_s": Column("training tokens over seconds; missing where the run was resumed", "1/s"),
     "peak_bytes": Column("torch.cuda.max_memory_allocated; missing without CUDA", "B"),

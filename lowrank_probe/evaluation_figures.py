@@ -3,7 +3,6 @@
 Names come from strangers' files: every one that becomes plotly text goes through `figure_style.text`.
 """
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lowrank_probe.evaluation_runs import interval_word, rank_word
-from lowrank_probe.figure_style import COLOURS, DASHES, INK, Spec, faint, numbers, spec, text
+from lowrank_probe.figure_style import COLOURS, DASHES, INK, Spec, faint, numbers, rank_axis, rank_places, spec, text
 
 if TYPE_CHECKING:
     from lowrank_probe.evaluation_runs import Evaluation
@@ -42,7 +41,7 @@ def kl_spec(found: "Evaluation") -> Spec:
     for name, colour, dash, rows in _groups(table, "alone"):
         rows = rows[rows["kl_nats"] > 0]
         data.append({
-            "type": "scatter", "mode": "lines+markers", "name": name, "x": _at(rows["rank"]),
+            "type": "scatter", "mode": "lines+markers", "name": name, "x": rank_places(rows["rank"]),
             "y": numbers(rows["kl_nats"]),
             "line": {"color": colour, "width": 2, "dash": dash}, "marker": {"size": 5}, "customdata": _ranks(rows),
             "hovertemplate": f"{name}, rank %{{customdata}}: %{{y:.4g}} nats<extra></extra>",
@@ -70,7 +69,8 @@ def ranks_spec(found: "Evaluation") -> Spec:
         if not len(part):
             continue
         x, low, high = (
-            np.array(_at(part[name].fillna(part["largest_rank"]))) for name in ("functional_rank", "low", "high")
+            np.array(rank_places(part[name].fillna(part["largest_rank"])))
+            for name in ("functional_rank", "low", "high")
         )
         symbols = ["triangle-right" if beyond else symbol for beyond in part["functional_rank"].isna()]
         told = [_told(row) for row in part.to_dict("records")]
@@ -84,7 +84,7 @@ def ranks_spec(found: "Evaluation") -> Spec:
         })  # fmt: skip
     y = {"tickvals": list(range(len(rows))), "ticktext": [_name(group) for group in rows], "ticksuffix": "  "}
     height = 170 + 34 * max(4, len(rows))
-    return spec(data, "What rank is enough?", height, _axis(found.table) | {"title": "functional rank"}, y)
+    return spec(data, "What rank is enough?", height, _axis(found.table, "functional rank"), y)
 
 
 def evaluation_specs(found: "Evaluation") -> dict[str, Spec]:
@@ -102,7 +102,7 @@ def _lines(found: "Evaluation", how: str, title: str) -> Spec:
     tuned, base = (float(found.row(side)["loss"]) for side in ("tuned", "base"))
     data: list[Spec] = []
     for name, colour, dash, rows in _groups(table, how):
-        x, group = _at(rows["rank"]), {"legendgroup": name}
+        x, group = rank_places(rows["rank"]), {"legendgroup": name}
         band = numbers([*(tuned + rows["excess_high"]), *(tuned + rows["excess_low"])[::-1]])
         data.append({
             "type": "scatter", "x": [*x, *x[::-1]], "y": band, "fill": "toself", "fillcolor": faint(colour),
@@ -151,11 +151,6 @@ def _name(group: str) -> str:
     return _ALL if group == "all" else text(group)
 
 
-def _at(ranks: Any) -> list[float]:
-    """Where a rank is drawn: log₂(1 + r), so that 0 has a place."""
-    return [math.log2(1 + int(rank)) for rank in ranks]
-
-
 def _ranks(rows: pd.DataFrame) -> list[str]:
     full = zip(rows["rank"].tolist(), rows["full"].tolist(), strict=True)
     return [f"{rank} (full)" if whole else str(rank) for rank, whole in full]
@@ -169,7 +164,5 @@ def _told(row: Mapping[Any, Any]) -> str:
     return f"{who}: rank {rank}, 95 %: {interval_word(row['low'], row['high'], row['largest_rank'])}"
 
 
-def _axis(table: pd.DataFrame) -> Spec:
-    ranks = table["rank"].dropna().astype(int)
-    ticks = [rank for rank in (0, *(2**power for power in range(20))) if rank <= max(ranks, default=1)]
-    return {"title": "rank", "tickvals": _at(ticks), "ticktext": [str(tick) for tick in ticks]}
+def _axis(table: pd.DataFrame, title: str = "rank") -> Spec:
+    return rank_axis(max(table["rank"].dropna().astype(int), default=1), title)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lowrank_probe import functional_ranks as functional
 from lowrank_probe.columns import EVALUATION, FUNCTIONAL
 from lowrank_probe.evaluation_runs import Evaluation
-from lowrank_probe.functional_ranks import FALLBACK, Tolerance
+from lowrank_probe.functional_ranks import Tolerance
 
 if TYPE_CHECKING:
     from lowrank_probe.evaluation_states import Group
@@ -82,16 +82,12 @@ def _allowed(
     tolerance: Tolerance, gain: float, gain_drawn: NDArray[np.float64]
 ) -> tuple[float, NDArray[np.float64], list[str]]:
     """(by how much the loss may be worse, the same in every resample, notes)."""
-    if tolerance.share is None:
-        return tolerance.value, np.full(len(gain_drawn), tolerance.value), []
-    if gain > 0:
-        # Of a resample in which tuned is the worse, no share can be taken: nothing may be lost there.
-        return tolerance.share * gain, tolerance.share * np.maximum(np.nan_to_num(gain_drawn), 0.0), []
-    note = (
-        f"the tuned model is not better than the base on this text ({-gain:.3g} worse): {tolerance} of nothing is no "
-        f"tolerance, so that {FALLBACK:g} is taken"
-    )
-    return FALLBACK, np.full(len(gain_drawn), FALLBACK), [note]
+    nats = tolerance.nats(gain)
+    notes = tolerance.fallback(gain, "the tuned model")
+    if tolerance.share is None or notes:
+        return nats, np.full(len(gain_drawn), nats), notes
+    # Of a resample in which tuned is the worse, no share can be taken: nothing may be lost there.
+    return nats, tolerance.share * np.maximum(np.nan_to_num(gain_drawn), 0.0), []
 
 
 def _a_token(sums: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:

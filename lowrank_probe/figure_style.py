@@ -1,6 +1,7 @@
 """The look of the figures, and how values and names become plotly's: palette, axes, menus, text. Plain dicts only."""
 
 import html
+import math
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -47,6 +48,17 @@ def menu(buttons: list[Spec], active: int = 0) -> Spec:
     """A drop-down above the figure's right end. Plotly lights the active entry, hence the dark text on every theme."""
     return {"buttons": buttons, "active": active, "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom",
             "bgcolor": "#ffffff", "bordercolor": "#c5cad3", "font": {"color": "#22262e"}}  # fmt: skip
+
+
+def rank_places(ranks: Iterable[Any]) -> list[float]:
+    """Where ranks are drawn: log₂(1 + r), so that 0 has a place."""
+    return [math.log2(1 + float(rank)) for rank in ranks]
+
+
+def rank_axis(largest: float, title: str = "rank") -> Spec:
+    """The axis of `rank_places`: ticks at 0 and the powers of 2."""
+    ticks = [rank for rank in (0, *(2**power for power in range(20))) if rank <= max(largest, 1)]
+    return {"title": title, "tickvals": rank_places(ticks), "ticktext": [str(tick) for tick in ticks]}
 
 
 def numbers(values: Any) -> list[float | None]:

@@ -31,6 +31,21 @@ class Tolerance:
     def __str__(self) -> str:
         return f"{self.value:g}" if self.share is None else f"{100 * self.share:g}%"
 
+    def nats(self, gain: float) -> float:
+        """By how much in the merit's unit, where tuned gained so much over the base; of no gain there is no share."""
+        if self.share is None:
+            return self.value
+        return self.share * gain if gain > 0 else FALLBACK
+
+    def fallback(self, gain: float, what: str) -> list[str]:
+        """The note that a share of nothing was asked for, if it was. what: gained nothing."""
+        if self.share is None or gain > 0:
+            return []
+        return [
+            f"{what} is not better than the base on this text ({-gain:.3g} worse): {self} of nothing is no tolerance, "
+            f"so that {FALLBACK:g} is taken"
+        ]
+
 
 @dataclass(frozen=True)
 class FunctionalRank:

@@ -8,17 +8,23 @@ is whether an update of low rank does the job, and only then whether this one is
 A rank is low where it is at most half of the break-even rank mn/(m + n), so that the factors have at most half as many
 parameters as the matrices:
 
-    trained     its interval's upper end is low                          low-rank at r = that end
+    trained     the full fine-tune diverged, or gains nothing on this    no evidence: there is nothing to be as good as
+                text (its gain's 95 % interval reaches 0)
+                no rank whose adapters gained and did not diverge        no evidence: not the rank's fault
+                its interval's upper end is low                          low-rank at r = that end
                 the largest rank that was trained is not low, and not
                 as good; and the loss has not levelled off before        not low-rank
                 the loss levelled off above the full fine-tune's         no evidence: other types moved, too
-    functional  its interval's upper end is 0                            no evidence: the text does not need it
-                its interval's upper end is low                          low-rank at r = that end
-                its interval's lower end is not                          not low-rank
-    spectral    as `verdicts`
+    functional  the full fine-tune, likewise                             no evidence
+                its interval's upper end is low, its lower end 0         no evidence: the text hardly needs it
+                its interval's upper end is low, its lower end not 0     low-rank at r = that end
+                its interval's lower end is not low                      not low-rank
+    spectral    the full fine-tune, likewise                             no evidence
+                else                                                     as `verdicts`
     anything else                                                        undecidable, and which evidence is missing
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -32,13 +38,20 @@ from lowrank_probe.layer_groups import in_group
 from lowrank_probe.layers import labels
 from lowrank_probe.runs import Result
 from lowrank_probe.verdicts import verdict as spectral_verdict
-from lowrank_probe.words import number
+from lowrank_probe.words import count, number
 
 if TYPE_CHECKING:
     from lowrank_probe.trained_ranks import Trained
 
 LOW: Final = 0.5
+# Share of the full fine-tune's gain below which no adapter is good enough.
+GOOD_ENOUGH: Final = 0.5
 UNDECIDABLE: Final = "undecidable"
+# What a full fine-tune, and an adapter, did not do, so that it is no evidence.
+FULL_FAILED: Final = {
+    "diverged": "a full fine-tune that did not diverge", "no gain": "a full fine-tune that gains on this text",
+}  # fmt: skip
+LORA_FAILED: Final = {"diverged": "a LoRA run that did not diverge", "no gain": "a LoRA run that gains on this text"}
 COUNTS: Final = (
     "trained_rank", "trained_low", "trained_high", "trained_largest", "own_rank", "functional_rank", "functional_low",
     "functional_high", "functional_largest",
@@ -57,7 +70,8 @@ class Said:
 def judge(spectrum: Result | None, evaluation: Evaluation | None, trained: Sequence["Trained"] = ()) -> pd.DataFrame:
     """One row a group of targets or layer type, columns as `columns.HYPOTHESIS`, groups that were trained first.
 
-    spectrum, evaluation: of the full run. trained: of `trained_ranks`; of several variants the first counts.
+    spectrum, evaluation: of the full run, None where none is fit for it. trained: of `trained_ranks`; of several
+    variants the first counts.
     """
     by_group: dict[str, Trained] = {}
     for one in trained:
@@ -83,6 +97,9 @@ def _row(
         "functional": _functional(functional, LOW * break_even),
         "spectral": _spectral(name, spectrum),
     }
+    if evaluation is None or not gained(evaluation):
+        lacking = FULL_FAILED["diverged" if spectrum is None else "no gain"]
+        said |= {kind: Said(evidence=said[kind].evidence, missing=(lacking,)) for kind in ("functional", "spectral")}
     deciding = next((kind for kind, one in said.items() if one.verdict), "")
     missing = list(dict.fromkeys(what for one in said.values() for what in one.missing))
     verdict = said[deciding].verdict if deciding else UNDECIDABLE
@@ -94,7 +111,7 @@ def _row(
     }  # fmt: skip
     row |= {"trained_rank": None, "trained_low": None, "trained_high": None, "trained_largest": None, "own_rank": None}
     row |= {"trained_excess": None, "trained_spread": None}
-    if trained is not None:
+    if trained is not None and trained.ranks:
         ends = trained.sufficient
         row |= {
             "trained_rank": ends.rank, "trained_low": ends.low, "trained_high": ends.high, "own_rank": trained.own.rank,
@@ -134,21 +151,30 @@ def _functional_row(name: str, evaluation: Evaluation | None) -> Mapping[str, An
     return None if found.empty else dict(found.iloc[0])
 
 
+def gained(evaluation: Evaluation) -> bool:
+    """Whether the tuned model is better than the base on the text, with the whole 95 % interval of the difference."""
+    return bool(evaluation.row("base")["excess_low"] > 0)
+
+
 def _trained(found: "Trained | None", limit: float) -> Said:
     if found is None:
         return Said(missing=("LoRA trained on it alone",))
-    largest, ends = found.ranks[-1], found.sufficient
+    if found.full.outcome == "diverged":
+        return Said(missing=(FULL_FAILED["diverged"],))
+    failed = [f"r={rank} {'diverged' if how == 'diverged' else 'gained nothing'}" for rank, how in found.failed.items()]
+    if not found.ranks:
+        how = "diverged" if "diverged" in found.failed.values() or not failed else "no gain"
+        return Said(evidence=", ".join(failed), missing=(LORA_FAILED[how],))
+    largest, ends, n_seeds = found.ranks[-1], found.sufficient, len(found.full.seeds)
     between = interval_word(_na(ends.low), _na(ends.high), largest)
-    told = (
-        f"as good as full from r={rank_word(_na(ends.rank), largest)} on ({between}, {found.n_seeds} seeds, within "
-        f"{number(found.tolerance)})"
-    )
+    seeds, allowed = count(n_seeds, "seed"), number(found.full.tolerance)
+    told = f"as good as full from r={rank_word(_na(ends.rank), largest)} on ({between}, {seeds}, within {allowed})"
     if ends.rank is None:
-        told = (
-            f"at r={largest} still {number(float(found.excess[-1]))} above full (allowed {number(found.tolerance)}, "
-            f"{found.n_seeds} seeds)"
-        )
-    if found.n_seeds < 2:
+        told = f"at r={largest} still {number(float(found.excess[-1]))} above full (allowed {allowed}, {seeds})"
+    told = ", ".join([told, *failed])
+    if found.full.outcome == "no gain":
+        return Said(evidence=told, missing=(FULL_FAILED["no gain"],))
+    if n_seeds < 2:
         return Said(evidence=told, missing=("a second seed",))
     if ends.high is not None and ends.high <= limit:
         return Said(f"low-rank at r={ends.high}", told)
@@ -171,8 +197,9 @@ def _functional(row: Mapping[str, Any] | None, limit: float) -> Said:
         f"truncated to r={rank_word(row['functional_rank'], largest)} it loses nothing "
         f"({interval_word(low, high, largest)}, within {number(row['tolerance_nats'])})"
     )
-    if not pd.isna(high) and high == 0:
-        return Said(evidence=f"{told}: this text does not need it", missing=("text on which this update matters",))
+    if not pd.isna(high) and high <= limit and low == 0:
+        hardly = "does not need it" if high == 0 else "hardly needs it"
+        return Said(evidence=f"{told}: this text {hardly}", missing=("text on which this update matters",))
     if not pd.isna(high) and high <= limit:
         return Said(f"low-rank at r={high}", told)
     if pd.isna(low) or low > limit:
@@ -182,7 +209,7 @@ def _functional(row: Mapping[str, Any] | None, limit: float) -> Said:
 
 def _spectral(name: str, spectrum: Result | None) -> Said:
     if spectrum is None:
-        return Said(missing=("the spectrum of a full fine-tune",))
+        return Said()
     rows = _matrices(name, spectrum)
     if rows.empty or not spectrum.facts.get("related", True):
         return Said()
@@ -200,7 +227,8 @@ def _na(value: int | None) -> Any:
 class Recommendation:
     """The adapter to train: the fewest parameters within the tolerance of the best adapter's loss.
 
-    loss: its mean held-out loss; against_full: minus the full fine-tune's. n_trained: parameters.
+    loss: its mean held-out loss; against_full: minus the full fine-tune's, NaN where that diverged. n_trained:
+    parameters. share: of the full fine-tune's gain over the base, NaN where that gained nothing.
     """
 
     variant: str
@@ -211,6 +239,12 @@ class Recommendation:
     n_trained: int
     loss: float
     against_full: float
+    share: float
+
+    @property
+    def good_enough(self) -> bool:
+        """Whether it reaches half of what the full fine-tune gains, as far as that is known."""
+        return not self.share < GOOD_ENOUGH
 
     def lora_config(self, modules: Sequence[str]) -> str:
         """The `LoraConfig` as Python; modules: the last names of what is adapted, such as q_proj."""
@@ -222,20 +256,26 @@ class Recommendation:
         )
 
 
-def recommend(runs: pd.DataFrame, trained: Sequence["Trained"]) -> Recommendation | None:
+def recommend(runs: pd.DataFrame, trained: Sequence["Trained"], base: float) -> Recommendation | None:
     """The smallest adapter whose mean loss over seeds is within the tolerance of the best one's; None without adapters.
 
-    runs: rows with method, targets, rank, alpha, lr, n_trained, loss.
+    runs: rows with method, targets, rank, alpha, lr, n_trained, loss, diverged; base: the base's loss. A rank counts
+    where none of its runs diverged.
     """
-    adapters = runs[(runs["method"] != "full") & runs["loss"].notna()]
-    if adapters.empty or not trained:
+    adapters = runs[runs["method"] != "full"]
+    if not trained:
         return None
     keys = ["method", "targets", "rank"]
-    means = adapters.groupby(keys, sort=False)[["alpha", "lr", "n_trained", "loss"]].mean().reset_index()
-    good = means[means["loss"] <= means["loss"].min() + trained[0].tolerance]
+    sound = adapters[~adapters.groupby(keys)["diverged"].transform("any").astype(bool)]
+    if sound.empty:
+        return None
+    means = sound.groupby(keys, sort=False)[["alpha", "lr", "n_trained", "loss"]].mean().reset_index()
+    full = trained[0].full
+    good = means[means["loss"] <= means["loss"].min() + full.tolerance]
     best = good.sort_values(["n_trained", "loss"]).iloc[0]
-    full = float(runs.loc[runs["method"] == "full", "loss"].mean())
+    reached = base - float(best["loss"])
     return Recommendation(
         str(best["method"]), int(best["rank"]), str(best["targets"]), float(best["alpha"]), float(best["lr"]),
-        int(best["n_trained"]), float(best["loss"]), float(best["loss"]) - full,
+        int(best["n_trained"]), float(best["loss"]), full.gain - reached,
+        reached / full.gain if full.outcome == "gained" else math.nan,
     )  # fmt: skip

@@ -3,11 +3,15 @@
 Legend: S seeds, n held-out sequences with weights w (judged tokens), R ranks. Losses are means a token, in nats.
 Bootstrap: seeds and sequences are drawn with replacement, the same draw for every run, so that differences are paired:
 a seed's full fine-tune and its adapters saw the same batches and are judged on the same text. numpy and pandas only.
+
+A run that diverged, or that is no better than the base, says that its training failed, not what its rank can hold: a
+full fine-tune that did is nothing to compare with, and a rank of adapters that did is left out.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,16 +20,33 @@ from numpy.typing import NDArray
 from lowrank_probe.functional_ranks import N_RESAMPLES, FunctionalRank, Tolerance, draws, functional_rank
 
 Array = NDArray[np.float64]
+Outcome = Literal["gained", "no gain", "diverged"]
+NONE: Final = FunctionalRank(None, None, None)
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The full fine-tunes that adapters are compared with.
+
+    seeds: those whose full run did not diverge. outcome: "gained" where their mean loss is below the base's, with the
+    whole 95 % interval; "diverged" where there is none. gain: nats, NaN without any. tolerance: nats.
+    """
+
+    seeds: tuple[int, ...]
+    outcome: Outcome
+    gain: float
+    tolerance: float
 
 
 @dataclass(frozen=True)
 class Trained:
     """The adapters of one variant and group of targets against the full fine-tunes.
 
-    ranks: ascending. excess: (R,) mean of loss(adapter) − loss(full) over seeds and tokens; low, high: (R,) its 95 %
-    interval. sufficient: the smallest rank from which on the excess is within the tolerance. own: the same against the
-    group's own largest rank in place of the full fine-tune: where it has levelled off. tolerance: nats.
-    spread: (R,) standard deviation over seeds of an adapter's own loss, NaN with one seed.
+    ranks: ascending, those whose runs count. excess: (R,) mean of loss(adapter) − loss(full) over seeds and tokens;
+    low, high: (R,) its 95 % interval. sufficient: the smallest rank from which on the excess is within the tolerance.
+    own: the same against the group's own largest rank in place of the full fine-tune: where it has levelled off.
+    spread: (R,) standard deviation over seeds of an adapter's own loss, NaN with one seed. failed: rank → how, for
+    those that were trained and do not count. full: what they are compared with.
     """
 
     variant: str
@@ -36,9 +57,9 @@ class Trained:
     high: Array
     sufficient: FunctionalRank
     own: FunctionalRank
-    tolerance: float
     spread: Array
-    n_seeds: int
+    failed: Mapping[int, Outcome]
+    full: Yardstick
 
     @property
     def levelled_off(self) -> bool:
@@ -46,64 +67,86 @@ class Trained:
         return self.own.high is not None and self.own.high < self.ranks[-1]
 
 
+def yardstick(
+    runs: pd.DataFrame, losses: Mapping[str, Array], weights: Array, base: Array, tolerance: Tolerance, seed: int = 0
+) -> Yardstick:
+    """The full fine-tunes among the runs; arguments as `trained_ranks`."""
+    full = _sound_full(runs, losses)
+    if not full:
+        return Yardstick((), "diverged", math.nan, tolerance.nats(0.0))
+    gains = _gains(full, base)
+    gain = float(_mean(gains, weights)[0])
+    sure = np.percentile(_resampled(gains, weights, *_draws(len(full), len(weights), seed))[0], 2.5) > 0
+    return Yardstick(tuple(full), "gained" if sure else "no gain", gain, tolerance.nats(gain))
+
+
 def trained_ranks(
     runs: pd.DataFrame, losses: Mapping[str, Array], weights: Array, base: Array, tolerance: Tolerance, seed: int = 0
 ) -> list[Trained]:
     """One `Trained` a variant and group of targets.
 
-    runs: rows with label, method, rank, targets, seed. losses: label → (n,) mean loss of each sequence; base: (n,) of
-    the base model. A run that diverged (NaN) counts as infinitely bad.
+    runs: rows with label, method, rank, targets, seed, diverged. losses: label → (n,) mean loss of each sequence;
+    base: (n,) of the base model.
     """
-    full = {row.seed: losses[row.label] for row in runs[runs["method"] == "full"].itertuples()}
-    seeds = sorted(full)
-    counts = draws(len(weights), seed)
-    picked = np.random.default_rng(seed).multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), N_RESAMPLES)
-    F = np.stack([full[one] for one in seeds])
-    gain = float(_mean(base[None, None] - F[None], weights)[0])
-    tolerated = _nats(tolerance, gain)
-    drawn_tolerance = np.array(
-        [_nats(tolerance, one) for one in _resampled((base - F)[None], weights, picked, counts)[0]]
-    )
-    found = []
-    for (variant, targets), group in runs[runs["method"] != "full"].groupby(["method", "targets"], sort=False):
-        ranks = sorted(set(group["rank"]))
-        labels = {(row.rank, row.seed): row.label for row in group.itertuples()}
-        if any((rank, one) not in labels for rank in ranks for one in seeds):
+    full = yardstick(runs, losses, weights, base, tolerance, seed)
+    return [
+        _trained(str(variant), str(targets), group, full, runs, losses, weights, base, tolerance, seed)
+        for (variant, targets), group in runs[runs["method"] != "full"].groupby(["method", "targets"], sort=False)
+    ]
+
+
+def _trained(
+    variant: str, targets: str, group: pd.DataFrame, full: Yardstick, runs: pd.DataFrame, losses: Mapping[str, Array],
+    weights: Array, base: Array, tolerance: Tolerance, seed: int,
+) -> Trained:  # fmt: skip
+    failed: dict[int, Outcome] = {}
+    counted: dict[int, list[Array]] = {}  # rank → its losses seed by seed
+    start = float(base @ weights / weights.sum())
+    for rank, rows in group.groupby("rank"):
+        if rows["diverged"].any():
+            failed[int(rank)] = "diverged"
             continue
-        L = np.stack([np.stack([losses[labels[rank, one]] for one in seeds]) for rank in ranks])
-        L = np.where(np.isfinite(L), L, np.inf)
-        excess, own = (_differences(L, other) for other in (F[None], L[-1:]))
-        drawn, own_drawn = (_resampled(one, weights, picked, counts) for one in (excess, own))
-        means = _mean(excess, weights)
-        # The largest rank is its own yardstick, which it meets by definition.
-        bar = np.maximum(drawn_tolerance, 0.0)
-        low, high = np.percentile(drawn, [2.5, 97.5], axis=1, method="nearest")  # of what may be infinite
-        with np.errstate(invalid="ignore"):  # ∞ where a run diverged
-            spread = _per_seed(L, weights).std(axis=1, ddof=1) if len(seeds) > 1 else np.full(len(ranks), math.nan)
-        found.append(
-            Trained(
-                str(variant), str(targets), tuple(ranks), means, low, high,
-                functional_rank(ranks, means, tolerated, drawn, bar),
-                functional_rank(ranks, _mean(own, weights), tolerated, own_drawn, bar),
-                tolerated, spread, len(seeds),
-            )
-        )  # fmt: skip
-    return found
+        found = {row.seed: losses[row.label] for row in rows.itertuples()}
+        if np.mean([loss @ weights / weights.sum() for loss in found.values()]) >= start:
+            failed[int(rank)] = "no gain"
+        elif all(one in found for one in full.seeds):
+            counted[int(rank)] = [found[one] for one in full.seeds]
+    if not counted or not full.seeds:
+        nothing = np.empty(0)
+        return Trained(variant, targets, (), nothing, nothing, nothing, NONE, NONE, nothing, failed, full)
+    ranks = tuple(counted)
+    picked, counts = _draws(len(full.seeds), len(weights), seed)
+    F = _sound_full(runs, losses)
+    L = np.stack([np.stack(one) for one in counted.values()])
+    excess, own = L - np.stack(list(F.values()))[None], L - L[-1:]
+    drawn, own_drawn = (_resampled(one, weights, picked, counts) for one in (excess, own))
+    means = _mean(excess, weights)
+    allowed = np.array([tolerance.nats(gain) for gain in _resampled(_gains(F, base), weights, picked, counts)[0]])
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=1)
+    spread = _per_seed(L, weights).std(axis=1, ddof=1) if len(F) > 1 else np.full(len(ranks), math.nan)
+    return Trained(
+        variant, targets, ranks, means, low, high,
+        functional_rank(ranks, means, full.tolerance, drawn, allowed),
+        functional_rank(ranks, _mean(own, weights), full.tolerance, own_drawn, allowed),
+        spread, failed, full,
+    )  # fmt: skip
 
 
-def _nats(tolerance: Tolerance, gain: float) -> float:
-    """The tolerance in nats where the full fine-tune gained so much over the base."""
-    return (
-        Tolerance().value
-        if tolerance.share is not None and gain <= 0
-        else (tolerance.value if tolerance.share is None else tolerance.share * gain)
-    )
+def _sound_full(runs: pd.DataFrame, losses: Mapping[str, Array]) -> dict[int, Array]:
+    """Seed → (n,) losses of its full fine-tune, ascending, without those that diverged."""
+    rows = runs[(runs["method"] == "full") & ~runs["diverged"].astype(bool)].sort_values("seed")
+    return {int(row.seed): losses[row.label] for row in rows.itertuples()}
 
 
-def _differences(L: Array, other: Array) -> Array:
-    """(R, S, n) L − other, ∞ where L is."""
-    with np.errstate(invalid="ignore"):
-        return np.where(np.isfinite(L), L - np.where(np.isfinite(other), other, 0.0), np.inf)
+def _gains(full: Mapping[int, Array], base: Array) -> Array:
+    """(1, S, n) base − full."""
+    return (base - np.stack(list(full.values())))[None]
+
+
+def _draws(n_seeds: int, n: int, seed: int) -> tuple[NDArray[np.int64], Array]:
+    """How often each seed (resamples, S) and each sequence (resamples, n) is in each resample."""
+    picked = np.random.default_rng(seed).multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), N_RESAMPLES)
+    return picked, draws(n, seed)
 
 
 def _per_seed(D: Array, weights: Array) -> Array:
@@ -120,23 +163,21 @@ def _mean(D: Array, weights: Array) -> Array:
 
 def _resampled(D: Array, weights: Array, picked: NDArray[np.int64], counts: Array) -> Array:
     """(R, resamples) the means of each resample of seeds (resamples, S) and sequences (resamples, n)."""
-    finite = np.where(np.isfinite(D), D, 0.0)
     shares = counts * weights
-    by_seed = np.einsum("rsn,bn->rsb", finite, shares) / shares.sum(axis=1)
+    by_seed = np.einsum("rsn,bn->rsb", D, shares) / shares.sum(axis=1)
     found: Array = np.einsum("rsb,bs->rb", by_seed, picked) / picked.sum(axis=1)
-    diverged = ~np.isfinite(D).all(axis=2)
-    found[(diverged.astype(float) @ picked.T) > 0] = np.inf
     return found
 
 
 def equal_parameters(runs: pd.DataFrame, points: int = 5) -> pd.DataFrame:
     """The loss of each variant and group at the same numbers of trained parameters, interpolated between its ranks.
 
-    runs: rows with method, targets, rank, n_trained, loss. Returns one row a number and group: n_parameters, method,
-    targets, rank (real, the one that has so many), loss (mean over seeds, linear in log parameters). Numbers are
-    log-spaced over the range that at least two groups have; a group is missing where it is not in its range.
+    runs: rows with method, targets, rank, n_trained, loss, diverged; those that diverged are left out. Returns one row
+    a number and group: n_parameters, method, targets, rank (real, the one that has so many), loss (mean over seeds,
+    linear in log parameters). Numbers are log-spaced over the range that at least two groups have; a group is missing
+    where it is not in its range.
     """
-    adapters = runs[runs["method"] != "full"]
+    adapters = runs[(runs["method"] != "full") & ~runs["diverged"].astype(bool)]
     curves = {}
     for key, group in adapters.groupby(["method", "targets"], sort=False):
         means = group.groupby("rank")[["n_trained", "loss"]].mean().sort_values("n_trained")

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +28,7 @@ from lowrank_probe.outputs import ANOTHER_OUT, check_writable, own, write_json
 from lowrank_probe.runs import plain
 from lowrank_probe.sequence_losses import sequence_losses
 from lowrank_probe.token_blocks import Blocks, load_tokenizer, to_blocks
-from lowrank_probe.training_fits import Setting, autocast, finished, load_model, run_fit
+from lowrank_probe.training_fits import Setting, autocast, diverged, finished, load_model, run_fit
 from lowrank_probe.training_loggers import check_loggers
 from lowrank_probe.training_plan import FULL, FULL_RATES, LORA_RATES, Fit, Plan, Recipe, next_rate
 from lowrank_probe.training_runs import PLAN, Training
@@ -40,6 +39,7 @@ OWNER: Final = ".owner"  # the process that trains here
 # Rates that the search for one tries at most, and the steps of each: a quarter of a run's, and at least so many.
 MOST_RATES: Final = 7
 SEARCH_STEPS: Final = 20
+HIGHEST_RATE: Final = 100.0  # more is a typing error
 LENGTH: Final = 512
 # Held-out sequences, at least and at most.
 LEAST_HELD_OUT: Final = 8
@@ -88,7 +88,7 @@ def train(
     blocks, notes = _blocks(directory, Path(data), recipe, held_out, packing, shape)
     setting = Setting(directory, *blocks, recipe, modules, where)
     identity = {
-        "version": __version__, "model": _identity(directory), "plan": plan.facts(), "recipe": asdict(recipe),
+        "version": __version__, "model": _identity(directory), "plan": plan.facts(), "recipe": recipe.identity(),
         "lr": lr if isinstance(lr, str | float | int) else dict(lr), "held_out": held_out, "packing": packing,
         "data": _digest(*blocks), "tolerance": tolerance,
     }  # fmt: skip
@@ -165,8 +165,8 @@ class _Work:
             fit = self.plan.searched(method, rate, steps, widest)
             self.searches.append(fit)
             self.total += steps
-            loss = self.run(fit)["loss"]
-            tried[rate] = float("inf") if loss is None else loss
+            facts = self.run(fit)
+            tried[rate] = float("inf") if diverged(facts) else facts["loss"]
         best = min(tried, key=lambda rate: tried[rate])
         if tried[best] == float("inf"):
             raise ProbeError(
@@ -284,8 +284,10 @@ def _rate(value: str | float) -> float:
         rate = float(value)
     except ValueError:
         rate = 0.0
-    if not 0 < rate < 100:
-        raise ProbeError(f"lr {value}: expected auto, a positive number such as 2e-4, or method=rate")
+    if not 0 < rate < HIGHEST_RATE:
+        raise ProbeError(
+            f"lr {value}: expected auto, a rate above 0 and below {HIGHEST_RATE:g} such as 2e-4, or method=rate"
+        )
     return rate
 
 

@@ -10,12 +10,26 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from lowrank_probe.figure_style import COLOURS, DASHES, INK, SYMBOLS, Spec, faint, numbers, spec, text
+from lowrank_probe.figure_style import (
+    COLOURS,
+    DASHES,
+    INK,
+    SYMBOLS,
+    Spec,
+    faint,
+    menu,
+    numbers,
+    rank_axis,
+    rank_places,
+    spec,
+    text,
+)
 
 if TYPE_CHECKING:
     from lowrank_probe.training_runs import Training
 
 _NATS: Final = "held-out loss, nats a token"
+CURVES: Final = "loss, nats a token"
 
 
 def training_specs(found: "Training") -> dict[str, Spec]:
@@ -35,17 +49,17 @@ def loss_spec(found: "Training") -> Spec | None:
     if not ranks:
         return None
     ends = [ranks[0], ranks[-1]] if len(ranks) > 1 else [ranks[0] / 2, ranks[0] * 2]
-    full = found.runs.loc[found.runs["method"] == "full", "loss"]
-    data += _band(ends, [full.min()] * 2, [full.max()] * 2, INK)
-    data.append(_flat("full fine-tune", ends, found.full_loss, "dash"))
+    full = found.sound.loc[found.sound["method"] == "full", "loss"]
+    if len(full):
+        data += _band(ends, [full.min()] * 2, [full.max()] * 2, INK)
+        data.append(_flat("full fine-tune", ends, found.full_loss, "dash"))
     data.append(_flat("base", ends, found.base_loss, "dot"))
-    for name, colour, dash, group in _groups(found.runs):
+    for name, style, group in _groups(found):
         by_rank = group.groupby("rank")["loss"]
         x = [int(rank) for rank in by_rank.mean().index]
-        data += _band(x, by_rank.min(), by_rank.max(), colour)
+        data += _band(x, by_rank.min(), by_rank.max(), style["line"]["color"])
         data.append({
-            "type": "scatter", "mode": "lines+markers", "name": name, "x": x, "y": numbers(by_rank.mean()),
-            "line": {"color": colour, "width": 2, "dash": dash}, "marker": {"size": 6},
+            "type": "scatter", "mode": "lines+markers", "name": name, "x": x, "y": numbers(by_rank.mean()), **style,
             "hovertemplate": f"{name}, rank %{{x}}: %{{y:.4f}}<extra></extra>",
         })  # fmt: skip
     return spec(data, "Is LoRA of rank r as good as full fine-tuning?", 480, _ranks_axis(ranks), {"title": _NATS})
@@ -58,6 +72,7 @@ def ranks_spec(found: "Training") -> Spec | None:
         return None
     names = list(table["layer_type"])[::-1]
     data: list[Spec] = []
+    furthest = 1.0
     for number, (kind, title) in enumerate(
         (("trained", "trained: as good as full"), ("functional", "functional: ΔW truncated"), ("r90", "spectral: r90"))
     ):
@@ -72,9 +87,11 @@ def ranks_spec(found: "Training") -> Spec | None:
             at = ends[1] if kind == "r90" else row[f"{kind}_rank"]
             beyond = pd.isna(at)
             reached = [float(largest if pd.isna(one) else one) for one in (at, *ends)]
-            x.append(max(reached[0], 0.5))
-            low.append(x[-1] - max(min(reached[1], reached[0]), 0.5))
-            high.append(max(reached[2], reached[0]) - x[-1])
+            middle, first, last = rank_places((reached[0], min(reached[:2]), max(reached[0], reached[2])))
+            x.append(middle)
+            low.append(middle - first)
+            high.append(last - middle)
+            furthest = max(furthest, *reached)
             symbols.append("triangle-right" if beyond else SYMBOLS[number])
             y.append(names.index(row["layer_type"]) + 0.22 * (1 - number))
             said = f"> {largest}" if beyond else f"{at:g}"
@@ -88,48 +105,78 @@ def ranks_spec(found: "Training") -> Spec | None:
         })  # fmt: skip
     y_axis = {"tickvals": list(range(len(names))), "ticktext": [text(str(one)) for one in names],
               "range": [-0.6, len(names) - 0.4]}  # fmt: skip
-    x_axis = {"title": "rank (▶: beyond the largest that was tried)", "type": "log", "dtick": math.log10(2)}
+    x_axis = rank_axis(furthest, "rank (▶: beyond the largest tried)")
     return spec(data, "Do the three kinds of evidence agree?", 150 + 44 * len(names), x_axis, y_axis)
 
 
 def parameters_spec(found: "Training") -> Spec | None:
     """Where are parameters best spent? Mean loss against trained parameters, a line a group."""
     data: list[Spec] = []
-    for name, colour, dash, group in _groups(found.runs):
+    for name, style, group in _groups(found):
         means = group.groupby("rank")[["n_trained", "loss"]].mean()
         data.append({
             "type": "scatter", "mode": "lines+markers", "name": name, "x": numbers(means["n_trained"]),
-            "y": numbers(means["loss"]), "line": {"color": colour, "width": 2, "dash": dash}, "marker": {"size": 6},
-            "customdata": [int(rank) for rank in means.index],
+            "y": numbers(means["loss"]), **style, "customdata": [int(rank) for rank in means.index],
             "hovertemplate": f"{name}, rank %{{customdata}}, %{{x:,}} parameters: %{{y:.4f}}<extra></extra>",
         })  # fmt: skip
     if not data:
         return None
     x = [value for one in data for value in one["x"] if value]
-    data.append(_flat("full fine-tune", [min(x), max(x)], found.full_loss, "dash"))
+    if math.isfinite(found.full_loss):
+        data.append(_flat("full fine-tune", [min(x), max(x)], found.full_loss, "dash"))
     axis = {"title": "trained parameters", "type": "log", "exponentformat": "SI"}
     return spec(data, "Where are parameters best spent?", 440, axis, {"title": _NATS})
 
 
 def curves_spec(found: "Training") -> Spec | None:
-    """How did the runs learn? The held-out loss over the steps, of the first seed."""
+    """How did the runs learn? Held-out and training loss over the steps, of the first seed; a menu of the groups.
+
+    A held-out loss begins at step 0, where every run is the base.
+    """
     seed = found.runs["seed"].min()
     picked = found.runs[found.runs["seed"] == seed]
+    full, adapters = picked[picked["method"] == "full"], picked[picked["method"] != "full"]
+    ranks = sorted(set(adapters["rank"]))
     data: list[Spec] = []
-    ranks = sorted(set(picked["rank"]))
-    groups = list(dict.fromkeys(picked["targets"]))
-    for row in picked.itertuples():
-        history = found.histories[(found.histories["label"] == row.label) & found.histories["eval_loss"].notna()]
-        full = row.method == "full"
-        colour = INK if full else COLOURS[(groups.index(row.targets) - ("" in groups)) % len(COLOURS)]
-        data.append({
-            "type": "scatter", "mode": "lines", "name": text(str(row.label)), "x": numbers(history["step"]),
-            "y": numbers(history["eval_loss"]),
-            "line": {"color": colour, "width": 3 if full else 1.5, "dash": DASHES[ranks.index(row.rank) % len(DASHES)]},
-            "hovertemplate": f"{text(str(row.label))}, step %{{x}}: %{{y:.4f}}<extra></extra>",
-        })  # fmt: skip
-    height = 420 + 12 * len(data)
-    return spec(data, f"How did the runs of seed {seed} learn?", height, {"title": "step"}, {"title": _NATS})
+    shown: dict[str, list[int]] = {}  # entry of the menu → its traces
+
+    def add(row: Any, name: str, colour: str, width: float, symbol: str) -> None:
+        history = found.histories[found.histories["label"] == row.label]
+        line = {"color": colour, "width": width}
+        told = f"{text(str(row.label))}, step %{{x}}: %{{y:.4f}}"
+        for column, start, title, more in (
+            ("eval_loss", [found.base_loss], name,
+             {"mode": "lines+markers", "line": line, "marker": {"size": 7, "symbol": symbol}}),
+            ("loss", [], f"{name}, training", {"mode": "lines", "line": line | {"width": 1.2, "dash": "dot"},
+                                               "showlegend": False}),
+        ):  # fmt: skip
+            rows = history[history[column].notna()]
+            data.append({
+                "type": "scatter", "name": title, "x": numbers([*[0] * len(start), *rows["step"]]),
+                "y": numbers([*start, *rows[column]]), "legendgroup": text(str(row.label)), **more,
+                "hovertemplate": f"{told} ({'held out' if start else 'training'})<extra></extra>",
+            })  # fmt: skip
+
+    for row in full.itertuples():
+        add(row, "full fine-tune", INK, 3, "circle")
+    always = list(range(len(data)))
+    several = len(set(adapters["method"])) > 1
+    for (method, targets), rows in adapters.groupby(["method", "targets"], sort=False):
+        first = len(data)
+        for row in rows.sort_values("rank").itertuples():
+            place = ranks.index(row.rank)
+            add(row, f"r={row.rank}", COLOURS[place % len(COLOURS)], 2, SYMBOLS[place % len(SYMBOLS)])
+        shown[_name(method, targets, several)] = [*always, *range(first, len(data))]
+    entries = list(shown.items())
+    buttons = [
+        {"label": name, "method": "update", "args": [{"visible": [i in members for i in range(len(data))]}, {}]}
+        for name, members in entries
+    ]
+    if entries:
+        for i, trace in enumerate(data):
+            trace["visible"] = i in entries[0][1]
+    more = {"updatemenus": [menu(buttons)]} if len(buttons) > 1 else {}
+    return spec(data, f"How did the runs of seed {seed} learn?", 480, {"title": "step"}, {"title": CURVES}, **more)
 
 
 def search_spec(found: "Training") -> Spec | None:
@@ -174,16 +221,18 @@ def subspaces_spec(found: "Training") -> Spec | None:
         return None
     table = found.subspaces.similarity
     table = table[table["i"] == table["j"]]
+    short = _short(found)
     data: list[Spec] = []
     for number, ((a, b), rows) in enumerate(table.groupby(["step_a", "step_b"], sort=False)):
         if a == b:
             continue
         medians = rows.groupby("i")[["phi_left", "control_left"]].median()
-        name, colour = text(f"{a} and {b}"), COLOURS[number % len(COLOURS)]
+        name, colour = text(f"{short.get(a, a)} and {short.get(b, b)}"), COLOURS[number % len(COLOURS)]
         for column, dash, title in (("phi_left", "solid", name), ("control_left", "dot", f"{name}, random")):
             data.append({
                 "type": "scatter", "mode": "lines+markers", "name": title, "x": [int(i) for i in medians.index],
                 "y": numbers(medians[column]), "line": {"color": colour, "width": 2, "dash": dash},
+                "marker": {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 7}, "showlegend": column == "phi_left",
                 "hovertemplate": f"{title}, i = %{{x}}: %{{y:.3f}}<extra></extra>",
             })  # fmt: skip
     ranks = sorted(set(table["i"]))
@@ -195,13 +244,13 @@ def amplification_spec(found: "Training") -> Spec | None:
     """Does the update amplify what the base already does? ‖ΔW‖/‖UᵀWV‖ at the adapter's rank, by layer type."""
     if found.subspaces is None or found.subspaces.amplification.empty:
         return None
-    table = found.subspaces.amplification_by_type
+    table, short = found.subspaces.amplification_by_type, _short(found)
     data: list[Spec] = []
     for number, (step, rows) in enumerate(table.groupby("step", sort=False)):
-        name = text(str(step))
+        name = text(short.get(step, str(step)))
         last = rows[rows["r"] == rows["r"].max()]
         data.append({
-            "type": "bar", "name": f"{name}, r={int(rows['r'].max())}",
+            "type": "bar", "name": name,
             "x": [text(str(one)) for one in last["layer_type"]], "y": numbers(last["factor"]),
             "marker": {"color": COLOURS[number % len(COLOURS)]},
             "hovertemplate": f"{name}, %{{x}}: %{{y:.3g}}<extra></extra>",
@@ -210,14 +259,34 @@ def amplification_spec(found: "Training") -> Spec | None:
     return spec(data, title, 420, {}, {"title": "‖ΔW‖ / ‖UᵀWV‖", "rangemode": "tozero"}, barmode="group")
 
 
-def _groups(runs: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
-    """(name, colour by targets, dash by variant, rows) of each variant and group of targets."""
-    adapters = runs[runs["method"] != "full"]
-    variants, targets = (list(dict.fromkeys(adapters[name])) for name in ("method", "targets"))
-    for (method, group), rows in adapters.groupby(["method", "targets"], sort=False):
-        name = str(group) if len(variants) == 1 else f"{method} {group}"
-        colour = COLOURS[targets.index(group) % len(COLOURS)]
-        yield text(name), colour, DASHES[variants.index(method) % len(DASHES)], rows
+def _groups(found: "Training") -> Iterator[tuple[str, Spec, pd.DataFrame]]:
+    """(name, line and marker, rows) of each variant and group of targets, without the runs that diverged.
+
+    A colour is a group; of several variants a variant and group, and the marker says which variant.
+    """
+    adapters = found.runs[found.runs["method"] != "full"]
+    variants = list(dict.fromkeys(adapters["method"]))
+    sound = found.sound
+    for i, (method, group) in enumerate(dict.fromkeys(zip(adapters["method"], adapters["targets"], strict=True))):
+        rows = sound[(sound["method"] == method) & (sound["targets"] == group)]
+        dash = DASHES[i // len(COLOURS) % len(DASHES)]
+        symbol = SYMBOLS[variants.index(method) % len(SYMBOLS)]
+        style = {
+            "line": {"color": COLOURS[i % len(COLOURS)], "width": 2, "dash": dash},
+            "marker": {"size": 8 if len(variants) > 1 else 6, "symbol": symbol},
+        }
+        if len(rows):
+            yield _name(method, group, len(variants) > 1), style, rows
+
+
+def _name(method: object, group: object, several: bool) -> str:
+    """A group of targets; of several variants with the variant before it."""
+    return text(f"{method} {group}" if several else str(group))
+
+
+def _short(found: "Training") -> dict[str, str]:
+    """Label → rank and seed, which tell the adapters apart whose subspaces are compared: all are of one group."""
+    return {str(row.label): f"r={row.rank} seed {row.seed}" for row in found.runs.itertuples()}
 
 
 def _ranks_axis(ranks: list[int]) -> Spec:

@@ -298,6 +298,11 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def diverged(facts: Mapping[str, Any]) -> bool:
+    """Whether a run's loss or gradient was NaN or Inf, on the way or at its end, or a scaler threw its steps away."""
+    return facts["loss"] is None or any(one["name"] == "nan" for one in facts["health"])
+
+
 def _out_of_memory(fit: Fit, setting: Setting, said: str) -> str:
     """One line: what it needs as `probe budget` predicts, and what would fit."""
     from lowrank_probe.training_memory import predicted_bytes

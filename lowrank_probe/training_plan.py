@@ -1,7 +1,7 @@
 """What a reference training consists of: the runs, one by one, and the recipe that all of them share. No torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, get_args
 
 from lowrank_probe.errors import ProbeError
@@ -13,6 +13,8 @@ VARIANTS: Final[tuple[str, ...]] = get_args(Variant)
 # (Biderman et al. 2024; "LoRA Without Regret", 2025), whatever the rank, with α fixed and scaling α/r.
 FULL_RATES: Final = (1e-5, 3e-5, 1e-4, 3e-4)
 LORA_RATES: Final = (1e-4, 3e-4, 1e-3, 3e-3)
+
+_NO_RESULTS: Final = ("save_s", "stop_on_nan", "report_to")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ class Recipe:
             raise ProbeError(f"alpha: expected more than 0, found {self.alpha:g}")
         if not 0 <= self.warmup < 1:
             raise ProbeError(f"warmup: expected a share of the steps from 0 to 1, found {self.warmup:g}")
+
+    def identity(self) -> dict[str, Any]:
+        """What a training that goes on must have had before: all that its results depend on.
+
+        Loggers and saved states change none. Nor does stopping at NaN: a run with a NaN is no evidence, whether it was
+        stopped there or trained on, and every other run is the same.
+        """
+        return {name: value for name, value in asdict(self).items() if name not in _NO_RESULTS}
 
     @property
     def sequences(self) -> int:

@@ -21,7 +21,7 @@ from lowrank_probe.reports import (
     versions_of,
 )
 from lowrank_probe.training_figures import training_specs
-from lowrank_probe.training_words import model_word, recommendation_words, summary_words
+from lowrank_probe.training_words import model_word, recommendation_words, summary_words, tolerance_words
 
 if TYPE_CHECKING:
     from lowrank_probe.training_runs import Training
@@ -36,7 +36,8 @@ READING: Final[dict[str, tuple[str, str]]] = {
     "ranks": (
         "Do the three kinds of evidence agree?",
         "Trained: LoRA from that rank on is as good as full. Functional: the full run's update can be truncated to it. "
-        "Spectral: it holds 90 % of ‖ΔW‖². Bars are 95 % intervals, for r90 the bracket of its true value.",
+        "Spectral: it holds 90 % of ‖ΔW‖². Bars are 95 % intervals, for r90 the bracket of its true value; ▶: beyond "
+        "the largest rank that was tried.",
     ),
     "parameters": (
         "Where are parameters best spent?",
@@ -44,8 +45,8 @@ READING: Final[dict[str, tuple[str, str]]] = {
     ),
     "curves": (
         "How did the runs learn?",
-        "Held-out loss on the way; colours are groups of layers, dashes are ranks. Click a name to hide it, twice to "
-        "see it alone.",
+        "Held-out loss on the way, from the base's at step 0; dotted, the training loss of the same run: a held-out "
+        "line that rises while its dotted one falls is overfitting. Click a name to hide it, twice to see it alone.",
     ),
     "search": (
         "Which learning rate?",
@@ -58,7 +59,7 @@ READING: Final[dict[str, tuple[str, str]]] = {
     "subspaces": (
         "Do two adapters learn the same directions?",
         "φ(i, i) of the leading i directions on the output side, median over matrices: 1 is the same subspace, the "
-        "dotted line of the same colour is what random subspaces have.",
+        "dotted line of the same colour is what random subspaces have",
     ),
     "amplification": (
         "Does the update amplify what the base already does?",
@@ -67,12 +68,13 @@ READING: Final[dict[str, tuple[str, str]]] = {
     ),
 }
 WIDE: Final = ("memory",)
+# What is evident and what is missing is on the cards.
 VERDICT_MAIN: Final = (
     "layer_type", "verdict", "decided_by", "trained_rank", "trained_low", "trained_high", "own_rank", "functional_rank",
-    "functional_low", "functional_high", "r90_low", "r90_high", "break_even_rank", "evidence", "missing",
+    "functional_low", "functional_high", "r90_low", "r90_high", "break_even_rank",
 )  # fmt: skip
 RUNS_MAIN: Final = (
-    "label", "lr", "n_trained", "loss", "excess", "lowest_loss", "seconds", "tokens_per_s", "peak_bytes",
+    "label", "lr", "n_trained", "loss", "excess", "lowest_loss", "diverged", "seconds", "tokens_per_s", "peak_bytes",
     "predicted_bytes", "health",
 )  # fmt: skip
 
@@ -86,6 +88,7 @@ def render(found: "Training") -> str:
         run=run_line(facts), notes=[str(note) for note in facts.get("notes") or ()],
         cards=[_card(row) for row in found.verdict.to_dict("records")],
         recommendation=facts["recommendation"], recommended=recommendation_words(found),
+        tolerance=tolerance_words(found),
         health=facts["health"], figures=figures,
         verdict=page_table(found.verdict, HYPOTHESIS, VERDICT_MAIN),
         runs=page_table(found.runs, TRAINING, RUNS_MAIN),
@@ -112,4 +115,5 @@ def _card(row: Mapping[Any, Any]) -> dict[str, Any]:
     return {
         "name": row["layer_type"], "n": words.count(int(row["n_matrices"]), "matrix", "matrices"), "verdict": verdict,
         "style": style, "parts": parts, "decided_by": row["decided_by"], "missing": row["missing"],
+        "evidence": row["evidence"],
     }  # fmt: skip

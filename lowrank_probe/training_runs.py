@@ -52,8 +52,9 @@ class Training:
     runs, searches: one row a run (`columns.TRAINING`), those that only looked for a learning rate apart. histories: one
     row a run and step. verdict: one row a group or layer type (`columns.HYPOTHESIS`). equal_parameters:
     `columns.EQUAL_PARAMETERS`. losses[label]: (n,) mean held-out loss of each sequence, "base" among them; tokens: (n,)
-    judged tokens of each. spectrum, evaluation: of the full run's update; subspaces: of some adapters, where there are
-    two. facts: what was trained on what, findings on health, the recommendation, versions, device.
+    judged tokens of each. spectrum, evaluation: of the first full run's update that did not diverge, None where all
+    did; subspaces: of some adapters, None without two. facts: what was trained on what, parts (those of the last three
+    that there are), findings on health, the recommendation, versions, device.
     """
 
     runs: pd.DataFrame
@@ -63,8 +64,8 @@ class Training:
     equal_parameters: pd.DataFrame
     losses: dict[str, NDArray[np.float64]]
     tokens: NDArray[np.float64]
-    spectrum: Result
-    evaluation: Evaluation
+    spectrum: Result | None
+    evaluation: Evaluation | None
     subspaces: "Trajectory | None"
     facts: dict[str, Any]
 
@@ -75,8 +76,13 @@ class Training:
 
     @property
     def full_loss(self) -> float:
-        """Held-out loss of the full fine-tune, mean over seeds."""
-        return float(self.runs.loc[self.runs["method"] == "full", "loss"].mean())
+        """Held-out loss of the full fine-tune, mean over the seeds that did not diverge; NaN without any."""
+        return float(self.sound.loc[self.sound["method"] == "full", "loss"].mean())
+
+    @property
+    def sound(self) -> pd.DataFrame:
+        """The runs that did not diverge."""
+        return self.runs[~self.runs["diverged"].astype(bool)]
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -136,10 +142,12 @@ class Training:
             )
         )  # fmt: skip
         losses, tokens = read_file(root, "losses.npz", _read_losses)
-        subspaces = load_trajectory(root / SUBSPACES) if (root / SUBSPACES).is_dir() else None
+        parts = facts["parts"]
         return cls(
-            runs, searches, histories, verdict, equal, losses, tokens, load_result(root / SPECTRUM),
-            Evaluation.load(root / EVALUATION), subspaces, facts,
+            runs, searches, histories, verdict, equal, losses, tokens,
+            load_result(root / SPECTRUM) if SPECTRUM in parts else None,
+            Evaluation.load(root / EVALUATION) if EVALUATION in parts else None,
+            load_trajectory(root / SUBSPACES) if SUBSPACES in parts else None, facts,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from lowrank_probe import words
 from lowrank_probe.errors import printable
 from lowrank_probe.evaluation_runs import interval_word, rank_word
 from lowrank_probe.terminal import styled
-from lowrank_probe.training_words import recommendation_words, summary_words
+from lowrank_probe.training_words import recommendation_words, summary_words, tolerance_words
 
 if TYPE_CHECKING:
     from lowrank_probe.training_runs import Training
@@ -24,7 +24,7 @@ def print_training(found: "Training") -> None:
     width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
     console = Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
     console.print(summary_words(found))
-    console.print(_losses(found.runs))
+    console.print(_losses(found.runs.assign(loss=found.runs["loss"].mask(found.runs["diverged"].astype(bool)))))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     for i, head in enumerate(("type", "trained", "95 %", "functional", "95 %", "r90", "half break-even")):
         table.add_column(head, justify="right" if i else "left", no_wrap=True)
@@ -37,25 +37,26 @@ def print_training(found: "Training") -> None:
             words.bracket(row["r90_low"], row["r90_high"]), words.rank(row["break_even_rank"] / 2), verdict,
         )  # fmt: skip
     console.print(table)
-    tolerance = found.facts["tolerance"]
     console.print(
-        f"trained: smallest rank from which on LoRA is within {words.number(tolerance['nats'])} ({tolerance['asked']}) "
-        "of the full fine-tune; functional: the full run's ΔW truncated, likewise; 95 %: over seeds and sequences.",
+        f"trained: smallest rank from which on LoRA is within {tolerance_words(found)} of the full fine-tune; "
+        "functional: the full run's ΔW truncated, likewise; 95 %: over seeds and sequences.",
         style="dim",
     )
     if recommended := recommendation_words(found):
-        console.print(f"recommended: {recommended}")
+        good = found.facts["recommendation"]["good_enough"]
+        console.print(f"{'recommended' if good else 'best'}: {recommended}")
         console.print(found.facts["recommendation"]["lora_config"])
 
 
 def _losses(runs: pd.DataFrame) -> Table:
     """Mean loss over seeds, one line a group, one column a rank."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
-    ranks = sorted(set(runs.loc[runs["rank"] > 0, "rank"]))
+    adapters = runs[runs["method"] != "full"]
+    ranks = sorted(set(adapters["rank"]))
     for i, head in enumerate(("LoRA on", "lr", *(f"r{rank}" for rank in ranks), "± seeds")):
         table.add_column(head, justify="right" if i else "left", no_wrap=True)
-    several = len(set(runs["method"])) > 2
-    for (method, targets), group in runs[runs["method"] != "full"].groupby(["method", "targets"], sort=False):
+    several = len(set(adapters["method"])) > 1
+    for (method, targets), group in adapters.groupby(["method", "targets"], sort=False):
         by_rank = group.groupby("rank")["loss"]
         means = by_rank.mean()
         spread = by_rank.std().max()

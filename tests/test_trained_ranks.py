@@ -6,7 +6,7 @@ import pytest
 
 from lowrank_probe.functional_ranks import Tolerance
 from lowrank_probe.hypothesis import judge, recommend
-from lowrank_probe.trained_ranks import equal_parameters, trained_ranks
+from lowrank_probe.trained_ranks import equal_parameters, trained_ranks, yardstick
 
 RANKS = (1, 2, 4, 8, 16)
 N = 40
@@ -27,6 +27,7 @@ def made(excess, seeds=(0, 1), groups=("mlp",), noise=1e-3, gain=1.0):
                 losses[label] = text + excess(group, rank) + generator.normal(0, noise, N)
                 rows.append(("lora", rank, group, seed, label, 1e-3, 32.0, 100 * rank * (1 + (group == "attention"))))
     runs = pd.DataFrame(rows, columns=["method", "rank", "targets", "seed", "label", "lr", "alpha", "n_trained"])
+    runs["diverged"] = False
     runs["loss"] = [float(np.average(losses[label], weights=weights)) for label in runs["label"]]
     return runs, losses, weights, text + gain
 
@@ -35,7 +36,8 @@ def test_the_sufficient_rank_is_found_with_its_interval():
     runs, losses, weights, base = made(lambda _, rank: 0.4 if rank < 4 else 0.01)
     (found,) = trained_ranks(runs, losses, weights, base, Tolerance(share=0.05))
     assert (found.sufficient.rank, found.sufficient.low, found.sufficient.high) == (4, 4, 4)
-    assert found.tolerance == pytest.approx(0.05, abs=0.002)
+    assert found.full.tolerance == pytest.approx(0.05, abs=0.002)
+    assert found.full.outcome == "gained"
     assert np.allclose(found.excess, [0.4, 0.4, 0.01, 0.01, 0.01], atol=1e-3)
     assert (found.low <= found.excess).all()
     assert (found.excess <= found.high).all()
@@ -58,19 +60,68 @@ def test_seeds_that_disagree_widen_the_interval():
     assert found.spread[RANKS.index(4)] == pytest.approx(0.2 / np.sqrt(2), rel=0.05)
 
 
-def test_a_run_that_diverged_is_never_good_enough():
-    runs, losses, weights, base = made(lambda _, rank: 0.0)
-    losses["lora-r16-mlp-s0"] = np.full(N, np.nan)
-    (found,) = trained_ranks(runs, losses, weights, base, Tolerance(0.1))
-    assert found.sufficient.rank is None
-    assert np.isinf(found.excess[-1])
+def diverge(runs, losses, *labels):
+    """As a training leaves runs that diverged."""
+    for label in labels:
+        losses[label] = np.full(N, np.nan)
+    at = runs["label"].isin(labels)
+    return runs.assign(diverged=at, loss=runs["loss"].mask(at))
 
 
-def test_without_a_gain_a_share_falls_back_on_nats():
-    runs, losses, weights, base = made(lambda _, rank: 0.005, gain=-0.1)
+def test_a_rank_that_diverged_says_nothing_of_others():
+    runs, losses, weights, base = made(lambda _, rank: 0.4 if rank < 4 else 0.01)
+    runs = diverge(runs, losses, "lora-r16-mlp-s0")
     (found,) = trained_ranks(runs, losses, weights, base, Tolerance(share=0.05))
-    assert found.tolerance == 0.01
+    assert found.ranks == (1, 2, 4, 8)
+    assert found.failed == {16: "diverged"}
+    assert found.sufficient.rank == 4
+    row = judge(spectrum(), None, [found]).iloc[0]
+    assert (row["verdict"], row["trained_largest"]) == ("low-rank at r=4", 8)
+    assert "r=16 diverged" in row["evidence"]
+
+
+@pytest.mark.parametrize(("excess", "missing"), [(0.0, "a LoRA run that did not diverge"),
+                                                 (2.0, "a LoRA run that gains on this text")])  # fmt: skip
+def test_where_every_adapter_failed_there_is_no_trained_evidence(excess, missing):
+    runs, losses, weights, base = made(lambda _, rank: excess)
+    if not excess:
+        runs = diverge(runs, losses, *[label for label in losses if label.startswith("lora") and label.endswith("s1")])
+    (found,) = trained_ranks(runs, losses, weights, base, Tolerance(share=0.05))
+    row = judge(spectrum(), None, [found]).iloc[0]
+    assert (row["verdict"], row["trained_largest"], row["trained_rank"]) == ("undecidable", pd.NA, pd.NA)
+    assert missing in row["missing"].split("; ")
+
+
+def test_a_seed_whose_full_run_diverged_is_left_out_and_without_any_nothing_is_decided():
+    runs, losses, weights, base = made(lambda _, rank: 0.01)
+    (found,) = trained_ranks(diverge(runs, losses, "full-s0"), losses, weights, base, Tolerance(share=0.05))
+    assert found.full.seeds == (1,)
     assert found.sufficient.rank == 1
+    runs = diverge(runs, losses, "full-s0", "full-s1")
+    trained = trained_ranks(runs, losses, weights, base, Tolerance(share=0.05))
+    assert trained[0].full.outcome == "diverged"
+    table = judge(None, None, trained)
+    assert table[["layer_type", "verdict", "missing"]].values.tolist() == [
+        ["mlp", "undecidable", "a full fine-tune that did not diverge"]
+    ]
+    best = recommend(runs, trained, 4.0)
+    assert np.isnan(best.share)
+    assert best.good_enough
+
+
+def test_a_full_run_that_gained_nothing_decides_nothing_and_a_share_of_it_falls_back_on_nats():
+    runs, losses, weights, base = made(lambda _, rank: -0.2, gain=-0.1)
+    (found,) = trained_ranks(runs, losses, weights, base, Tolerance(share=0.05))
+    assert found.full.outcome == "no gain"
+    assert found.full.tolerance == 0.01
+    assert found.sufficient.rank == 1
+    row = judge(spectrum(), None, [found]).iloc[0]
+    assert (row["verdict"], row["missing"]) == ("undecidable", "a full fine-tune that gains on this text")
+
+
+def test_a_gain_that_may_be_chance_is_none():
+    runs, losses, weights, base = made(lambda _, rank: 0.0, noise=0.5, gain=0.001)
+    assert yardstick(runs, losses, weights, base, Tolerance(share=0.05)).outcome == "no gain"
 
 
 def test_equal_parameters_compares_groups_where_both_are():
@@ -91,14 +142,52 @@ def test_the_smallest_good_adapter_is_recommended():
         groups=("attention", "mlp"),
     )
     trained = trained_ranks(runs, losses, weights, base, Tolerance(share=0.05))
-    best = recommend(runs, trained)
+    start = float(np.average(base, weights=weights))
+    best = recommend(runs, trained, start)
     assert (best.targets, best.rank, best.lr, best.alpha) == ("mlp", 4, 1e-3, 32.0)
     assert best.against_full == pytest.approx(0.01, abs=0.002)
+    assert best.share == pytest.approx(0.99, abs=0.002)
+    assert best.good_enough
+    runs["loss"] += 0.7 * (runs["method"] != "full")
+    assert not recommend(runs, trained, start).good_enough
     config = best.lora_config(["up_proj", "down_proj"])
     peft = pytest.importorskip("peft")
     made_config = eval(config, {"LoraConfig": peft.LoraConfig})
     assert made_config.r == 4
     assert made_config.target_modules == {"down_proj", "up_proj"}
+
+
+def functional(rank, low, high, gain=1.0):
+    """An evaluation of mlp truncated alone, as far as a verdict reads it."""
+    from lowrank_probe.columns import EVALUATION
+    from lowrank_probe.evaluation_runs import Evaluation
+
+    sides = [{"how": how, "excess_low": gain, "excess": gain} for how in ("base", "tuned")]
+    row = {"group": "mlp", "how": "alone", "functional_rank": rank, "low": low, "high": high, "largest_rank": 32,
+           "tolerance_nats": 0.05}  # fmt: skip
+    nothing = np.empty(0)
+    return Evaluation(
+        pd.DataFrame(sides, columns=list(EVALUATION)), pd.DataFrame([row]), nothing, nothing, nothing, nothing, {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict", "missing"),
+    [
+        ((1, 1, 2), "low-rank at r=2", ""),
+        ((0, 0, 1), "undecidable", "text on which this update matters"),
+        ((0, 0, 0), "undecidable", "text on which this update matters"),
+        ((4, 0, 16), "undecidable", "more held-out text: the interval is wide"),
+        ((16, 16, 32), "not low-rank", ""),
+    ],
+)
+def test_functional_evidence_needs_an_update_that_matters(ends, verdict, missing):
+    row = judge(spectrum(), functional(*ends)).set_index("layer_type").loc["mlp"]
+    assert row["verdict"] == verdict
+    assert missing in row["missing"]
+    row = judge(spectrum(), functional(*ends, gain=-1.0)).set_index("layer_type").loc["mlp"]
+    assert row["verdict"] == "undecidable"
+    assert "a full fine-tune that gains on this text" in row["missing"]
 
 
 def verdict(excess, seeds=(0, 1)):

@@ -20,8 +20,9 @@ from lowrank_probe import training, training_fits
 from lowrank_probe.demo_text import read_prose
 from lowrank_probe.errors import CheckpointError, MatchError, OutputError, ProbeError
 from lowrank_probe.running_models import quiet
-from lowrank_probe.training_fits import Setting, run_fit
+from lowrank_probe.training_fits import Setting, load_model, run_fit
 from lowrank_probe.training_plan import FULL, Fit, Plan
+from lowrank_probe.training_terminal import print_training
 
 RECIPE = lp.Recipe(steps=12, batch=4, length=32, evaluations=2)
 RATES = {"full": 3e-3, "lora": 1e-2}
@@ -174,8 +175,9 @@ def test_it_is_read_back_as_it_was_written(trained):
 def test_the_same_command_again_trains_nothing(trained, sides):
     found, out = trained
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("facts.json")}
+    same = replace(RECIPE, stop_on_nan=True, save_s=1.0, report_to=("tensorboard",))  # which change no result
     again = lp.train(
-        *sides, out, ranks=[1, 4], targets=["attention", "mlp"], seeds=2, lr=RATES, recipe=RECIPE, device="cpu"
+        *sides, out, ranks=[1, 4], targets=["attention", "mlp"], seeds=2, lr=RATES, recipe=same, device="cpu"
     )
     assert before == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("facts.json")}
     assert again.verdict.to_csv() == found.verdict.to_csv()
@@ -312,6 +314,8 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(sides, tmp_path):
     assert said == "lr: no learning rate for full; given are lora"
     said, _ = refused(sides, tmp_path, lr="fast")
     assert said.startswith("lr fast: expected auto")
+    said, _ = refused(sides, tmp_path, lr="1e30")
+    assert said == "lr 1e30: expected auto, a rate above 0 and below 100 such as 2e-4, or method=rate"
     said, _ = refused(sides, tmp_path, recipe=replace(RECIPE, report_to=("tensorbord",)))
     assert said.startswith("--report-to tensorbord: expected a logger of Trainer that is installed; installed are ")
     said, _ = refused(sides, tmp_path, seeds=0)
@@ -361,7 +365,7 @@ def test_out_of_memory_tells_what_is_needed_and_what_would_fit(sides, tmp_path, 
     assert "try --batch 2 --accumulation 2 or --checkpointing" in said
 
 
-def test_a_run_that_diverges_is_told_and_counts_as_bad(sides, tmp_path):
+def test_an_adapter_that_diverges_is_told_and_is_no_evidence(sides, tmp_path):
     found = lp.train(
         *sides, tmp_path / "run", ranks=[1], targets=["mlp"], seeds=1, lr={"full": 3e-3, "lora": 50.0},
         recipe=lp.Recipe(steps=12, batch=4, length=32, evaluations=2, alpha=1e6), device="cpu",
@@ -369,8 +373,70 @@ def test_a_run_that_diverges_is_told_and_counts_as_bad(sides, tmp_path):
     row = found.runs.set_index("label").loc["lora-r1-mlp-s0"]
     assert row["health"]
     mlp = found.verdict.set_index("layer_type").loc["mlp"]
-    assert mlp["trained_largest"] == 1
+    assert mlp["trained_largest"] is pd.NA
     assert mlp["trained_rank"] is pd.NA
+    assert "r=1 " in mlp["evidence"]
+
+
+def diverging(*labels):
+    """`run_fit`, of which the runs of these labels diverge."""
+
+    def run(fit, setting, folder, on_step=None):
+        with pytest.MonkeyPatch.context() as patch:
+            if fit.label in labels:
+                patch.setattr(training_fits, "load_model", overflowing)
+            return run_fit(fit, setting, folder, on_step)
+
+    return run
+
+
+def overflowing(directory):
+    """The model with a head whose loss is finite and whose first step is not."""
+    made = load_model(directory)
+    made.register_forward_hook(lambda module, inputs, output: blown(output) if module.training else None)
+    return made
+
+
+def blown(output):
+    output["loss"] = output["loss"] * float("inf")
+    return output
+
+
+@pytest.mark.parametrize("stop_on_nan", [False, True])
+def test_a_full_run_that_diverges_leaves_page_and_table_and_decides_nothing(
+    stop_on_nan, sides, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(training, "run_fit", diverging("full-s0"))
+    recipe = lp.Recipe(steps=2, batch=4, length=32, evaluations=1, stop_on_nan=stop_on_nan)
+    how = {"ranks": [1], "targets": ["mlp"], "lr": RATES, "recipe": recipe, "device": "cpu"}
+    found = lp.train(*sides, tmp_path / "run", seeds=1, **how)
+    assert found.spectrum is None
+    assert found.evaluation is None
+    assert found.verdict[["layer_type", "verdict", "missing"]].values.tolist() == [
+        ["mlp", "undecidable", "a full fine-tune that did not diverge"]
+    ]
+    assert found.facts["health"][0]["name"] == "nan"
+    again = lp.load(tmp_path / "run")
+    assert again.spectrum is None
+    assert list(again.runs["diverged"]) == [True, False]
+    print_training(again)
+    assert "full fine-tune diverged" in capsys.readouterr().out
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "a full fine-tune that did not diverge" in page
+
+
+def test_another_seeds_sound_full_run_serves_instead(sides, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "run_fit", diverging("full-s0", "lora-r1-mlp-s1"))
+    recipe = lp.Recipe(steps=8, batch=4, length=32, evaluations=1)
+    found = lp.train(
+        *sides, tmp_path / "run", ranks=[1, 2], targets=["mlp"], seeds=2, lr=RATES, recipe=recipe, device="cpu"
+    )
+    assert found.facts["full"] == {"outcome": "gained", "looked_at": "full-s1"}
+    assert "full-s0 diverged: spectrum and functional rank are of full-s1" in found.facts["notes"]
+    row = found.verdict.set_index("layer_type").loc["mlp"]
+    assert row["trained_largest"] == 2
+    assert "r=1 diverged" in row["evidence"]
+    assert set(found.verdict["layer_type"]) > {"mlp", "q", "down"}
 
 
 def test_the_full_run_has_no_rank(trained):
