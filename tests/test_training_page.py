@@ -67,8 +67,8 @@ def test_trained_functional_and_spectral_ranks_side_by_side(found):
     assert len(spectral["x"]) == found.verdict["r90_low"].notna().sum()
     for one, kind in ((trained, "trained"), (functional, "functional")):
         rows = found.verdict[found.verdict[f"{kind}_largest"].notna()]
-        expected = rows[f"{kind}_rank"].fillna(rows[f"{kind}_largest"]).astype(float).clip(lower=0.5)
-        assert one["x"] == pytest.approx(list(expected))
+        expected = rows[f"{kind}_rank"].fillna(rows[f"{kind}_largest"]).astype(float)
+        assert one["x"] == pytest.approx(list(np.log2(1 + expected)), rel=1e-5)
         beyond = [symbol == "triangle-right" for symbol in one["marker"]["symbol"]]
         assert beyond == list(rows[f"{kind}_rank"].isna())
 
@@ -79,7 +79,7 @@ def test_the_other_figures_show_the_tables(found):
     attention = specs["parameters"]["data"][0]
     rows = found.runs[(found.runs["targets"] == "attention") & (found.runs["seed"] == 0)]
     assert attention["x"] == list(rows["n_trained"])
-    assert len(specs["curves"]["data"]) == (found.runs["seed"] == 0).sum()
+    assert len(specs["curves"]["data"]) == 2 * (found.runs["seed"] == 0).sum()
     for line in specs["search"]["data"]:
         tried = found.searches[found.searches["method"] == line["name"]].sort_values("lr")
         assert line["y"] == pytest.approx(list(tried["loss"]), rel=1e-5)
@@ -88,14 +88,48 @@ def test_the_other_figures_show_the_tables(found):
     assert predicted["y"][0] == pytest.approx(1.1)
     names = [one["name"] for one in specs["subspaces"]["data"]]
     assert names[0::2] == [
-        "lora-r2-attention-s0 and lora-r8-attention-s0",
-        "lora-r2-attention-s0 and lora-r8-attention-s1",
-        "lora-r8-attention-s0 and lora-r8-attention-s1",
-    ]
+        "r=2 seed 0 and r=8 seed 0", "r=2 seed 0 and r=8 seed 1", "r=8 seed 0 and r=8 seed 1",
+    ]  # fmt: skip
     assert all(name.endswith(", random") for name in names[1::2])
-    assert {one["name"] for one in specs["amplification"]["data"]} == {
-        "lora-r2-attention-s0, r=2", "lora-r8-attention-s0, r=8", "lora-r8-attention-s1, r=8",
-    }  # fmt: skip
+    assert {one["name"] for one in specs["amplification"]["data"]} == {"r=2 seed 0", "r=8 seed 0", "r=8 seed 1"}
+
+
+def test_curves_begin_at_the_base_and_show_training_loss_one_group_at_a_time(found):
+    curves = training_specs(found)["curves"]
+    held_out = [one for one in curves["data"] if one["mode"] == "lines+markers"]
+    training_ = [one for one in curves["data"] if one["mode"] == "lines"]
+    assert all((one["x"][0], one["y"][0]) == (0, pytest.approx(found.base_loss, rel=1e-5)) for one in held_out)
+    assert len(training_) == len(held_out)
+    assert all(one["line"]["dash"] == "dot" for one in training_)
+    (menu,) = curves["layout"]["updatemenus"]
+    assert [one["label"] for one in menu["buttons"]] == ["attention", ESCAPED]
+    for button_ in menu["buttons"]:
+        shown = [one for one, is_shown in zip(curves["data"], button_["args"][0]["visible"], strict=True) if is_shown]
+        assert [one["name"] for one in shown if one in held_out] == ["full fine-tune", "r=2", "r=8"]
+
+
+def test_variants_can_be_told_apart(found):
+    variants = ("lora", "rslora", "dora", "pissa", "lora+")
+    adapters = found.runs[found.runs["method"] == "lora"]
+    runs = pd.concat(
+        [found.runs, *(adapters.assign(method=one, label=one + adapters["label"]) for one in variants[1:])]
+    )
+    many = replace(found, runs=runs)
+    for name in ("loss", "parameters"):
+        lines = [one for one in training_specs(many)[name]["data"] if one["mode"] == "lines+markers"]
+        assert len(lines) == 2 * len(variants)
+        looks = {(one["line"]["color"], one["line"]["dash"]) for one in lines}
+        assert len(looks) == len(lines)
+        assert len({one["marker"]["symbol"] for one in lines}) == len(variants)
+    assert len(training_specs(many)["curves"]["layout"]["updatemenus"][0]["buttons"]) == 2 * len(variants)
+
+
+def test_a_rank_of_0_is_drawn_at_0(found):
+    none = replace(found, verdict=found.verdict.assign(functional_rank=0, functional_low=0, functional_high=1))
+    ranks = training_specs(none)["ranks"]
+    assert set(ranks["data"][1]["x"]) == {0.0}
+    assert set(ranks["data"][1]["error_x"]["array"]) == {1.0}
+    assert ranks["layout"]["xaxis"]["ticktext"][:3] == ["0", "1", "2"]
 
 
 def test_the_terminal_has_every_loss_and_verdict(found, capsys):
@@ -135,7 +169,10 @@ class TestPage:
     def test_every_plot_is_drawn_and_nothing_is_fetched(self, page, found):
         for name in FIGURES:
             assert page.execute_script("return document.querySelectorAll(arguments[0]).length", f"#{name} svg path") > 3
-        assert len(drawn(page, "curves", "data")) == (found.runs["seed"] == 0).sum()
+        assert len(drawn(page, "curves", "data")) == 2 * (found.runs["seed"] == 0).sum()
+        choose(page, "[data-menu=curves]", HOSTILE)
+        shown = [one for one in drawn(page, "curves", "data") if one["visible"] is True]
+        assert len(shown) == 6
         assert page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
         assert page.title != "hacked"
         assert not find(page, "img")
@@ -147,6 +184,7 @@ class TestPage:
             assert row.verdict in card
             assert ("decided by" in card) == bool(row.decided_by)
             assert ("missing" in card) == bool(row.missing)
+            assert row.evidence in card
         assert find(page, "#recommendation pre")[0].text == found.facts["recommendation"]["lora_config"]
         assert "train longer" in find(page, "#health")[0].text
 
@@ -174,3 +212,8 @@ def test_a_training_without_adapters_that_compare_has_no_such_figures(found):
     )  # fmt: skip
     assert list(training_specs(bare)) == ["curves"]
     assert "data-equal" not in training_reports.render(bare)
+
+
+def test_without_findings_the_page_says_that_all_is_well(found):
+    page = training_reports.render(replace(found, facts=found.facts | {"health": []}))
+    assert "Nothing was found: no NaN or Inf" in page
