@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    model: Annotated[Path, typer.Argument(help="Directory of a causal language model, with its tokenizer.")],
+    model: Annotated[str, typer.Argument(help="Causal language model with its tokenizer: a directory or hub id.")],
     data: Annotated[Path, typer.Option("--data", help="Text to learn: a file, .jsonl, .parquet, or a directory.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the training; the same one resumes it.")],
     rank: Annotated[str, typer.Option("--rank", "-r", help="Ranks of the adapters.")] = "1,2,4,8,16,64",
@@ -88,7 +88,7 @@ def train(
         finish(found, out, figures, open_report, quiet)
 
 
-def _completed(recipe: "Recipe", length: int | None, precision: str, model: Path, device: str) -> "Recipe":
+def _completed(recipe: "Recipe", length: int | None, precision: str, model: str, device: str) -> "Recipe":
     """The recipe with what the model and the hardware decide where the user did not."""
     from lowrank_probe.training import default_recipe
 

@@ -74,7 +74,8 @@ def conclude(
     ]
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "status": "complete",
-        "model": {"path": str(setting.model.resolve())}, "plan": plan.facts(), "recipe": vars(setting.recipe),
+        "model": {"path": str(setting.model.resolve()), "hub_id": setting.hub_id},
+        "plan": plan.facts(), "recipe": vars(setting.recipe),
         "rates": {row.method: row.lr for row in runs.itertuples()},
         "text": {
             "n_training": len(setting.training), "n_held_out": len(setting.held_out), "length": setting.recipe.length,

@@ -27,11 +27,13 @@ _COLUMNS: Final = ("text", "prompt", "completion", "messages")
 @dataclass(frozen=True)
 class Document:
     """text: what the loss is taken on. prompt: read first, without loss. messages: a conversation instead of both,
-    each message a dict of at least "role" and "content"; the loss is taken on the assistant's turns."""
+    each message a dict of at least "role" and "content"; the loss is taken on the assistant's turns. cut: it goes on
+    where its text ends, so that no end of text follows."""
 
     text: str
     prompt: str = ""
     messages: tuple[Mapping[str, Any], ...] = ()
+    cut: bool = False
 
     @cached_property
     def digest(self) -> bytes:

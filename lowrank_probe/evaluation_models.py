@@ -1,6 +1,7 @@
 """Base and tuned model on the host, in float32, of one class: from directories, hub ids, adapters, or memory."""
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -10,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from lowrank_probe import hub
 from lowrank_probe import running_models as running
 from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
 from lowrank_probe.errors import CheckpointError, MatchError, ProbeError
@@ -79,6 +81,9 @@ def open_sides(base: Any, tuned: Any) -> Sides:
             raise ProbeError("expected two paths or two models in memory, found one of each")
         return _from_memory(base, tuned)
     checkpoints = open_checkpoint(base), open_checkpoint(tuned)
+    for side in (base, tuned):
+        if not Path(side).exists():  # a hub id, then, and its weights are here
+            hub.download_tokenizer(os.fspath(side))
     for side, what in zip(checkpoints, ("base", "tuned"), strict=True):
         if not side.files:
             raise ProbeError(f"{what}: a state dict cannot be run; give a model or its directory")

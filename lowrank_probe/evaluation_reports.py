@@ -86,8 +86,10 @@ def render(found: "Evaluation") -> str:
 def _headline(found: "Evaluation") -> str:
     every = found.functional[found.functional["how"] == "all"].iloc[0]
     rank = rank_word(every["functional_rank"], every["largest_rank"])
-    gain = f" of what the fine-tune gained ({words.number(found.facts['gain'])})" if found.facts["gain"] > 0 else ""
-    return f"All layer types together need rank {rank} to be within {words.number(found.facts['tolerance'])}{gain}."
+    allowed, gain = found.facts["tolerance"], found.facts["gain"]
+    share = f" ({words.number(100 * allowed / gain)} % of the {words.number(gain)} gained)" if gain > 0 else ""
+    told = f"{words.number(allowed)}{share}"
+    return f"All layer types together need rank {rank} to be within {told} of the tuned model's loss."
 
 
 def _card(found: "Evaluation", row: Mapping[Any, Any]) -> dict[str, Any]:

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final
 
+import torch
+
 from lowrank_probe.documents import Document, read_documents, split_documents
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.evaluation_models import Sides
+from lowrank_probe.excerpts import evenly
 from lowrank_probe.token_blocks import Blocks, load_tokenizer, to_blocks
 
 LENGTH: Final = 512
@@ -40,17 +43,20 @@ def read_text(
 ) -> Text:  # fmt: skip
     """Blocks of what `read_data` found in `data`.
 
-    Documents come without duplicates, in the order of their hashes, so that the first `sequences` are a sample of all
-    the text. held_out: only the documents that `split_documents` with that share holds out. packing: None packs plain
-    text for models that write or fill in, and gives every other document a sequence of its own. length: None is 512, or
-    all positions that the model has.
+    Documents come without duplicates, in the order of their hashes, and the sequences are spread evenly over all of
+    them (`to_blocks`). held_out: only the documents that `split_documents` with that share holds out. packing: None
+    packs plain text for models that write or fill in, and gives every other document a sequence of its own. length:
+    None is 512, or all positions that the model has.
 
     Raises `ProbeError` for a length beyond the model's positions, no tokenizer, or too little text.
     """
     if isinstance(found, Blocks):
         _check_length(found.ids.shape[1], sides)
-        kept = Blocks(found.ids[:sequences], found.labels[:sequences], found.lengths[:sequences], found.n_documents)
+        at = torch.from_numpy(evenly(len(found), sequences))
+        kept = Blocks(found.ids[at], found.labels[at], found.lengths[at], found.n_documents)
         return Text(kept, *_special(tokenizer), _facts("(blocks in memory)", kept, None))
+    if held_out == 0:
+        raise ProbeError("--held-out 0: would leave no document to judge; expected a share above 0, or leave it out")
     path = os.fspath(data) if isinstance(data, str | os.PathLike) else "(documents in memory)"
     training, kept_out = split_documents(found, 1.0 if held_out is None else held_out)
     documents = sorted(kept_out, key=lambda one: one.digest)

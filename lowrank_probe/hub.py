@@ -18,6 +18,10 @@ _WEIGHTS: Final = (
     ("pytorch_model.bin", "pytorch_model*-of-*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"),
 )
 
+_TOKENIZER: Final = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
+)  # fmt: skip
+
 
 def is_hub_id(path: str) -> bool:
     """Whether a path that does not exist may be a hub id: `owner/name`, or `owner/name@revision`."""
@@ -59,6 +63,11 @@ def download(hub_id: str) -> Path:
         f"{hub_id}: its repository on the hub holds no model.safetensors, pytorch_model.bin or shards of them in its "
         "root; download what it has and give that directory or file"
     )
+
+
+def download_tokenizer(hub_id: str) -> None:
+    """Add the tokenizer of a hub repository to its local snapshot, as far as it has one. Raises as `download`."""
+    _snapshot(hub_id, list(_TOKENIZER))
 
 
 def download_config(hub_id: str) -> Path:

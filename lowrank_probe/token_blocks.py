@@ -17,7 +17,9 @@ from torch import Tensor
 
 from lowrank_probe.documents import Document
 from lowrank_probe.errors import ProbeError
+from lowrank_probe.excerpts import evenly, excerpts
 from lowrank_probe.texts import VOCABULARIES, find_tokenizer
+from lowrank_probe.words import count
 
 IGNORED: Final = -100
 _OWN_MASK: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -50,6 +52,15 @@ class Blocks:
         return (torch.arange(self.ids.shape[1]) < self.lengths[:, None]).long()
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One block, and the numbers of the documents that are in it."""
+
+    ids: list[int]
+    labels: list[int]
+    sources: frozenset[int]
+
+
 def load_tokenizer(*directories: str | os.PathLike[str]) -> Any:
     """The tokenizer of the first directory that has one that loads. Raises `ProbeError` where none has."""
     where = [Path(directory) for directory in directories]
@@ -72,6 +83,9 @@ def to_blocks(
     what is left over at the end is dropped. Without: one document a block, cut at `length`, padded on the right. A
     block without any label is dropped. vocabulary: number of ids that the model has.
 
+    Of a text that gives more than `limit`, they are spread evenly over all of it, in its order; of a very long one no
+    more is tokenized than `excerpts` of it.
+
     Raises `ProbeError` for too little text, for ids beyond the vocabulary, and for conversations without a chat
     template, or with one that does not show where the assistant's turns are.
     """
@@ -79,46 +93,64 @@ def to_blocks(
         raise ProbeError(f"length={length}: expected at least 2 tokens, one to read and one to predict")
     if limit is not None and limit < least:
         raise ProbeError(f"{limit} sequences are too few; expected at least {least}")
-    rows: list[tuple[list[int], list[int]]] = []
+    parts = list(enumerate(documents))
+    if limit is not None:
+        parts = excerpts(documents, limit, length) if packing else _spread_first(parts, limit)
+    rows: list[_Row] = []
     ids: list[int] = []
     labels: list[int] = []
-    n_documents = n_tokens = n_cut = n_silent = n_used = 0
-    for found, judged in (_encoded(document, tokenizer) for document in documents):
+    sources: list[int] = []  # the document of each token
+    n_documents = n_tokens = n_cut = n_silent = 0
+    for source, part in parts:
+        found, judged = _encoded(part, tokenizer)
         _check_vocabulary(found, vocabulary)
         n_documents, n_tokens = n_documents + 1, n_tokens + len(found)
         if packing:
-            ids, labels = ids + found, labels + judged
+            ids, labels, sources = ids + found, labels + judged, sources + [source] * len(found)
             whole = len(ids) - len(ids) % length
-            fresh = [(ids[at : at + length], labels[at : at + length]) for at in range(0, whole, length)]
-            ids, labels = ids[whole:], labels[whole:]
+            fresh = [
+                _Row(ids[at : at + length], labels[at : at + length], frozenset(sources[at : at + length]))
+                for at in range(0, whole, length)
+            ]
+            ids, labels, sources = ids[whole:], labels[whole:], sources[whole:]
         else:
             n_cut += len(found) > length
-            fresh = [(found[:length], judged[:length])]
-        kept = [(one, marked) for one, marked in fresh if any(label != IGNORED for label in marked[1:])]
+            fresh = [_Row(found[:length], judged[:length], frozenset([source]))]
+        kept = [row for row in fresh if any(label != IGNORED for label in row.labels[1:])]
         n_silent += len(fresh) - len(kept)
         rows += kept
-        n_used = n_documents if kept or not packing else n_used
-        if limit is not None and len(rows) >= limit:
+        if not packing and limit is not None and len(rows) >= limit:
             break
     if len(rows) < least:
-        raise ProbeError(_too_little(len(rows), least, length, n_documents, n_tokens, packing))
-    rows = rows[:limit]
+        raise ProbeError(_too_little(len(rows), least, length, len(documents), n_tokens, packing))
+    if limit is not None:
+        rows = (
+            [rows[i] for i in evenly(len(rows), limit)] if packing else sorted(rows, key=lambda row: min(row.sources))
+        )
     notes = []
     if n_cut:
-        notes.append(f"{n_cut} of {n_documents} documents are longer than {length} tokens and were cut there")
+        are = "is" if n_cut == 1 else "are"
+        notes.append(f"{n_cut} of {count(n_documents, 'document')} {are} longer than {length} tokens and cut there")
     if n_silent:
-        notes.append(f"{n_silent} sequences without any token to predict were left out")
+        notes.append(f"{count(n_silent, 'sequence')} without any token to predict left out")
     pad = next((one for one in (tokenizer.pad_token_id, _end(tokenizer)) if one is not None), 0)
     return Blocks(
-        torch.tensor([one + [pad] * (length - len(one)) for one, _ in rows]),
-        torch.tensor([marked + [IGNORED] * (length - len(marked)) for _, marked in rows]),
-        torch.tensor([len(one) for one, _ in rows]), n_used, tuple(notes),
+        torch.tensor([row.ids + [pad] * (length - len(row.ids)) for row in rows]),
+        torch.tensor([row.labels + [IGNORED] * (length - len(row.labels)) for row in rows]),
+        torch.tensor([len(row.ids) for row in rows]), len(frozenset().union(*(row.sources for row in rows))),
+        tuple(notes),
     )  # fmt: skip
 
 
+def _spread_first(parts: list[tuple[int, Document]], limit: int) -> list[tuple[int, Document]]:
+    """All of them, those first that are spread evenly: the others serve where one of these has nothing to judge."""
+    chosen = set(evenly(len(parts), limit).tolist())
+    return [parts[i] for i in sorted(chosen)] + [part for i, part in enumerate(parts) if i not in chosen]
+
+
 def _encoded(document: Document, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """(ids, labels) of one document, ended by the end-of-text token where the tokenizer has one."""
-    end = _end(tokenizer)
+    """(ids, labels) of one document, ended by the end-of-text token where the tokenizer has one and it ends there."""
+    end = None if document.cut else _end(tokenizer)
     if document.messages:
         ids, labels = _conversation(document.messages, tokenizer)
         return (ids, labels) if end is None or ids[-1] == end else ([*ids, end], [*labels, IGNORED])
@@ -197,8 +229,9 @@ def _check_vocabulary(ids: Sequence[int], vocabulary: int | None) -> None:
 
 
 def _too_little(n: int, least: int, length: int, n_documents: int, n_tokens: int, packing: bool) -> str:
-    needed = f"{least * length} tokens in sequences of {length}" if packing else f"{least} documents"
+    needed = f"{least * length} tokens in sequences of {length}" if packing else count(least, "document")
     return (
-        f"too little text: {n_documents} documents give {n_tokens} tokens and {n} sequences; expected at least "
-        f"{needed}; give more text, or shorter sequences (--length)"
+        f"too little text: {count(n_documents, 'document')} {'gives' if n_documents == 1 else 'give'} "
+        f"{count(n_tokens, 'token')} and {count(n, 'sequence')}; expected at least {needed}; give more text, or "
+        "shorter sequences (--length)"
     )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowrank_probe import __version__, processes
+from lowrank_probe import __version__, hub, processes
 from lowrank_probe.conclusions import conclude
 from lowrank_probe.devices import EXPECTED
 from lowrank_probe.documents import read_documents, split_documents
@@ -32,6 +32,7 @@ from lowrank_probe.training_fits import Setting, autocast, diverged, finished, l
 from lowrank_probe.training_loggers import check_loggers
 from lowrank_probe.training_plan import FULL, FULL_RATES, LORA_RATES, Fit, Plan, Recipe, next_rate
 from lowrank_probe.training_runs import PLAN, Training
+from lowrank_probe.words import count
 
 RUNS: Final = "runs"
 BASE: Final = "base.npy"
@@ -65,18 +66,18 @@ def train(
 ) -> Training | None:
     """Train a full fine-tune and LoRA at every rank × targets × seed × variant on the same data, and compare them.
 
-    model: directory of a causal language model. data: as `documents.read_documents`. held_out: share of the documents
-    that no run learns from, chosen by their hash. targets: groups as `ModelShape.adapted` takes them. lr: "auto" (a
-    short search a method), one rate for all adapters and a tenth of it for full fine-tuning, or method → rate.
-    tolerance: how far above the full fine-tune's held-out loss is as good: nats, or a share of what it gained ("5%").
-    recipe: steps, batch, length, precision (None: sequences of the model's length up to 512, bf16 where the hardware
-    has it). The same `out` goes on where a killed training was, at the run it was in. Under torchrun every process
-    calls this; all but the first get None.
+    model: directory of a causal language model, or its hub id. data: as `documents.read_documents`. held_out: share of
+    the documents that no run learns from, chosen by their hash. targets: groups as `ModelShape.adapted` takes them. lr:
+    "auto" (a short search a method), one rate for all adapters and a tenth of it for full fine-tuning, or method →
+    rate. tolerance: how far above the full fine-tune's held-out loss is as good: nats, or a share of what it gained
+    ("5%"). recipe: steps, batch, length, precision (None: sequences of the model's length up to 512, bf16 where the
+    hardware has it). The same `out` goes on where a killed training was, at the run it was in. Under torchrun every
+    process calls this; all but the first get None.
 
     Raises `ProbeError` of one line: too little text, a length beyond the model's positions, no tokenizer, a rank above
     the matrices, targets that match nothing, too little memory; `OutputError` where `out` holds anything else.
     """
-    root, directory = Path(out), Path(model)
+    root, directory = Path(out), _directory(model)
     plan = Plan(tuple(sorted(ranks)), tuple(targets), _seeds(seeds), tuple(variants))
     shape = _shape(directory)
     where = _device(device)
@@ -86,7 +87,8 @@ def train(
     given = _given_rates(lr, plan.methods)
     modules = {group: _modules(shape, group, plan) for group in plan.targets}
     blocks, notes = _blocks(directory, Path(data), recipe, held_out, packing, shape)
-    setting = Setting(directory, *blocks, recipe, modules, where)
+    source = os.fspath(model)
+    setting = Setting(directory, *blocks, recipe, modules, where, source if not Path(source).exists() else "")
     identity = {
         "version": __version__, "model": _identity(directory), "plan": plan.facts(), "recipe": recipe.identity(),
         "lr": lr if isinstance(lr, str | float | int) else dict(lr), "held_out": held_out, "packing": packing,
@@ -183,6 +185,18 @@ def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     return found
 
 
+def _directory(model: str | os.PathLike[str]) -> Path:
+    """Where the model lies: the directory itself, or the local snapshot of a hub id, weights and tokenizer."""
+    text = os.fspath(model)
+    if text and Path(text).exists():
+        return Path(text)
+    if not hub.is_hub_id(text):
+        raise CheckpointError(hub.no_such(text))
+    found = hub.download(text)
+    hub.download_tokenizer(text)
+    return found
+
+
 def _shape(directory: Path) -> ModelShape:
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: no config.json (expected the directory of a transformers model)")
@@ -205,7 +219,7 @@ def _device(asked: str) -> torch.device:
 
 def default_recipe(model: str | os.PathLike[str], device: str = "auto") -> Recipe:
     """Sequences of the model's positions up to 512 tokens; bf16 where the hardware has it."""
-    return _default(_shape(Path(model)), _device(device))
+    return _default(_shape(_directory(model)), _device(device))
 
 
 def _default(shape: ModelShape, device: torch.device) -> Recipe:
@@ -260,10 +274,12 @@ def _blocks(
                 to_blocks(side, tokenizer, recipe.length, packing=packing, limit=most, least=n, vocabulary=shape.vocab)
             )
         except ProbeError as error:
-            raise ProbeError(f"{data}: {name} part ({len(side)} of {len(documents)} documents): {error}") from None
+            raise ProbeError(
+                f"{data}: {name} part ({len(side)} of {count(len(documents), 'document')}): {error}"
+            ) from None
     notes = [f"{name}: {note}" for name, one in zip(("training", "held out"), found, strict=True) for note in one.notes]
     if dropped := len(documents) - sum(map(len, sides)):
-        notes.append(f"{dropped} documents that were there twice are left out")
+        notes.append(f"{count(dropped, 'document')} that {'was' if dropped == 1 else 'were'} there twice left out")
     epochs = recipe.sequences * processes.count() / len(found[0])
     if epochs > 1:
         notes.append(f"{recipe.steps} steps go {epochs:.1f} times through the {len(found[0])} training sequences")

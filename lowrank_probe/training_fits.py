@@ -42,7 +42,8 @@ CHECKPOINTS: Final = "checkpoints"
 @dataclass(frozen=True)
 class Setting:
     """What every run of a training shares. model: its directory. modules: targets → (modules, bare parameters) of the
-    model that LoRA adapts. device: where it runs, "cpu", "cuda" or "mps"."""
+    model that LoRA adapts. device: where it runs, "cpu", "cuda" or "mps". hub_id: what the directory is a snapshot of.
+    """
 
     model: Path
     training: Blocks
@@ -50,6 +51,7 @@ class Setting:
     recipe: Recipe
     modules: Mapping[str, tuple[Sequence[str], Sequence[str]]]
     device: torch.device
+    hub_id: str = ""
 
 
 class Rows(Dataset[dict[str, Tensor]]):

@@ -11,13 +11,14 @@ if TYPE_CHECKING:
 # What the outcome of the full fine-tune means for all verdicts.
 NO_VERDICT: Final = {
     "gained": "", "no gain": " The full fine-tune gains nothing on this text, so that nothing is decided.",
-    "diverged": " The full fine-tune diverged, so that nothing is decided.",
+    "diverged": " So there is nothing to compare with, and nothing is decided.",
 }  # fmt: skip
 
 
 def model_word(found: "Training") -> str:
     """The model's short name: its directory and the one above, or its hub id."""
-    return "/".join(PurePath(found.facts["model"]["path"]).parts[-2:]).lstrip("/")
+    told = found.facts["model"]
+    return str(told["hub_id"]) or "/".join(PurePath(told["path"]).parts[-2:]).lstrip("/")
 
 
 def summary_words(found: "Training") -> str:

@@ -13,14 +13,14 @@ def is_known(value: Any) -> bool:
 def number(value: Any) -> str:
     """Three digits, and more where they stand before the point; – for unknown.
 
-    >>> [number(value) for value in (0, 0.0312, 12.5, 2088.0, 3e-7, 2e8, math.inf, math.nan)]
-    ['0', '0.0312', '12.5', '2 088', '3.0e-07', '2.0e+08', '∞', '–']
+    >>> [number(value) for value in (0, 0.0312, 12.5, 2088.0, 29681, 3e-7, 2e8, math.inf, math.nan)]
+    ['0', '0.0312', '12.5', '2,088', '29,681', '3.0e-07', '2.0e+08', '∞', '–']
     """
     if not is_known(value):
         return "∞" if isinstance(value, float) and value == math.inf else "–"
     if value and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.1e}"
-    return f"{value:,.0f}".replace(",", " ") if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def rank(value: float) -> str:

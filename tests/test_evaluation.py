@@ -323,7 +323,7 @@ def test_bad_input_is_one_clear_line(trained, text, tmp_path):
     base, tuned = trained
     little = tmp_path / "little.txt"
     little.write_text("Only this.", encoding="utf-8")
-    told = r"little\.txt: too little text: 1 documents give \d+ tokens and 0 sequences; expected at least 128 tokens"
+    told = r"little\.txt: too little text: 1 document gives \d+ tokens and 0 sequences; expected at least 128 tokens"
     _fails(lp.ProbeError, told, base, tuned, little)
     _fails(lp.ProbeError, "--length 65: the model has 64 positions", base, tuned, text, length=65)
     _fails(lp.ProbeError, "has no tokenizer", base, base, text)

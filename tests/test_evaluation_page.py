@@ -93,7 +93,7 @@ def test_kl_is_drawn_below_full_rank_and_only_where_there_is_a_head():
 def test_names_are_escaped_and_the_page_is_one_file():
     page = evaluation_reports.render(build())
     assert HOSTILE not in page
-    assert "All layer types together need rank 16 to be within 0.05 of what the fine-tune gained (1)." in page
+    assert "need rank 16 to be within 0.05 (5 % of the 1 gained) of the tuned model&#39;s loss." in page
     assert "http://" not in page.partition("plotly.js v")[0].replace("http://www.w3.org", "")
 
 

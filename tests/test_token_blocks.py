@@ -7,6 +7,7 @@ from tokenizers_in_tests import CHAT, MARKED_CHAT, VOCABULARY, tokenizer
 
 import lowrank_probe as lp
 from lowrank_probe.documents import Document
+from lowrank_probe.excerpts import excerpts
 from lowrank_probe.texts import prompts
 from lowrank_probe.token_blocks import IGNORED, load_tokenizer, to_blocks
 
@@ -39,9 +40,44 @@ def test_packed_documents_are_the_text_with_ends_between():
     assert blocks.ids.dtype == blocks.labels.dtype == torch.int64
     assert (len(blocks), blocks.n_tokens, blocks.n_documents) == (n, 32 * n, 20)
     assert bool(blocks.attention_mask.all())
-    few = to_blocks(DOCUMENTS, words, 32, limit=3)
-    assert torch.equal(few.ids, blocks.ids[:3])
-    assert few.n_documents < 20
+    few = to_blocks(DOCUMENTS, words, 32, limit=10)
+    assert torch.equal(few.ids, blocks.ids[[(2 * i + 1) * n // 20 for i in range(10)]])  # spread over all of the text
+    assert 10 <= few.n_documents < 20
+
+
+def test_a_part_of_a_long_text_is_from_all_of_it_and_little_is_tokenized():
+    words, seen = tokenizer(), []
+
+    def counting(text, **how):
+        seen.append(len(text))
+        return words(text, **how)
+
+    counting.eos_token_id, counting.bos_token_id, counting.cls_token_id, counting.pad_token_id = 1, None, None, 1
+    documents = [Document(f"Story {i}. " + DOCUMENTS[i % 20].text * 400) for i in range(60)]
+    blocks = to_blocks(documents, counting, 32, limit=16)
+    assert len(blocks) == 16
+    assert blocks.n_documents >= 15
+    assert sum(seen) <= 16 * 16 * 32 < 0.01 * sum(len(one.text) for one in documents)
+    assert torch.equal(to_blocks(documents, words, 32, limit=16).ids, blocks.ids)
+    assert to_blocks(documents[:1], words, 32, limit=16).n_documents == 1
+
+
+def test_an_excerpt_ends_without_an_end_of_text():
+    long = Document("never ending story " * 4000)
+    parts = [part for _, part in excerpts([long], 4, 8)]
+    assert len(parts) == 4
+    assert all(part.cut for part in parts)
+    assert all(part.text.startswith(("never ", "ending ", "story ")) for part in parts)
+    assert 1 not in to_blocks([long], tokenizer(), 8, limit=4).ids
+    assert excerpts(DOCUMENTS, 100, 100) == list(enumerate(DOCUMENTS))
+    answers = [Document("Yes. " * 50, prompt="Is it?") for _ in range(40)]
+    assert all(part is answers[i] for i, part in excerpts(answers, 3, 8))
+
+
+def test_one_document_a_row_takes_rows_from_all_of_them():
+    rows = to_blocks(DOCUMENTS, tokenizer(), 24, packing=False).ids
+    few = to_blocks(DOCUMENTS, tokenizer(), 24, packing=False, limit=4).ids
+    assert torch.equal(few, rows[[2, 7, 12, 17]])
 
 
 def test_without_packing_a_document_is_a_row():
@@ -82,7 +118,7 @@ def test_sequences_without_a_label_are_left_out():
     long = Document("yes", prompt="word " * 60)
     blocks = to_blocks([long, *DOCUMENTS[:2]], tokenizer(), 16, packing=False)
     assert len(blocks) == 2
-    assert "1 sequences without any token to predict" in " ".join(blocks.notes)
+    assert "1 sequence without any token to predict" in " ".join(blocks.notes)
 
 
 @pytest.mark.parametrize(

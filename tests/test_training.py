@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,6 +332,33 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(sides, tmp_path):
     assert "has no tokenizer" in said
     said, kind = refused((tmp_path / "none", sides[1]), tmp_path)
     assert kind is CheckpointError
+    assert "no such file or directory (expected a checkpoint directory, file or hub id, owner/name)" in said
+
+
+def test_a_hub_id_is_its_snapshot_in_the_cache_or_told_to_be_out_of_reach(sides, tmp_path):
+    """In a process of its own: the hub's client reads its variables when it is imported."""
+    snapshot = tmp_path / "hub/hub/models--org--tiny/snapshots" / ("0" * 40)
+    shutil.copytree(sides[0], snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("0" * 40)
+    code = (
+        "import sys, lowrank_probe as lp\n"
+        "found = lp.train(sys.argv[1], sys.argv[2], 'run', ranks=[1], targets=['mlp'], seeds=1, device='cpu',"
+        " lr={'full': 3e-3, 'lora': 1e-2}, recipe=lp.Recipe(steps=2, batch=4, length=32, evaluations=1))\n"
+        "print(found.facts['model']['hub_id'])"
+    )
+
+    def run(name):
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+        return subprocess.run(
+            [sys.executable, "-c", code, name, str(sides[1])], capture_output=True, text=True, cwd=tmp_path,
+            env=environment, check=False,
+        )  # fmt: skip
+
+    assert run("org/tiny").stdout == "org/tiny\n"
+    assert (
+        "nobody/nothing: no such file or directory here, and the hub cannot be reached" in run("nobody/nothing").stderr
+    )
 
 
 def test_another_training_in_the_directory_is_refused(trained, sides):
