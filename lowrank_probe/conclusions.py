@@ -74,7 +74,7 @@ def conclude(
     ]
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "status": "complete",
-        "model": {"path": str(setting.model.resolve()), "hub_id": setting.hub_id},
+        "model": {"path": str(setting.model.resolve()), "hub_id": setting.hub_id or None},
         "plan": plan.facts(), "recipe": vars(setting.recipe),
         "rates": {row.method: row.lr for row in runs.itertuples()},
         "text": {

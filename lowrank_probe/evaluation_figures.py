@@ -10,14 +10,25 @@ import numpy as np
 import pandas as pd
 
 from lowrank_probe.evaluation_runs import interval_word, rank_word
-from lowrank_probe.figure_style import COLOURS, DASHES, INK, Spec, faint, numbers, rank_axis, rank_places, spec, text
+from lowrank_probe.figure_style import (
+    COLOURS,
+    DASHES,
+    INK,
+    NOT_GREY,
+    Spec,
+    faint,
+    numbers,
+    rank_axis,
+    rank_places,
+    spec,
+    text,
+)
 
 if TYPE_CHECKING:
     from lowrank_probe.evaluation_runs import Evaluation
 
-# All together have the ink's colour, and no layer type the palette's grey, which is near it.
+# All together have the ink's colour.
 _ALL: Final = "all together"
-_COLOURS: Final = tuple(colour for colour in COLOURS if colour != "#8c8c8c")
 _WORDS: Final = {"alone": "alone", "leave out": "all but one"}
 
 
@@ -141,7 +152,7 @@ def _groups(table: pd.DataFrame, how: str) -> list[tuple[str, str, str, pd.DataF
     """(name, colour, dash, rows) of each group, and of all together."""
     part = table[table["how"] == how]
     found = [
-        (text(name), _COLOURS[i % len(_COLOURS)], DASHES[i // len(_COLOURS) % len(DASHES)], part[part["group"] == name])
+        (text(name), NOT_GREY[i % len(NOT_GREY)], DASHES[i // len(NOT_GREY) % len(DASHES)], part[part["group"] == name])
         for i, name in enumerate(dict.fromkeys(part["group"]))
     ]
     return [*found, (_ALL, INK, "solid", table[table["how"] == "all"])]

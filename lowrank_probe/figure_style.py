@@ -13,6 +13,8 @@ Spec = dict[str, Any]  # a plotly figure as its JSON: {"data": [trace, …], "la
 INK: Final = "#7d8594"  # readable on white and on near-black
 # Okabe & Ito's colour-blind-safe set without black and yellow, which vanish on one of the two themes.
 COLOURS: Final = ("#0a84c1", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c", "#a57c1b")
+# Beside lines of `INK` no grey, which is near it.
+NOT_GREY: Final = tuple(colour for colour in COLOURS if colour != "#8c8c8c")
 DASHES: Final = ("solid", "dashdot", "dot")
 SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "cross", "star")
 # 0.625 lies between the verdict's thresholds 0.5 (low-rank) and 0.75 (not low-rank).

@@ -14,6 +14,7 @@ from lowrank_probe.figure_style import (
     COLOURS,
     DASHES,
     INK,
+    NOT_GREY,
     SYMBOLS,
     Spec,
     faint,
@@ -165,7 +166,7 @@ def curves_spec(found: "Training") -> Spec | None:
         first = len(data)
         for row in rows.sort_values("rank").itertuples():
             place = ranks.index(row.rank)
-            add(row, f"r={row.rank}", COLOURS[place % len(COLOURS)], 2, SYMBOLS[place % len(SYMBOLS)])
+            add(row, f"r={row.rank}", NOT_GREY[place % len(NOT_GREY)], 2, SYMBOLS[place % len(SYMBOLS)])
         shown[_name(method, targets, several)] = [*always, *range(first, len(data))]
     entries = list(shown.items())
     buttons = [
@@ -269,10 +270,10 @@ def _groups(found: "Training") -> Iterator[tuple[str, Spec, pd.DataFrame]]:
     sound = found.sound
     for i, (method, group) in enumerate(dict.fromkeys(zip(adapters["method"], adapters["targets"], strict=True))):
         rows = sound[(sound["method"] == method) & (sound["targets"] == group)]
-        dash = DASHES[i // len(COLOURS) % len(DASHES)]
+        dash = DASHES[i // len(NOT_GREY) % len(DASHES)]
         symbol = SYMBOLS[variants.index(method) % len(SYMBOLS)]
         style = {
-            "line": {"color": COLOURS[i % len(COLOURS)], "width": 2, "dash": dash},
+            "line": {"color": NOT_GREY[i % len(NOT_GREY)], "width": 2, "dash": dash},
             "marker": {"size": 8 if len(variants) > 1 else 6, "symbol": symbol},
         }
         if len(rows):

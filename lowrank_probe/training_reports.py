@@ -59,7 +59,7 @@ READING: Final[dict[str, tuple[str, str]]] = {
     "subspaces": (
         "Do two adapters learn the same directions?",
         "φ(i, i) of the leading i directions on the output side, median over matrices: 1 is the same subspace, the "
-        "dotted line of the same colour is what random subspaces have",
+        "dotted line of the same colour is what random subspaces have.",
     ),
     "amplification": (
         "Does the update amplify what the base already does?",

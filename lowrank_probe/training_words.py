@@ -18,7 +18,7 @@ NO_VERDICT: Final = {
 def model_word(found: "Training") -> str:
     """The model's short name: its directory and the one above, or its hub id."""
     told = found.facts["model"]
-    return str(told["hub_id"]) or "/".join(PurePath(told["path"]).parts[-2:]).lstrip("/")
+    return str(told["hub_id"] or "/".join(PurePath(told["path"]).parts[-2:]).lstrip("/"))
 
 
 def summary_words(found: "Training") -> str:
@@ -61,5 +61,7 @@ def recommendation_words(found: "Training") -> str:
         return f"{told}nothing to compare it with, since the full fine-tune diverged"
     if full == "no gain":
         return f"{told}{best['against_full']:+.3g} against the full fine-tune, which gained nothing"
-    told += f"it reaches {percent(best['share'])} % of the full fine-tune's gain ({best['against_full']:+.3g} nats)"
+    side = "above" if best["against_full"] >= 0 else "below"
+    told += f"it reaches {percent(best['share'])} % of the full fine-tune's gain, "
+    told += f"{number(abs(best['against_full']))} nats {side} its loss"
     return told if best["good_enough"] else f"{told}: none that was trained is good enough"
