@@ -11,6 +11,7 @@ import pandas as pd
 from lowrank_probe import __version__, words
 from lowrank_probe.columns import EQUAL_PARAMETERS, HYPOTHESIS, TRAINING
 from lowrank_probe.evaluation_runs import interval_word, rank_word
+from lowrank_probe.figure_style import Spec
 from lowrank_probe.reports import (
     flat_facts,
     page_figure,
@@ -68,6 +69,7 @@ READING: Final[dict[str, tuple[str, str]]] = {
     ),
 }
 WIDE: Final = ("memory",)
+MOST_NAMES: Final = 8  # in a legend, which of more leaves no room for the plot on a phone
 # What is evident and what is missing is on the cards.
 VERDICT_MAIN: Final = (
     "layer_type", "verdict", "decided_by", "trained_rank", "trained_low", "trained_high", "own_rank", "functional_rank",
@@ -82,7 +84,10 @@ RUNS_MAIN: Final = (
 def render(found: "Training") -> str:
     """The report as one HTML page, plotly.js included: no file beside it, no network."""
     facts = found.facts
-    figures = [page_figure(name, one, READING[name], name in WIDE) for name, one in training_specs(found).items()]
+    figures = [
+        page_figure(name, one, READING[name], name in WIDE or _n_names(one) > MOST_NAMES)
+        for name, one in training_specs(found).items()
+    ]
     return page_template("training.html.j2").render(
         model=model_word(found), path=facts["model"]["path"], headline=summary_words(found),
         run=run_line(facts), notes=[str(note) for note in facts.get("notes") or ()],
@@ -97,6 +102,11 @@ def render(found: "Training") -> str:
         facts=list(flat_facts({k: v for k, v in facts.items() if k not in ("notes", "health", "recommendation")})),
         version=versions_of(facts).get("lowrank_probe", __version__), plotly_js=plotly_js(),
     )  # fmt: skip
+
+
+def _n_names(spec: Spec) -> int:
+    """Names in its legend."""
+    return sum(one.get("showlegend", True) and one.get("visible", True) for one in spec["data"])
 
 
 def _card(row: Mapping[Any, Any]) -> dict[str, Any]:
