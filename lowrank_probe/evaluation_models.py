@@ -82,7 +82,7 @@ def open_sides(base: Any, tuned: Any) -> Sides:
         return _from_memory(base, tuned)
     checkpoints = open_checkpoint(base), open_checkpoint(tuned)
     for side in (base, tuned):
-        if not Path(side).exists():  # a hub id, then, and its weights are here
+        if isinstance(side, str | os.PathLike) and not Path(side).exists():  # a hub id, then, and its weights are here
             hub.download_tokenizer(os.fspath(side))
     for side, what in zip(checkpoints, ("base", "tuned"), strict=True):
         if not side.files:

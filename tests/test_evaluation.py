@@ -28,7 +28,7 @@ from tokenizers_in_tests import tokenizer
 
 import lowrank_probe as lp
 from lowrank_probe import columns, scoring
-from lowrank_probe.documents import Document
+from lowrank_probe.documents import Document, read_documents, split_documents
 from lowrank_probe.evaluation_models import parameters
 from lowrank_probe.texts import prompts
 from lowrank_probe.token_blocks import to_blocks
@@ -130,7 +130,7 @@ def test_the_functional_rank_is_the_rule_on_the_table(found):
 def test_a_planted_rank_4_is_judged_4(tmp_path, text):
     sides = saved(tmp_path, *fine_tuned(rank=4, steps=80))
     asked = {"ranks": range(9), "groups": ["all-linear", "down"], "tolerance": "2%", "leave_out": False}
-    found = lp.evaluate(*sides, text, **asked, **FAST)
+    found = lp.evaluate(*sides, text, **asked, **FAST | {"sequences": 64})
     told = found.functional.set_index("group")
     # At rank 3 some sequences are within the tolerance, on some processors enough for the interval to begin there.
     assert told.loc["all-linear", ["functional_rank", "high"]].tolist() == [4, 4]
@@ -254,7 +254,9 @@ def test_held_out_documents_alone(trained, tmp_path):
     every = lp.evaluate(*trained, file, ranks=[0], groups=["q"], **FAST | {"sequences": 4}).facts["text"]
     part = lp.evaluate(*trained, file, ranks=[0], groups=["q"], held_out=0.1, **FAST | {"sequences": 4}).facts["text"]
     assert every["n_duplicates"] == part["n_duplicates"] == 1
-    assert every["sha256"] == part["sha256"]  # the first in the order of their hashes are held out
+    kept = split_documents(read_documents(file), 0.1)[1]
+    alone = lp.evaluate(*trained, kept, ranks=[0], groups=["q"], **FAST | {"sequences": 4}).facts["text"]
+    assert alone["sha256"] == part["sha256"] != every["sha256"]
 
 
 def test_a_run_is_read_back(found, tmp_path):
@@ -332,6 +334,7 @@ def test_bad_input_is_one_clear_line(trained, text, tmp_path):
     _fails(lp.ProbeError, "expected whole numbers from 0 on", base, tuned, text, ranks=[-1])
     _fails(lp.ProbeError, "tolerance 'much'", base, tuned, text, tolerance="much")
     _fails(lp.ProbeError, "dtype 'int8'", base, tuned, text, dtype="int8")
+    _fails(lp.ProbeError, "--held-out 0: would leave no document to judge", base, tuned, text, held_out=0.0)
     _fails(lp.ProbeError, "sequences=2: expected at least 4", base, tuned, text, sequences=2)
     _fails(lp.ProbeError, "models in memory come without a tokenizer", *moved(gpt2), text)
     _fails(lp.ProbeError, "one of each", base, moved(gpt2)[1], text)
