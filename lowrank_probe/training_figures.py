@@ -104,6 +104,8 @@ def ranks_spec(found: "Training") -> Spec | None:
                         "color": COLOURS[number], "thickness": 2, "width": 4},
             "hovertemplate": "%{customdata}<extra></extra>",
         })  # fmt: skip
+    if not any(one["x"] for one in data):
+        return None
     y_axis = {"tickvals": list(range(len(names))), "ticktext": [text(str(one)) for one in names],
               "range": [-0.6, len(names) - 0.4]}  # fmt: skip
     x_axis = rank_axis(furthest, "rank (▶: beyond the largest tried)")

@@ -111,7 +111,7 @@ def _n_names(spec: Spec) -> int:
 
 def _card(row: Mapping[Any, Any]) -> dict[str, Any]:
     """One group: its verdict and what each kind of evidence says."""
-    verdict = str(row["verdict"])
+    verdict, n = str(row["verdict"]), int(row["n_matrices"])
     style = "low-rank" if verdict.startswith("low-rank") else "not-low-rank" if verdict.startswith("not") else "unknown"
     parts = []
     for kind, title in (("trained", "trained rank"), ("functional", "functional rank")):
@@ -123,7 +123,7 @@ def _card(row: Mapping[Any, Any]) -> dict[str, Any]:
     if not pd.isna(row["r90_high"]):
         parts.append(("r90", words.bracket(row["r90_low"], row["r90_high"])))
     return {
-        "name": row["layer_type"], "n": words.count(int(row["n_matrices"]), "matrix", "matrices"), "verdict": verdict,
+        "name": row["layer_type"], "n": words.count(n, "matrix", "matrices") if n else "", "verdict": verdict,
         "style": style, "parts": parts, "decided_by": row["decided_by"], "missing": row["missing"],
         "evidence": row["evidence"],
     }  # fmt: skip

@@ -451,6 +451,8 @@ def test_a_full_run_that_diverges_leaves_page_and_table_and_decides_nothing(
     assert "full fine-tune diverged" in capsys.readouterr().out
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
     assert "a full fine-tune that did not diverge" in page
+    assert "0 matrices" not in page
+    assert "ranks" not in again.figures
 
 
 def test_another_seeds_sound_full_run_serves_instead(sides, tmp_path, monkeypatch):
