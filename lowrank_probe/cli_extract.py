@@ -79,6 +79,10 @@ def extract(
         from lowrank_probe.options import Options
         from lowrank_probe.rank_choice import RankChoice
     texts = read_data(data, verify)
+    if verify:  # before the work rather than after it
+        from lowrank_probe.remote_files import refuse_addresses
+
+        refuse_addresses(base, tuned)
     choice = RankChoice(
         ranks=ranks, energy=energy, auto=auto, budget=allocation.parse_budget(budget) if budget else None,
         denoised=denoised, max_rank=max_rank, rank_multiple=rank_multiple,

@@ -87,8 +87,12 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
 def run_directory(out: Path | None, last: str) -> AbstractContextManager[Path]:
     """The run directory: --out, or a new one that no other process has, named after the last of what was given."""
     from lowrank_probe.outputs import new_directory
+    from lowrank_probe.remote_files import is_address, shown
 
-    slug = re.sub(r"[^\w.-]+", "-", Path(last).resolve().name).strip("-") or "run"
+    slug = (
+        re.sub(r"[^\w.-]+", "-", (Path(shown(last)) if is_address(last) else Path(last).resolve()).name).strip("-")
+        or "run"
+    )
     named = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}"
     return nullcontext(out) if out is not None else new_directory(Path("probe-runs") / named)
 

@@ -82,6 +82,10 @@ def extract(
     )  # fmt: skip
     choice, notes = _one_rank(choice, selection) if servable else (choice, [])
     notes += _absent(selection)
+    if selection.sizes and not isinstance(tuned_side.path, Path):
+        notes.append(
+            f"the tokenizer of {tuned_side.path} is not copied: its address has no list of files; add it by hand"
+        )
     if tied_lora and not any(target.tied for target in selection.chosen):
         notes.append(
             "--tied-lora changes nothing: no table embed_tokens that is tied to the output head is among the --targets"
@@ -123,6 +127,8 @@ def extract(
         for label, allotments in allotted.items()
     }
     carried = {label: selection.at(ranks) for label, ranks in kept.items()}
+    for side in (base_side, tuned_side):
+        side.check_unchanged()
     lines = ledger_lines(works, carried, allotted, norms)
     if all(line["status"] == "unchanged" for line in lines):
         store.remove()

@@ -1,7 +1,6 @@
 """Run facts: what was compared, with what, on what. No arithmetic."""
 
 import datetime
-import os
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +11,7 @@ from lowrank_probe import __version__
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.devices import Choice
 from lowrank_probe.outputs import check_name
+from lowrank_probe.remote_files import absolute, identity
 
 
 def machine_facts(choice: Choice) -> dict[str, Any]:
@@ -30,17 +30,14 @@ def machine_facts(choice: Choice) -> dict[str, Any]:
 
 
 def side_facts(side: Checkpoint | None) -> dict[str, Any] | None:
-    """Path, model type, tensors, bytes, and name, size and time of every file of one side."""
+    """Path or address, model type, tensors, bytes, and name, size and time of every file of one side."""
     if side is None:
         return None
-    check_name(os.path.abspath(side.path) if side.files else str(side.path))
-    files = []
-    for file in side.files:
-        stat = file.stat()
-        changed = datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC).isoformat(timespec="seconds")
-        files.append({"name": file.name, "n_bytes": stat.st_size, "modified": changed})
+    files = [identity(file) for file in side.files]
+    path = absolute(side.path) if files else str(side.path)
+    check_name(path)
     return {
-        "path": os.path.abspath(side.path) if files else str(side.path),
+        "path": path,
         "kind": "adapter" if side.is_adapter else "model",
         "model_type": side.config.get("model_type"),
         "architectures": side.config.get("architectures"),

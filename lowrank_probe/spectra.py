@@ -59,7 +59,7 @@ def spectrum(
 ) -> Result:
     """Singular values, ranks and verdicts of ΔW = W_tuned − W_base for every matrix of two checkpoints.
 
-    base, tuned: checkpoint directories or files, hub ids, models or state dicts in memory
+    base, tuned: checkpoint directories or files, addresses, hub ids, models or state dicts in memory
     (`checkpoints.open_checkpoint` says what is read); tuned may be a PEFT LoRA adapter's directory, which may also be
     given alone as `base`.
     include, exclude: patterns (`q_proj`, `layers.3`, `*mlp*`, a layer type). layers: first and last layer number,
@@ -111,6 +111,9 @@ def probe_pair(
     headers_s = time.perf_counter() - started
     try:
         run.work(Settings(choice.device, options).with_turns(), on_progress)
+        for side in (base_side, tuned_side):
+            if side is not None:
+                side.check_unchanged()
     except KeyboardInterrupt:
         run.facts["status"] = "interrupted"
         with interruptible(patient=True):  # a second Ctrl-C must not lose what is finished

@@ -29,6 +29,7 @@ from lowrank_probe.hub import is_hub_id
 from lowrank_probe.layers import is_conv1d
 from lowrank_probe.matching import Pair, match
 from lowrank_probe.options import Keywords, Options, Progress
+from lowrank_probe.remote_files import is_address, shown
 from lowrank_probe.runs import SCHEMA_VERSION, Result
 from lowrank_probe.scheduling import interruptible, run_jobs
 from lowrank_probe.spectra import Interrupted
@@ -259,10 +260,11 @@ def _path_of(step: Source) -> tuple[str, ...]:
     """The components of a step's path; of a hub id its own; of a model in memory its class."""
     if not isinstance(step, str | os.PathLike):
         return ("step" if isinstance(step, Mapping) else type(step).__name__,)
-    path = Path(step)
-    if not path.exists() and path.suffix not in WEIGHT_SUFFIXES and is_hub_id(os.fspath(step)):
+    text = os.fspath(step)
+    path = Path(shown(text))
+    if not is_address(text) and not path.exists() and path.suffix not in WEIGHT_SUFFIXES and is_hub_id(text):
         return path.parts
-    path = path.absolute()
+    path = path if is_address(text) else path.absolute()
     if path.suffix in WEIGHT_SUFFIXES:
         path = path.parent if path.stem in ("model", "adapter_model", "pytorch_model") else path.with_suffix("")
     return path.parts

@@ -23,6 +23,7 @@ from lowrank_probe.errors import CheckpointError, OutputError, ProbeError
 from lowrank_probe.layers import labels, several_stacks, sort_key
 from lowrank_probe.options import Options
 from lowrank_probe.outputs import made, write_directory
+from lowrank_probe.remote_files import shown
 from lowrank_probe.runs import SCHEMA_VERSION, Result, plain
 from lowrank_probe.verdicts import summarise
 
@@ -198,7 +199,7 @@ def plan_of(base: Source, steps: Mapping[str, Source], options: Options) -> dict
     def path(source: Source) -> str:
         if not isinstance(source, str | os.PathLike):
             return type(source).__name__
-        return os.path.abspath(source) if os.path.exists(source) else os.fspath(source)
+        return os.path.abspath(source) if os.path.exists(source) else shown(os.fspath(source))
 
     return {"base": path(base), "steps": {label: path(step) for label, step in steps.items()}, **options.facts()}
 
