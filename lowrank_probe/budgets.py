@@ -17,6 +17,7 @@ from lowrank_probe.budget_counts import Counts, count, parse_params
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.model_shapes import ModelShape, model_shape, typical_shape
 from lowrank_probe.recipes import ZERO_PAPER, Recipe, adapter_recipe, frozen_bytes, recipe
+from lowrank_probe.remote_files import shown
 from lowrank_probe.sharding import Sharding
 from lowrank_probe.taped_estimates import EAGER
 from lowrank_probe.training_steps import Step
@@ -328,7 +329,7 @@ def budget(
 ) -> Budget:
     """The memory that training needs on one card, from a model's config or headers alone, or from its size.
 
-    model: a directory, config.json, safetensors file, hub id, a config as a dict; or params, as 70e9, and a family.
+    model: a directory, config.json, safetensors file, address, hub id, a config as a dict; or params, as 70e9, and a family.
     seq None: activations are not known and not in it. checkpointing None: off, but for QLoRA, as PEFT prepares it.
     double_quant: of QLoRA's constants.
     zero, fsdp: the stage over `gpus` cards. Raises `ProbeError` for what cannot be: a size, a target, a stage.
@@ -409,9 +410,9 @@ def resolve(
 ) -> tuple[ModelShape, int | None, str]:
     """(the model, the number of parameters where only that is known, the model's name)."""
     if (model is None) == (params is None):
-        raise ProbeError("give a model (directory, config.json, safetensors file, hub id) or --params, one of the two")
+        raise ProbeError("give a model (directory, config.json, safetensors file, address, hub id) or --params, one of the two")
     if params is not None:
         n_parameters = parse_params(params)
         return typical_shape(n_parameters, like), n_parameters, ""
     assert model is not None
-    return model_shape(model), None, str(model) if isinstance(model, str | os.PathLike) else ""
+    return model_shape(model), None, shown(os.fspath(model)) if isinstance(model, str | os.PathLike) else ""

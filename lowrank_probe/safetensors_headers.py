@@ -95,7 +95,7 @@ def _n_bytes(info: TensorInfo) -> int:
 def read_index(
     index: File, tensors_of: Callable[[File], Mapping[str, TensorInfo]] = read_header
 ) -> dict[str, TensorInfo]:
-    """name → `TensorInfo` of all shards that an index lists, each opened by `tensors_of`; a few at a time over a network.
+    """name → `TensorInfo` of all shards that an index lists, each opened by `tensors_of`, a few at once over a network.
 
     Raises `CheckpointError` for a shard that is missing, lies outside the directory or does not hold what is said.
     """

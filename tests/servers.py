@@ -4,15 +4,20 @@ import email.utils
 import hashlib
 import http.server
 import re
+import socket
+import struct
 import threading
 from contextlib import contextmanager
+from functools import cache
+
+_AT_ONCE = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing sends a reset
 
 
 class Files:
-    """What a server has and what was asked of it: `files` (path → bytes); `asked` (path, range or None, status, bytes).
+    """What a server has, `files` (path → bytes), and what was asked of it, `asked` (path, range, status, bytes sent).
 
-    before(path, number of the request): "" to answer well, or a fault: a status such as "503", "drop" (half of the body,
-    then the connection closes), "reset", "whole" (200 in spite of a range), "other" (other bytes than asked).
+    before(path, number of the request): "" to answer well, or a fault: a status such as "503", "drop" (half of the
+    body, then the connection closes), "reset", "whole" (200 in spite of a range), "other" (other bytes than asked).
     """
 
     def __init__(self, root, before=None):
@@ -28,9 +33,10 @@ class Files:
         """The answers about files of this name."""
         return [one for one in self.asked if one[0].rpartition("/")[2] == name]
 
-    def payload(self, side, names):
-        """Bytes of the tensors of these names in a checkpoint."""
-        return sum(side.tensors[name].n_bytes for name in names)
+
+@cache
+def _mark(body):
+    return hashlib.sha256(body).hexdigest()[:16]
 
 
 @contextmanager
@@ -39,6 +45,8 @@ def serving(root, before=None):
     told = Files(root, before)
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        disable_nagle_algorithm = True
+
         def do_GET(self):
             path = self.path.partition("?")[0]
             told.headers.append((self.path, dict(self.headers)))
@@ -48,12 +56,13 @@ def serving(root, before=None):
             fault = told.before(path, number)
             body = told.files.get(path)
             if fault.isdigit() or body is None:
-                told.asked[number] = (path, wanted, int(fault or 404), 0)
-                self.send_response(int(fault or 404))
+                status = int(fault) if fault.isdigit() else 404
+                told.asked[number] = (path, wanted, status, 0)
+                self.send_response(status)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            size, status, etag = len(body), 200, hashlib.sha256(body).hexdigest()[:16]
+            size, status, etag = len(body), 200, _mark(body)
             ranged = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted or "")
             if ranged and fault != "whole":
                 first, last = int(ranged[1]), min(int(ranged[2]), size - 1)
@@ -78,7 +87,7 @@ def serving(root, before=None):
             told.asked[number] = (path, wanted, status, len(body))
             self.wfile.write(body)
             if fault == "reset":
-                self.connection.setsockopt(*_LINGER)
+                self.connection.setsockopt(*_AT_ONCE)
             if fault in ("drop", "reset"):
                 self.close_connection = True
 
