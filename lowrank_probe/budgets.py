@@ -329,7 +329,7 @@ def budget(
 ) -> Budget:
     """The memory that training needs on one card, from a model's config or headers alone, or from its size.
 
-    model: a directory, config.json, safetensors file, address, hub id, a config as a dict; or params, as 70e9, and a family.
+    model: a directory, config.json, safetensors file, address, hub id, config as a dict; or params (70e9) and a family.
     seq None: activations are not known and not in it. checkpointing None: off, but for QLoRA, as PEFT prepares it.
     double_quant: of QLoRA's constants.
     zero, fsdp: the stage over `gpus` cards. Raises `ProbeError` for what cannot be: a size, a target, a stage.
@@ -410,7 +410,9 @@ def resolve(
 ) -> tuple[ModelShape, int | None, str]:
     """(the model, the number of parameters where only that is known, the model's name)."""
     if (model is None) == (params is None):
-        raise ProbeError("give a model (directory, config.json, safetensors file, address, hub id) or --params, one of the two")
+        raise ProbeError(
+            "give a model (directory, config.json, safetensors file, address, hub id) or --params, one of the two"
+        )
     if params is not None:
         n_parameters = parse_params(params)
         return typical_shape(n_parameters, like), n_parameters, ""

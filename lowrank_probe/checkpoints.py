@@ -62,9 +62,8 @@ class Checkpoint:
 
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` where a file over a network is another than when it was opened."""
-        for file in self.files:
-            if isinstance(file, RemoteFile):
-                file.store.check_unchanged(file.path)
+        if isinstance(self.path, RemoteFile):
+            self.path.store.check_unchanged()
 
     @property
     def other_files(self) -> list[Path]:

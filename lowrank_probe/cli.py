@@ -76,7 +76,9 @@ def _global(
 
 @app.command(epilog="Example: probe spectrum base/ finetuned/ --exclude embed_tokens")
 def spectrum(
-    base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id; or an adapter alone.")],
+    base: Annotated[
+        str, typer.Argument(help="Base checkpoint: directory, file, address, hub id; or an adapter alone.")
+    ],
     tuned: Annotated[
         list[str] | None,
         typer.Argument(

@@ -21,7 +21,7 @@ METHODS: Final = ("full", "lora", "qlora", "dora", "rslora")
 
 def budget(
     model: Annotated[
-        str | None, typer.Argument(help="A directory, config.json, safetensors file or hub id; or --params.")
+        str | None, typer.Argument(help="A directory, config.json, safetensors file, address, hub id; or --params.")
     ] = None,
     params: Annotated[str | None, typer.Option(help="A model's size instead of a model: 70B, 7e9, 135M.")] = None,
     like: Annotated[

@@ -30,7 +30,7 @@ Rank = Annotated[str | None, typer.Option("--rank", "-r", help="A rank, several 
 
 
 def extract(
-    base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id.")],
+    base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file, address or hub id.")],
     tuned: Annotated[str, typer.Argument(help="Fine-tuned checkpoint.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the adapter; must be new or empty.")],
     rank: Rank = None,

@@ -1,7 +1,7 @@
 """Files on whatever fsspec has a filesystem for (s3://, gs://, hf://, memory://, …), by `cat_file` of byte ranges.
 
 Retries and credentials are the filesystem's own; what still fails is tried a few times more. Not every filesystem says
-of which version of a file its bytes are: `check_unchanged` asks anew, once a file, when a run has read all.
+of which version of a file its bytes are: `check_unchanged` asks anew when a run has read all.
 """
 
 from typing import Any, Final
@@ -46,6 +46,7 @@ class FsspecStore:
         # A filesystem without ranges of its own reads through a file object, which would read ahead.
         self._options = {} if getattr(files, "async_impl", False) else {"cache_type": "none"}
         self._stats: dict[str, Stat] = {}
+        files.invalidate_cache()  # fsspec keeps one filesystem a process, and in it what an earlier run saw
 
     def stat(self, path: str) -> Stat | None:
         if path not in self._stats:
@@ -61,19 +62,20 @@ class FsspecStore:
     def span(self, path: str, start: int, stop: int) -> "_FsspecSpan":
         return _FsspecSpan(self, path, start, stop)
 
-    def check_unchanged(self, path: str) -> None:
-        before = self._stats.get(path)
+    def check_unchanged(self) -> None:
         self._files.invalidate_cache()
-        now = self._look(path)
-        if before is not None and (now is None or before.differs(now)):
-            raise changed(self._name(path), before, now)
+        for path, before in self._stats.items():
+            now = self._look(path)
+            if now is None or before.differs(now):
+                raise changed(self._name(path), before, now)
 
     def piece(self, path: str, start: int, stop: int) -> bytes:
         """Its bytes from `start` to before `stop`."""
         got = self._bytes(path, start=start, end=stop, **self._options)
         if len(got) != stop - start:
             raise CheckpointError(
-                f"{self._name(path)}: ends {stop - start - len(got)} bytes early (changed while it was read?)"
+                f"{self._name(path)}: asked for bytes {start}-{stop - 1}, got {len(got)} of {stop - start} (changed "
+                "while it was read?)"
             )
         return got
 

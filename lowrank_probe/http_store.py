@@ -71,7 +71,7 @@ class HttpStore:
     def span(self, path: str, start: int, stop: int) -> "_HttpSpan":
         return _HttpSpan(self, path, start, stop)
 
-    def check_unchanged(self, path: str) -> None:
+    def check_unchanged(self) -> None:
         """Nothing to ask: every answer was compared."""
 
     def answer(self, path: str, start: int, stop: int) -> HTTPResponse:
@@ -133,8 +133,8 @@ class HttpStore:
                 if error.code == 416:
                     raise self._past_the_end(path, error) from None
                 raise CheckpointError(f"{name}: {told}; download it and give the directory") from None
-        except (InvalidURL, ssl.SSLCertVerificationError) as error:
-            raise CheckpointError(f"{name}: {error}") from None
+        except InvalidURL:  # what it says has the query in it
+            raise CheckpointError(f"{name}: is no valid address (a space, or a port that is no number?)") from None
         except (OSError, HTTPException) as error:
             reason = error.reason if isinstance(error, URLError) else error
             if isinstance(reason, ssl.SSLCertVerificationError):

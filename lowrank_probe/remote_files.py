@@ -95,8 +95,8 @@ def locate(text: str) -> File:
     page = hub.id_in_address(text)
     if page:
         raise CheckpointError(
-            f"{text}: is a page of the hub; give the hub id, {page} (which downloads it), or hf://{page} (which reads "
-            "over the network what is asked for)"
+            f"{shown(text)}: is a page of the hub; give the hub id, {page} (which downloads it), or hf://{page} (which "
+            "reads over the network what is asked for)"
         )
     address, root = text.rstrip("/"), shown(text)
     if text.startswith(("http://", "https://")):
@@ -105,7 +105,10 @@ def locate(text: str) -> File:
         path, _, query = address.partition("?")
         name = path.rpartition("/")[2] if path.endswith(_FILES) else ""
         path = path.removesuffix(f"/{name}")
-        return RemoteFile(HttpStore(f"{path}?{query}" if query else path), name)
+        try:
+            return RemoteFile(HttpStore(f"{path}?{query}" if query else path), name)
+        except ValueError as error:
+            raise CheckpointError(f"{root}: is no valid address ({error})") from None
     from lowrank_probe.fsspec_store import FsspecStore, filesystem
 
     files, path = filesystem(address)

@@ -59,8 +59,8 @@ class Store(Protocol):
     def span(self, path: str, start: int, stop: int) -> Span:
         """Its bytes from `start` to before `stop`, by one request as long as nothing fails, and no others."""
 
-    def check_unchanged(self, path: str) -> None:
-        """Raise `CheckpointError` where the file is another than at the first look."""
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` where a file is another than at the first look."""
 
 
 class Missing(Exception):  # noqa: N818 - an answer

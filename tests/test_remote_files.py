@@ -11,6 +11,7 @@ import fsspec
 import pandas as pd
 import pytest
 import torch
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from pairs import add_update, llama_tensors, pair, write, write_sharded
 from refusals import refused
 from servers import serving
@@ -18,11 +19,17 @@ from test_cli import fails, probe
 
 import lowrank_probe as lp
 from lowrank_probe import OutputError, fsspec_store, remote_store
-from lowrank_probe.checkpoints import open_checkpoint
+from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
+from lowrank_probe.fsspec_store import FsspecStore
 from lowrank_probe.model_shapes import model_shape
-from lowrank_probe.remote_files import locate, shown
+from lowrank_probe.remote_files import RemoteFile, locate, shown
+from lowrank_probe.safetensors_headers import read_header
 
 Q = "model.layers.1.self_attn.q_proj.weight"
+LLAMA = {
+    "model_type": "llama", "vocab_size": 80, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
 LOOK = 8  # bytes of a config or an index that are read to see whether it is there
 
 
@@ -126,6 +133,15 @@ def test_a_filesystem_is_asked_for_large_tensors_in_pieces(tmp_path, memory, mon
     assert all(torch.equal(side.read(name), tensor) for name, tensor in tensors.items())
 
 
+def test_a_filesystem_with_ranges_of_its_own_is_asked_for_them(tmp_path, memory):
+    memory(write(tmp_path / "m", llama_tensors()))
+    files = AsyncFileSystemWrapper(fsspec.filesystem("memory"), asynchronous=False)
+    file = RemoteFile(FsspecStore(files, f"/{tmp_path.name}/m", "far://m"), "model.safetensors")
+    far = Checkpoint(file, read_header(file))
+    assert torch.equal(far.read(Q), llama_tensors()[Q])
+    far.check_unchanged()
+
+
 @pytest.mark.parametrize("kind", ["http", "memory"])
 def test_threads_read_beside_each_other(tmp_path, memory, kind):
     tensors = llama_tensors(n_layers=6)
@@ -160,17 +176,13 @@ def test_extraction_and_trajectory(tmp_path, growing):
 
 
 def test_the_budget_of_a_model_by_its_address(tmp_path):
-    config = {
-        "model_type": "llama", "vocab_size": 80, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
-    }  # fmt: skip
     tensors = llama_tensors()
     directory = write(tmp_path / "m", tensors)
     with serving(tmp_path) as server:
         bare = model_shape(f"{server.address}/m")
         assert bare.n_parameters == sum(tensor.numel() for tensor in tensors.values())
         assert server.sent == header_bytes(directory / "model.safetensors")
-        server.files["/config/config.json"] = json.dumps(config).encode()
+        server.files["/config/config.json"] = json.dumps(LLAMA).encode()
         stdout, _ = probe("budget", f"{server.address}/config", "--json")
         assert json.loads(stdout)
         refused(f"{server.address}/nothing", "found none of config.json, model.safetensors", act=model_shape)
@@ -243,6 +255,17 @@ def test_object_stores_call_forbidden_what_is_not_there(tmp_path):
         assert len(open_checkpoint(f"{server.address}/m").tensors) == len(llama_tensors())
 
 
+def test_a_config_needs_no_ranges(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    with serving(tmp_path, lambda path, number: "whole") as server:
+        assert model_shape(server.address).n_layers == 2
+
+
+@pytest.mark.parametrize("address", ["http://[::1/m", "http://127.0.0.1:port/m"])
+def test_what_is_no_address(address):
+    refused(address, address, "is no valid address")
+
+
 def test_other_bytes_than_asked_for(tmp_path):
     write(tmp_path / "m", llama_tensors())
     with serving(tmp_path, lambda path, number: "other" if number == 4 else "") as server:
@@ -287,7 +310,7 @@ def test_a_filesystem_is_asked_again_when_all_is_read(tmp_path, memory):
     refused(addresses[1], "changed while it was read", "its modified was", act=run)
     side = open_checkpoint(addresses[1])
     fsspec.filesystem("memory").pipe(f"/{tmp_path.name}/tuned/model.safetensors", b"short")
-    refused(side, "bytes early", act=lambda one: one.read(Q))
+    refused(side, "got 0 of 12288", act=lambda one: one.read(Q))
     fsspec.filesystem("memory").rm(f"/{tmp_path.name}/tuned/model.safetensors")
     refused(side, "no such file", act=lambda one: one.read(Q))
     refused(addresses[1], "found none of")
