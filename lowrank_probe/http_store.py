@@ -19,7 +19,7 @@ from lowrank_probe import __version__
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.remote_store import Missing, Passing, Stat, changed, patiently
 
-TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 20.0
 # The first request of a file brings these, the length of a safetensors header.
 _HEAD: Final = 8
 _PIECE: Final = 1 << 20

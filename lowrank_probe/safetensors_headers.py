@@ -6,7 +6,6 @@ Source: the safetensors specification, version 0.4.
 import json
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -114,9 +113,14 @@ def read_index(
         return tensors_of(index.parent / name)
 
     names = sorted(set(weight_map.values()))
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        opened = pool.map(shard, names) if isinstance(index, RemoteFile) else map(shard, names)
-        shards = dict(zip(names, opened, strict=True))
+    if isinstance(index, RemoteFile):
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            opened = list(pool.map(shard, names))
+    else:
+        opened = list(map(shard, names))
+    shards = dict(zip(names, opened, strict=True))
     tensors = {}
     for tensor, file in weight_map.items():
         if tensor not in shards[file]:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+from fsspec.implementations.memory import MemoryFileSystem
 from pairs import add_update, llama_tensors, pair, write, write_sharded
 from refusals import refused
 from servers import serving
@@ -35,6 +36,7 @@ LOOK = 8  # bytes of a config or an index that are read to see whether it is the
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(remote_store, "WAITS_S", (0.0, 0.0, 0.0, 0.0))
 
 
@@ -201,6 +203,33 @@ def test_what_fails_once_is_tried_again_from_where_it_was(tmp_path, fault):
     whole = header_bytes(tmp_path / "m" / "model.safetensors") + sum(W.nbytes for W in tensors.values())
     if fault == "drop":  # nothing that arrived is asked for again, but for the few bytes of the first look
         assert server.sent <= whole + LOOK
+
+
+class Failing(MemoryFileSystem):
+    """The filesystem in memory, where the next `errors` are raised before anything is read."""
+
+    protocol, cachable, errors = "failing", False, ()
+
+    def cat_file(self, *args, **options):
+        if self.errors:
+            error, *self.errors = self.errors
+            raise error
+        return super().cat_file(*args, **options)
+
+
+def test_a_filesystem_that_fails_is_asked_again(tmp_path, memory):
+    memory(write(tmp_path / "m", llama_tensors()))
+    files = Failing()
+    file = RemoteFile(FsspecStore(files, f"/{tmp_path.name}/m", "far://m"), "model.safetensors")
+    side = Checkpoint(file, read_header(file))
+    files.errors = [ConnectionResetError("reset"), TimeoutError(), RuntimeError("of some library")]
+    assert torch.equal(side.read(Q), llama_tensors()[Q])
+    files.errors = [RuntimeError("of some library")] * 5
+    refused(
+        side, "far://m/model.safetensors: cannot be read", "of some library", "5 tries", act=lambda one: one.read(Q)
+    )
+    files.errors = [PermissionError("not yours")]
+    refused(side, "access is denied (not yours)", "credentials", act=lambda one: one.read(Q))
 
 
 def test_a_run_goes_on_after_a_broken_connection(tmp_path):
