@@ -72,8 +72,8 @@ class RecordLog:
         with self._lock:
             end = self._end
             try:
-                for part in parts:
-                    end = self._write(part, end)
+                for piece in parts:
+                    end = self._write(piece, end)
                 if time.monotonic() - self._synced > SYNC_S:
                     _sync(self._fd)
                     self._synced = time.monotonic()

@@ -105,7 +105,7 @@ def probe_pair(
     matching = match(base_side, tuned_side, options)
     store = None
     if out is not None:
-        store = Unfinished(Path(out), identity([base_side, tuned_side], options, choice))
+        store = Unfinished(Path(out), identity({"base": base_side, "tuned": tuned_side}, options, choice))
     found = compare(
         base_side, tuned_side, matching, options, choice, store=store, started=started, on_progress=on_progress
     )
@@ -115,13 +115,11 @@ def probe_pair(
     return found
 
 
-def identity(sides: Sequence[Checkpoint | None], options: Options, choice: Choice) -> dict[str, Any]:
+def identity(sides: Mapping[str, Checkpoint | None], options: Options, choice: Choice) -> dict[str, Any]:
     """What a run must share with the killed one that it goes on with."""
-    told: dict[str, Any] = {
-        "sides": [side_facts(side) for side in sides],
-        "options": {name: value for name, value in options.facts().items() if name not in _SELECTION},
-    }
-    if not all(side.files for side in sides if side is not None):  # a model in memory cannot be known again
+    told: dict[str, Any] = {name: side_facts(side) for name, side in sides.items()}
+    told["options"] = {name: value for name, value in options.facts().items() if name not in _SELECTION}
+    if not all(side.files for side in sides.values() if side is not None):  # a model in memory cannot be known again
         told["run"] = uuid.uuid4().hex
     return told | {key: value for key, value in machine_facts(choice).items() if key in ("versions", "device")}
 

@@ -101,8 +101,8 @@ def probe_steps(
         notes = [f"fused matrices such as {fused} are kept whole: an adapter among the steps changes them as a whole"]
     store = None
     if out is not None:
-        known = spectra.identity([base_side, *sides.values()], options, choice)
-        store = Unfinished(Path(out), known | {"labels": list(sides), "rank": rank})
+        named = {"base": base_side} | {f"step {label}": side for label, side in sides.items()}
+        store = Unfinished(Path(out), spectra.identity(named, options, choice) | {"rank": rank})
     results: dict[str, Result] = {}
     for number, (label, side) in enumerate(sides.items(), 1):
         with naming(label):

@@ -63,10 +63,6 @@ class Unfinished:
         if self._held or self._log.n_damaged:
             self.resumed = {"n_finished": len(self._held), "n_damaged": self._log.n_damaged}
 
-    def keys(self) -> list[str]:
-        """The keys under which something is kept."""
-        return list(self._held)
-
     def has(self, key: str) -> bool:
         return key in self._held
 
@@ -156,5 +152,7 @@ def _difference(there: Any, here: Any, where: str = "") -> str:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return value
+    text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
