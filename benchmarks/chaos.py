@@ -15,13 +15,13 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -130,17 +130,19 @@ class Chaos:
         before = 0
         while True:
             process = self.start(out)
-            moment = self.moment(out) if sum(self.states.values()) < kills else (lambda: False)
+            moment = self.moment(out, process.pid) if sum(self.states.values()) < kills else (lambda: False)
             deadline = time.monotonic() + DEADLINE_S
-            while process.poll() is None and not moment():
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"{out}: not finished after {DEADLINE_S:.0f} s")
-                time.sleep(0.001)
-            if process.poll() is not None:
-                break
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            state = self.state(out)
+            try:
+                while process.poll() is None and not moment():
+                    if time.monotonic() > deadline:
+                        raise RuntimeError(f"{out}: not finished after {DEADLINE_S:.0f} s")
+                    time.sleep(0.001)
+                if process.poll() is not None:
+                    break
+            finally:
+                process.kill()
+                process.wait()
+            state = self.state(out, process.pid)
             self.states[state] += 1
             before = kept(out)
             if state != "finished":
@@ -164,7 +166,7 @@ class Chaos:
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def moment(self, out: Path) -> Callable[[], bool]:
+    def moment(self, out: Path, process: int) -> Callable[[], bool]:
         """A function that says when the moment to kill has come."""
         seen: list[float] = []
 
@@ -179,14 +181,15 @@ class Chaos:
             return lambda: after(lambda: True, wait_s)
         if kind == "writing":
             wait_s = self.rng.uniform(0, 0.05)
-            return lambda: after(lambda: any(out.rglob(".part-*-*")), wait_s)
+            return lambda: after(lambda: writing(out, process), wait_s)
         wait_s = self.rng.uniform(0, 0.002)
-        return lambda: after(lambda: last(out).exists(), wait_s)
+        there = changed(last(out))
+        return lambda: after(lambda: changed(last(out)) not in (0, there), wait_s)
 
-    def state(self, out: Path) -> str:
+    def state(self, out: Path, process: int) -> str:
         """What a kill left."""
         if (out / UNFINISHED / LOG).exists():
-            if any(path.is_dir() for path in out.rglob(".part-*")):
+            if writing(out, process):
                 return "writing files"
             return "files in place" if any(path.name != UNFINISHED for path in out.glob("*")) else "matrices"
         return "finished" if last(out).exists() else "before the log"
@@ -206,9 +209,26 @@ class Chaos:
         self.half += [one for one in difference(out, whole) if UNFINISHED not in one and ".part-" not in one]
 
 
+def writing(out: Path, process: int) -> bool:
+    """Whether a process is writing files, or was when it was killed."""
+    for folder in (out, out / "probe"):
+        with suppress(FileNotFoundError):
+            if any(name.startswith(".part-") and f"-{process}-" in name for name in os.listdir(folder)):
+                return True
+    return False
+
+
 def last(out: Path) -> Path:
     """The file that is written last."""
     return out / ("facts.json" if out.parent.parent.name == "spectrum" else "probe/facts.json")
+
+
+def changed(file: Path) -> int:
+    """When a file was written; 0 where there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def facts(out: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ ANOTHER_OUT: Final = "choose another --out"
 UNFINISHED: Final = ".unfinished"
 LOG: Final = "log"
 # Which of them a run directory, a trajectory's or an extraction's holds, written last.
-_LAST: Final = ("facts.json", "trajectory.json", "probe/facts.json")
+LAST: Final = ("facts.json", "trajectory.json", "probe/facts.json")
 # What is being written in a directory: then the number of the process, and something random.
 _PART: Final = f".part-{platform.node()}-"
 _REASONS: Final = {
@@ -74,7 +74,7 @@ def is_unfinished(root: Path) -> bool:
 
 def is_finished(root: Path) -> bool:
     """Whether a directory holds a finished run, and not one that was killed in its last moment."""
-    return any((root / name).exists() for name in _LAST) and not is_unfinished(root)
+    return any((root / name).exists() for name in LAST) and not is_unfinished(root)
 
 
 def check_free(root: Path) -> None:

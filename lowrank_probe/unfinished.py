@@ -59,6 +59,8 @@ class Unfinished:
             self._check(told)
         for record in self._log.records[1:]:
             self._note(record, self._head(record))
+        for name in outputs.LAST:  # of a process killed in its last moment: these files are written again
+            (out / name).unlink(missing_ok=True)
         self.resumed: dict[str, int] = {}
         if self._held or self._log.n_damaged:
             self.resumed = {"n_finished": len(self._held), "n_damaged": self._log.n_damaged}

@@ -128,6 +128,19 @@ def test_the_first_difference_is_named(tmp_path):
         assert str(caught.value).endswith(f"; choose another --out, or remove {tmp_path / '.unfinished'}")
 
 
+@pytest.mark.parametrize("last", ["facts.json", "trajectory.json", "probe/facts.json"])
+def test_while_it_goes_on_nothing_looks_finished(tmp_path, last):
+    Unfinished(tmp_path / "run", {"x": 1})
+    file = tmp_path / "run" / last
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    with pytest.raises(OutputError, match="another run"):
+        Unfinished(tmp_path / "run", {"x": 2})
+    assert file.exists()
+    Unfinished(tmp_path / "run", {"x": 1})
+    assert not file.exists()
+
+
 # ---------------------------------------------------------------------------------------------- one pair
 
 
