@@ -25,7 +25,7 @@ from lowrank_probe.extraction_ledger import curves, ledger_lines
 from lowrank_probe.extraction_runs import Extraction
 from lowrank_probe.extraction_summary import adapter_facts
 from lowrank_probe.extraction_work import Work
-from lowrank_probe.facts import machine_facts, side_facts
+from lowrank_probe.facts import machine_facts, same_machine, side_facts
 from lowrank_probe.narrowing import stored_dtype
 from lowrank_probe.options import Options, Progress
 from lowrank_probe.peft_files import write_adapter
@@ -103,11 +103,13 @@ def extract(
         from lowrank_probe.calibration import Calibrator
 
         calibrator = Calibrator.open(calibration, base_side, tuned_side, where.device)
-    same = ("base", "tuned", "dtype", "versions", "device")
-    identity = {key: facts[key] for key in same} | {"seed": options.seed}
+    same = ("base", "tuned", "dtype")
+    identity = {key: facts[key] for key in same} | {"seed": options.seed} | same_machine(facts)
     if not (base_side.files and tuned_side.files):  # a model in memory cannot be known again
         identity["run"] = uuid.uuid4().hex
     store = Unfinished(Path(out), identity)
+    if store.resumed:
+        facts["resumed"] = store.resumed
     work = Work(base_side, tuned_side, selection.chosen, store, where.device, options, choice.needs_noise)
     started = time.perf_counter()
     if where.device.type == "cuda":

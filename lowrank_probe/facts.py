@@ -1,7 +1,9 @@
 """Run facts: what was compared, with what, on what. No arithmetic."""
 
 import datetime
+import hashlib
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -29,8 +31,19 @@ def machine_facts(choice: Choice) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def same_machine(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run that goes on must share of the facts of the one that was killed: versions and device, but not its
+    number of threads, which moves no more than the last digits."""
+    device = {key: value for key, value in facts["device"].items() if key != "n_threads"}
+    return {"versions": facts["versions"], "device": device}
+
+
 def side_facts(side: Checkpoint | None) -> dict[str, Any] | None:
-    """Path or address, model type, tensors, bytes, and name, size and time of every file of one side."""
+    """Path or address, model type, tensors, bytes, and name, size and time of every file of one side.
+
+    header: a checksum of the config and of every tensor's name, dtype, shape and place. By all this together a side is
+    known again by a run that goes on where another one was killed.
+    """
     if side is None:
         return None
     files = [identity(file) for file in side.files]
@@ -43,8 +56,15 @@ def side_facts(side: Checkpoint | None) -> dict[str, Any] | None:
         "architectures": side.config.get("architectures"),
         "n_tensors": len(side.tensors),
         "n_bytes": sum(info.n_bytes for info in side.tensors.values()),
+        "header": _digest(side),
         "files": files,
     }
+
+
+def _digest(side: Checkpoint) -> str:
+    """16 digits that change with the config, or any tensor's name, dtype, shape or place in its file."""
+    told = [(name, info.dtype, info.shape, info.file.name, info.start) for name, info in side.tensors.items()]
+    return hashlib.sha256(repr([told, dict(side.config)]).encode()).hexdigest()[:16]
 
 
 def _cpu_name() -> str:

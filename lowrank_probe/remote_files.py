@@ -148,7 +148,7 @@ def identity(file: File) -> dict[str, Any]:
         found = file.stat()
         return {"name": file.name, "n_bytes": found.n_bytes, **found.marks}
     stat = file.stat()
-    when = datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC).isoformat(timespec="seconds")
+    when = datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC).isoformat(timespec="microseconds")
     return {"name": file.name, "n_bytes": stat.st_size, "modified": when}
 
 
