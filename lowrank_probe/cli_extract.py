@@ -20,10 +20,11 @@ from lowrank_probe.cli_shared import (
     layer_span,
     progress_bar,
     read_data,
-    stopped_line,
+    resumable,
     stored_word,
     tell,
     tell_problems,
+    tell_resumed,
 )
 
 Rank = Annotated[str | None, typer.Option("--rank", "-r", help="A rank, several (4,8,16), or auto. Default: 16.")]
@@ -85,14 +86,12 @@ def extract(
     )  # fmt: skip
     chosen = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
     options = Options(include=include or (), exclude=exclude or (), layers=span, device=device, seed=seed)
-    with progress_bar(quiet) as on_progress:
-        try:
-            found = extraction.extract(
-                base, tuned, out, ranks=choice, targets=chosen, servable=servable, tied_lora=tied_lora, dtype=dtype,
-                options=options, calibration=_calibration(calibration), on_progress=on_progress,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            raise stopped_line(f"finished matrices are kept in {out}", "the same command resumes") from None
+    with resumable(out), progress_bar(quiet) as on_progress:
+        found = extraction.extract(
+            base, tuned, out, ranks=choice, targets=chosen, servable=servable, tied_lora=tied_lora, dtype=dtype,
+            options=options, calibration=_calibration(calibration), on_progress=on_progress,
+        )  # fmt: skip
+    tell_resumed(found.facts, out, quiet)
     checks: dict[str, Any] = {}
     if verify:
         from lowrank_probe.verification import verify_extraction

@@ -13,6 +13,7 @@ import typer
 from lowrank_probe import interrupts
 from lowrank_probe.errors import printable
 from lowrank_probe.options import STORED, Progress
+from lowrank_probe.words import count
 
 if TYPE_CHECKING:
     from lowrank_probe.verification import Verification
@@ -104,9 +105,33 @@ def finish(found: Any, directory: Path, figures: Path | None, open_report: bool,
         typer.launch(str((directory / "report.html").resolve()))
 
 
-def stopped_line(kept: str, again: str) -> interrupts.Stopped:
+def stopped_line(kept: str, directory: Path) -> interrupts.Stopped:
     """The last line after Ctrl-C: what is kept, and how to go on."""
-    return interrupts.Stopped(printable(f"interrupted: {kept}; {again}"))
+    again = f"the same command with --out {directory} resumes"
+    return interrupts.Stopped(printable(f"{interrupts.LINE}: {kept}; {again}"))
+
+
+@contextmanager
+def resumable(directory: Path, what: str = "matrices") -> Iterator[None]:
+    """Within it Ctrl-C ends with what is kept in a run directory, and how to go on."""
+    from lowrank_probe.outputs import is_unfinished
+    from lowrank_probe.spectra import Interrupted
+
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted):
+        if not is_unfinished(directory):
+            raise interrupts.Stopped(interrupts.LINE) from None
+        raise stopped_line(f"finished {what} are kept in {directory}", directory) from None
+
+
+def tell_resumed(facts: dict[str, Any], directory: Path, quiet: bool, what: str = "matrices") -> None:
+    """What a run took over from one that was killed."""
+    if "resumed" not in facts:
+        return
+    told = f"resumed the interrupted run in {directory}: {facts['resumed']['n_finished']} {what} were finished"
+    damaged = facts["resumed"]["n_damaged"]
+    tell(f"{told}, what was damaged ({count(damaged, 'place')}) was done again" if damaged else told, quiet)
 
 
 def read_data(data: Path | None, verify: bool) -> list[str] | None:

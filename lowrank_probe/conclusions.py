@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from lowrank_probe.columns import EQUAL_PARAMETERS, TRAINING
 from lowrank_probe.devices import Choice
 from lowrank_probe.evaluation import evaluate
-from lowrank_probe.evaluation_runs import Evaluation, finished
+from lowrank_probe.evaluation_runs import Evaluation
 from lowrank_probe.evaluation_states import EACH
 from lowrank_probe.facts import machine_facts
 from lowrank_probe.functional_ranks import parse_tolerance
 from lowrank_probe.hypothesis import judge, recommend
 from lowrank_probe.options import Progress
+from lowrank_probe.outputs import is_finished
 from lowrank_probe.runs import SCHEMA_VERSION, Result, load_result
 from lowrank_probe.spectra import spectrum
 from lowrank_probe.trained_ranks import equal_parameters, trained_ranks
@@ -131,7 +132,7 @@ def _evaluation(
     root: Path, setting: Setting, plan: Plan, tuned: Path, tolerance: str, on_progress: Progress | None
 ) -> Evaluation:
     """The functional ranks of the full run's update, on the held-out text of the training."""
-    if finished(root):
+    if is_finished(root):
         return Evaluation.load(root)
     # In float32 on any hardware: bfloat16 weights would drop what a higher rank adds.
     return evaluate(

@@ -104,6 +104,8 @@ def extract(
     if not (base_side.files and tuned_side.files):  # a model in memory cannot be known again
         identity["run"] = uuid.uuid4().hex
     store = Unfinished(Path(out), identity)
+    if store.resumed:
+        facts["resumed"] = store.resumed
     work = Work(base_side, tuned_side, selection.chosen, store, where.device, options, choice.needs_noise)
     started = time.perf_counter()
     if where.device.type == "cuda":

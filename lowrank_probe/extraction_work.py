@@ -235,20 +235,17 @@ class Work:
     def unit(self, target: Target) -> Unit:
         """The `allocation.Unit` of a target, from its spectra (all values)."""
         keys = [piece.key(self.spectrum) for piece in pieces_of(target)]
-        facts = [self.store.facts(key) for key in keys]
+        facts = [_known(self.store.facts(key)) for key in keys]
         k = min(target.shape)
         square = sum(fact.get("weighted_norm", fact["fro_norm"]) ** 2 for fact in facts)
         found: dict[str, Any] = {}
-        if any(fact.get("denoised_fro_norm") is not None for fact in facts):
+        if any("denoised_fro_norm" in fact for fact in facts):
             # Where there is no noise to take out, what is stored is the update.
-            clean = [
-                fact["fro_norm"] if fact.get("denoised_fro_norm") is None else fact["denoised_fro_norm"]
-                for fact in facts
-            ]
+            clean = [fact.get("denoised_fro_norm", fact["fro_norm"]) for fact in facts]
             found["denoised"] = _by_copy([self._values(key, k, "denoised") for key in keys])
             found["denoised_fro_norm"] = math.sqrt(sum(norm**2 for norm in clean))
         for rank, name in (("signal_rank", "signal_rank"), ("r90", "r90_denoised")):
-            known = [fact[name] for fact in facts if fact.get(name) is not None]
+            known = [fact[name] for fact in facts if name in fact]
             found[rank] = float(max(known)) if known else math.nan
         return Unit(
             target.name, target.shape, _by_copy([self._values(key, k, "values") for key in keys]), math.sqrt(square),
@@ -274,6 +271,11 @@ class Work:
             return np.zeros(k)
         values = self.store.get(key, name if name in held else "values").numpy()
         return np.pad(values, (0, k - len(values)))
+
+
+def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts without those that are NaN."""
+    return {name: value for name, value in facts.items() if value == value}
 
 
 def _by_copy(values: Sequence[Values]) -> Values:

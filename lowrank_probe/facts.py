@@ -1,6 +1,7 @@
 """Run facts: what was compared, with what, on what. No arithmetic."""
 
 import datetime
+import hashlib
 import os
 import platform
 from importlib.metadata import version
@@ -30,14 +31,18 @@ def machine_facts(choice: Choice) -> dict[str, Any]:
 
 
 def side_facts(side: Checkpoint | None) -> dict[str, Any] | None:
-    """Path, model type, tensors, bytes, and name, size and time of every file of one side."""
+    """Path, model type, tensors, bytes, and name, size and time of every file of one side.
+
+    header: a checksum of the config and of every tensor's name, dtype, shape and place. By all this together a side is
+    known again by a run that goes on where another one was killed.
+    """
     if side is None:
         return None
     check_name(os.path.abspath(side.path) if side.files else str(side.path))
     files = []
     for file in side.files:
         stat = file.stat()
-        changed = datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC).isoformat(timespec="seconds")
+        changed = datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC).isoformat(timespec="microseconds")
         files.append({"name": file.name, "n_bytes": stat.st_size, "modified": changed})
     return {
         "path": os.path.abspath(side.path) if files else str(side.path),
@@ -46,8 +51,15 @@ def side_facts(side: Checkpoint | None) -> dict[str, Any] | None:
         "architectures": side.config.get("architectures"),
         "n_tensors": len(side.tensors),
         "n_bytes": sum(info.n_bytes for info in side.tensors.values()),
+        "header": _digest(side),
         "files": files,
     }
+
+
+def _digest(side: Checkpoint) -> str:
+    """16 digits that change with the config, or any tensor's name, dtype, shape or place in its file."""
+    told = [(name, info.dtype, info.shape, info.file.name, info.start) for name, info in side.tensors.items()]
+    return hashlib.sha256(repr([told, dict(side.config)]).encode()).hexdigest()[:16]
 
 
 def _cpu_name() -> str:

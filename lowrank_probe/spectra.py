@@ -4,20 +4,24 @@ Legend: m out, n in, k = min(m, n); one row of the table a matrix, its columns d
 """
 
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+import torch
 
 from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint
 from lowrank_probe.columns import LEDGER, TABLE
 from lowrank_probe.deltas import Delta, find_tied, read_pair
-from lowrank_probe.devices import choose_device
-from lowrank_probe.errors import OutputError, ProbeError
+from lowrank_probe.devices import Choice, choose_device
+from lowrank_probe.errors import ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
 from lowrank_probe.kinds import UNRELATED, recognise
 from lowrank_probe.layers import sort_key
@@ -25,12 +29,14 @@ from lowrank_probe.ledger import complete_ledger, join_parts, ledger_line
 from lowrank_probe.matching import Matching, Pair, match
 from lowrank_probe.metrics import Values
 from lowrank_probe.options import Options, Progress
+from lowrank_probe.outputs import check_free
 from lowrank_probe.rows import Settings, analyse
 from lowrank_probe.runs import SCHEMA_VERSION, TIMELINE, Result
 from lowrank_probe.scheduling import interruptible, run_jobs
+from lowrank_probe.unfinished import Unfinished
 
-# What an interrupted run must share with the one that resumes it.
-_SAME_RUN: Final = ("base", "tuned", "options", "versions", "device")
+# Options that say which matrices are looked at: what was found for one holds whatever they are.
+_SELECTION: Final = ("include", "exclude", "layers")
 
 
 class Interrupted(ProbeError):  # noqa: N818 - not a failure: it carries what was finished
@@ -54,7 +60,7 @@ def spectrum(
     base_rounded: bool = False,
     device: str = "auto",
     seed: int = 0,
-    resume: Result | None = None,
+    out: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Result:
     """Singular values, ranks and verdicts of ΔW = W_tuned − W_base for every matrix of two checkpoints.
@@ -67,16 +73,18 @@ def spectrum(
     values of each matrix, certified. exact_tail: float64 SVD of the matrix itself, for values below 2e-5·σ₁.
     base_rounded: training started from a wider base than the one stored. device: as
     `devices.choose_device`.
-    resume: an interrupted run's result.
+    out: the run directory (`Result.save`), in which every finished matrix is kept at once, so that a run that was
+    killed goes on there: with the same files, options (but for include, exclude and layers), version and device.
 
-    Raises `CheckpointError`, `MatchError`, `NumericsError`; on Ctrl-C `Interrupted` with what was finished. On Linux it
-    sets glibc's malloc for the whole process so that every matrix goes back to the system when it is freed.
+    Raises `CheckpointError`, `MatchError`, `NumericsError`, `OutputError`; on Ctrl-C `Interrupted` with what was
+    finished. On Linux it sets glibc's malloc for the whole process so that every matrix goes back to the system when it
+    is freed.
     """
     options = Options(
         include=include, exclude=exclude, layers=layers, split=split, top=top, exact_tail=exact_tail,
         base_rounded=base_rounded, device=device, seed=seed,
     )  # fmt: skip
-    return probe_pair(base, tuned, options, resume=resume, on_progress=on_progress)
+    return probe_pair(base, tuned, options, out=out, on_progress=on_progress)
 
 
 def probe_pair(
@@ -84,15 +92,43 @@ def probe_pair(
     tuned: Source | None,
     options: Options,
     *,
-    resume: Result | None = None,
+    out: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Result:
     """`spectrum` with its options in one value."""
     started = time.perf_counter()
+    if out is not None:
+        check_free(Path(out))
     choice = choose_device(options.device)
     tuned_side = open_checkpoint(tuned if tuned is not None else base)
     base_side = open_checkpoint(base) if tuned is not None else None
     matching = match(base_side, tuned_side, options)
+    store = None
+    if out is not None:
+        store = Unfinished(Path(out), identity({"base": base_side, "tuned": tuned_side}, options, choice))
+    found = compare(
+        base_side, tuned_side, matching, options, choice, store=store, started=started, on_progress=on_progress
+    )
+    if out is not None and store is not None:
+        found.save(out)
+        store.remove()
+    return found
+
+
+def identity(sides: Mapping[str, Checkpoint | None], options: Options, choice: Choice) -> dict[str, Any]:
+    """What a run must share with the killed one that it goes on with."""
+    told: dict[str, Any] = {name: side_facts(side) for name, side in sides.items()}
+    told["options"] = {name: value for name, value in options.facts().items() if name not in _SELECTION}
+    if not all(side.files for side in sides.values() if side is not None):  # a model in memory cannot be known again
+        told["run"] = uuid.uuid4().hex
+    return told | {key: value for key, value in machine_facts(choice).items() if key in ("versions", "device")}
+
+
+def compare(
+    base_side: Checkpoint | None, tuned_side: Checkpoint, matching: Matching, options: Options, choice: Choice, *,
+    store: Unfinished | None, started: float, prefix: str = "", on_progress: Progress | None = None,
+) -> Result:  # fmt: skip
+    """`spectrum` of opened checkpoints. store: where finished matrices are kept, their names behind `prefix`."""
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",
@@ -102,12 +138,9 @@ def probe_pair(
         "notes": [*matching.notes, *filter(None, [choice.note])],
         **machine_facts(choice),
     }
-    if resume is not None and any(resume.facts.get(key) != facts[key] for key in _SAME_RUN):
-        raise OutputError(
-            "the unfinished run in --out compared other files, used other options, another version or another device; "
-            "choose another --out"
-        )
-    run = _Run(matching, base_side, tuned_side, facts, resume)
+    if store is not None and store.resumed:
+        facts["resumed"] = store.resumed
+    run = _Run(matching, base_side, tuned_side, facts, store, prefix)
     headers_s = time.perf_counter() - started
     try:
         run.work(Settings(choice.device, options).with_turns(), on_progress)
@@ -143,41 +176,53 @@ class _Loaded:
     stop_s: float
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The finished pairs of one run in its store, by their names behind a prefix."""
+
+    store: Unfinished
+    prefix: str
+
+    def take(self, pairs: Sequence[Pair]) -> Iterator[_Done]:
+        """Those that are there."""
+        for pair in pairs:
+            key = self.prefix + pair.key
+            if self.store.has(key):
+                facts, held = self.store.facts(key), self.store.names(key)
+                values, denoised = (
+                    self.store.get(key, name).numpy() if name in held else None for name in ("values", "denoised")
+                )
+                times = [(phase, start, stop) for phase, start, stop in facts["times"]]
+                yield _Done(pair, facts["line"], facts["row"], values, denoised, times)
+
+    def put(self, done: _Done) -> None:
+        arrays = {"values": done.values, "denoised": done.denoised}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items() if x is not None}
+        self.store.put(
+            self.prefix + done.pair.key, tensors, {"line": done.line, "row": done.row, "times": list(done.times)}
+        )
+
+
 class _Run:
-    """The state of one run: what is finished, as it comes, so that Ctrl-C keeps it."""
+    """The state of one run: what is finished, as it comes, so that Ctrl-C has it."""
 
     def __init__(
         self, matching: Matching, base: Checkpoint | None, tuned: Checkpoint, facts: dict[str, Any],
-        resume: Result | None,
+        store: Unfinished | None, prefix: str,
     ) -> None:  # fmt: skip
         self.matching, self.base, self.tuned, self.facts = matching, base, tuned, facts
-        self.done: dict[str, _Done] = {} if resume is None else self._taken(resume)
-        # The clock goes on where the interrupted run left it.
+        self.tied: dict[str, str] = {}
+        if base is not None and not tuned.is_adapter:
+            self.tied = find_tied(matching.pairs, base, tuned)
+        self.kept = _Kept(store, prefix) if store is not None else None
+        # What is tied depends on what else is looked at, so it is found anew.
+        free = [pair for pair in matching.pairs if pair.key not in self.tied]
+        self.done = {done.pair.key: done for done in self.kept.take(free)} if self.kept else dict[str, _Done]()
+        # The clock goes on where the killed run left it.
         self.earlier_s = max((stop for item in self.done.values() for _, _, stop in item.times), default=0.0)
-        self.earlier_headers_s = 0.0 if resume is None else resume.facts["seconds"]["headers"]
-
-    def _taken(self, earlier: Result) -> dict[str, _Done]:
-        """What an interrupted run finished. Of a tensor that was taken apart, only the matrices that have a row."""
-        rows = {row["name"]: row for row in earlier.table.to_dict("records")}
-        lines = {line["name"]: line for line in earlier.ledger.to_dict("records") if line["status"] != "pending"}
-        times: dict[str, list[tuple[str, float, float]]] = {}
-        for name, *phase in earlier.timeline[list(TIMELINE)].itertuples(index=False):
-            times.setdefault(name, []).append((phase[0], phase[1], phase[2]))
-        done = {}
-        for pair in self.matching.pairs:
-            row, line = rows.get(pair.key), lines.get(pair.name)
-            if pair.part.label:
-                line = ledger_line(pair, "analysed", "", row["fro_norm"], row["relative_update"]) if row else None
-            if line is not None:
-                values = earlier.singular_values.get(pair.key), earlier.denoised_values.get(pair.key)
-                done[pair.key] = _Done(pair, line, row, *values, times.get(pair.key, ()))
-        return done
 
     def work(self, settings: Settings, on_progress: Progress | None) -> None:
         """Run what is not finished yet, largest matrix first."""
-        tied = {}
-        if self.base is not None and not self.tuned.is_adapter:
-            tied = find_tied(self.matching.pairs, self.base, self.tuned)
 
         def size(pair: Pair) -> int:
             return pair.entries(self.base, self.tuned)
@@ -186,8 +231,8 @@ class _Run:
 
         def load(pair: Pair) -> _Loaded:
             clock = time.perf_counter() - started
-            if pair.key in tied:
-                line = ledger_line(pair, "tied", f"the same tensor as {tied[pair.key]} on both sides")
+            if pair.key in self.tied:
+                line = ledger_line(pair, "tied", f"the same tensor as {self.tied[pair.key]} on both sides")
                 return _Loaded(line, clock, clock)
             delta = read_pair(pair, self.base, self.tuned, settings.device)
             return _Loaded(delta, clock, time.perf_counter() - started)
@@ -202,6 +247,8 @@ class _Run:
         with interruptible() as asked_to_stop, closing(run_jobs(todo, size, load, compute, settings.device)) as jobs:
             for result in jobs:
                 self.done[result.pair.key] = result
+                if self.kept and result.pair.key not in self.tied:
+                    self.kept.put(result)
                 done += size(result.pair)
                 if on_progress:
                     on_progress(result.pair.key, done, total)
@@ -226,7 +273,7 @@ class _Run:
 
     def result(self, headers_s: float) -> Result:
         """The table, ledger and facts of what is finished."""
-        done = list(self.done.values())
+        done = [self.done[pair.key] for pair in self.matching.pairs if pair.key in self.done]
         rows = [item.row for item in done if item.row is not None]
         table = pd.DataFrame(sorted(rows, key=_position), columns=list(TABLE))
         table["layer"] = table["layer"].astype("Int64")
@@ -262,7 +309,7 @@ class _Run:
                 f"unrelated checkpoints: the median cosine of their weights is {cosine:+.3f}, so that their difference "
                 "is no fine-tuning update"
             ]
-        facts["seconds"] = {"headers": headers_s + self.earlier_headers_s} | {
+        facts["seconds"] = {"headers": headers_s} | {
             phase: sum(stop - start for item in done for name, start, stop in item.times if name == phase)
             for phase in ("read", "spectrum", "noise")
         }
