@@ -7,6 +7,7 @@ node.
 
 import logging
 import math
+import socket
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final, TypeVar
 
@@ -38,10 +39,17 @@ def join(address: str, asked: str) -> Choice:
         import ray
     except ImportError:
         raise ProbeError("--ray: Ray is not installed (pip install 'lowrank_probe[ray]')") from None
-    if not ray.is_initialized():
+    if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if address not in ("auto", here) and not address.startswith("ray://"):
+            raise ProbeError(
+                f"--ray {address}: this process is in the cluster at {here} already; ray.shutdown() leaves it"
+            )
+    else:
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:  # ConnectionError, ValueError, RuntimeError, and what gRPC raises
+        except Exception as error:  # OSError, ValueError, RuntimeError, and what gRPC raises
             raise ProbeError(
                 f"--ray {address}: no cluster answers ({first_line(error)}); start one with ray start --head"
             ) from None
@@ -50,6 +58,13 @@ def join(address: str, asked: str) -> Choice:
         expected = "auto, cpu or cuda" if has_gpu else "auto or cpu (the cluster has no GPU)"
         raise ProbeError(f"--device {asked} with --ray: expected {expected}")
     return Choice(torch.device("cuda" if has_gpu and asked != "cpu" else "cpu"), cluster=True)
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT: Ray itself would wait for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def cluster_jobs(

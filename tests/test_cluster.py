@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from pairs import add_update, llama_tensors, write
@@ -28,6 +30,7 @@ def nodes(*cpus):
     """A cluster with a node each, so many cores; this process is its driver."""
     from ray.cluster_utils import Cluster
 
+    ray.shutdown()  # from the cluster of another test
     made = Cluster()
     try:
         for number in cpus:
@@ -94,66 +97,63 @@ def test_what_a_job_raises_is_raised_here(two, sides, tmp_path):
         lp.spectrum(sides[0], write(tmp_path / "broken", broken), ray=two.address)
 
 
-class Jobs:
-    """Jobs that say where they run, and wait there until they are let go; pickled to the workers."""
+class Waiting:
+    """Four jobs that say where they run, and wait there until they are let go; run by a thread."""
 
     def __init__(self, folder):
+        self.go = folder / "go"
         self.folder = folder
 
-    def load(self, item):
-        return item
+        # A function of its own, which is pickled as it is: the workers cannot import this file.
+        def compute(item, _):
+            node = ray.get_runtime_context().get_node_id()
+            (folder / f"began-{item}-{os.getpid()}-{node}").touch()
+            deadline = time.monotonic() + 120
+            while not (folder / "go").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            return item, node
 
-    def compute(self, item, _):
-        node = ray.get_runtime_context().get_node_id()
-        (self.folder / f"began-{item}-{os.getpid()}-{node}").touch()
-        deadline = time.monotonic() + 120
-        while not (self.folder / "go").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        return item, node
+        def work():
+            return sorted(cluster.cluster_jobs(range(4), lambda i: 1 + i, lambda i: i, compute, torch.device("cpu")))
+
+        self.found = ThreadPoolExecutor(1).submit(work)
 
     def begun(self, count):
         """(item, process, node) of each that began, once there are so many."""
         deadline = time.monotonic() + 120
-        while len(found := sorted(self.folder.glob("began-*"))) < count:
+        while len(begun := sorted(self.folder.glob("began-*"))) < count:
             assert time.monotonic() < deadline
+            assert not self.found.done(), self.found.result()
             time.sleep(0.01)
-        return [path.name.split("-")[1:] for path in found]
-
-    def results(self):
-        """Of four jobs, in a thread of its own."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        def work():
-            return list(cluster.cluster_jobs(range(4), lambda i: 1 + i, self.load, self.compute, torch.device("cpu")))
-
-        return ThreadPoolExecutor(1).submit(work)
+        return [path.name.split("-")[1:] for path in begun]
 
 
 def test_a_worker_that_is_killed_is_replaced(tmp_path):
     with nodes(1, 1) as made:
         cluster.join(made.address, "auto")
-        jobs = Jobs(tmp_path)
-        found = jobs.results()
-        killed = jobs.begun(2)[0][1]
-        os.kill(int(killed), signal.SIGKILL)
+        jobs = Waiting(tmp_path)
+        os.kill(int(jobs.begun(2)[0][1]), signal.SIGKILL)
         jobs.begun(3)
-        (tmp_path / "go").touch()
-        assert sorted(item for item, _ in found.result(timeout=120)) == [0, 1, 2, 3]
-        assert len(jobs.begun(5)) == 5  # one of them twice
+        jobs.go.touch()
+        assert [item for item, _ in jobs.found.result(timeout=120)] == [0, 1, 2, 3]
+        assert len(list(tmp_path.glob("began-*"))) == 5  # one of them twice
 
 
 def test_a_node_that_goes_leaves_its_work_to_the_others(tmp_path):
     with nodes(1, 1) as made:
         cluster.join(made.address, "auto")
-        jobs = Jobs(tmp_path)
-        found = jobs.results()
-        jobs.begun(2)
+        jobs = Waiting(tmp_path)
+        workers = {node: int(process) for _, process, node in jobs.begun(2)}
+        assert len(workers) == 2
         gone = made.list_all_nodes()[-1]
         made.remove_node(gone, allow_graceful=False)
-        (tmp_path / "go").touch()
-        results = found.result(timeout=180)
-        assert sorted(item for item, _ in results) == [0, 1, 2, 3]
+        deadline = time.monotonic() + 60
+        while psutil.pid_exists(workers[gone.node_id]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        jobs.go.touch()
+        results = jobs.found.result(timeout=180)
+        assert [item for item, _ in results] == [0, 1, 2, 3]
         assert gone.node_id not in {node for _, node in results}
 
 
@@ -202,3 +202,6 @@ def test_what_cannot_be_is_one_line(two, sides, tmp_path):
         words=["--calibration", "leave --ray out"],
     )  # fmt: skip
     assert not (tmp_path / "a").exists()
+    cluster.join(two.address, "auto")
+    with pytest.raises(ProbeError, match=r"--ray 127.0.0.1:2: this process is in the cluster at "):
+        cluster.join("127.0.0.1:2", "auto")
