@@ -28,6 +28,7 @@ from lowrank_probe.cli_shared import (
     Open,
     Out,
     Quiet,
+    Ray,
     Seed,
     finish,
     layer_span,
@@ -101,6 +102,7 @@ def spectrum(
         str | None, typer.Option(help="Exit 3 if any verdict is this: undecidable, low-rank, not low-rank, unrelated.")
     ] = None,
     device: Device = "auto",
+    ray: Ray = None,
     seed: Seed = 0,
     as_json: Json = False,
     open_report: Open = False,
@@ -118,15 +120,16 @@ def spectrum(
         raise typer.BadParameter("--exact-tail computes every value: leave one of the two out", param_hint="--top")
     options = Options(
         include=include or (), exclude=exclude or (), layers=span, split=split, top=top, exact_tail=exact_tail,
-        base_rounded=base_rounded, device=device, seed=seed,
+        base_rounded=base_rounded, device=device, seed=seed, ray=ray,
     )  # fmt: skip
     with interrupts.ending_at_once():
         from lowrank_probe import cuda_driver
 
-        cuda_driver.wake(device)
+        if ray is None:
+            cuda_driver.wake(device)
         from lowrank_probe import devices
 
-        devices.start(device, then="lowrank_probe.reports")
+        devices.start("cpu" if ray else device, then="lowrank_probe.reports")
         from lowrank_probe import spectra  # noqa: F401
 
         if figures is not None:

@@ -16,6 +16,7 @@ from lowrank_probe.cli_shared import (
     Json,
     Layers,
     Quiet,
+    Ray,
     Seed,
     layer_span,
     progress_bar,
@@ -62,6 +63,7 @@ def extract(
         Path | None, typer.Option(help="Text (.txt, .jsonl) on whose activations the factors are to be best.")
     ] = None,
     device: Device = "auto",
+    ray: Ray = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -72,10 +74,11 @@ def extract(
     with interrupts.ending_at_once():
         from lowrank_probe import cuda_driver
 
-        cuda_driver.wake(device)
+        if ray is None:
+            cuda_driver.wake(device)
         from lowrank_probe import devices
 
-        devices.start(device, then="lowrank_probe.extraction_reports")
+        devices.start("cpu" if ray else device, then="lowrank_probe.extraction_reports")
         from lowrank_probe import allocation, extraction
         from lowrank_probe.options import Options
         from lowrank_probe.rank_choice import RankChoice
@@ -89,7 +92,7 @@ def extract(
         denoised=denoised, max_rank=max_rank, rank_multiple=rank_multiple,
     )  # fmt: skip
     chosen = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
-    options = Options(include=include or (), exclude=exclude or (), layers=span, device=device, seed=seed)
+    options = Options(include=include or (), exclude=exclude or (), layers=span, device=device, seed=seed, ray=ray)
     with resumable(out), progress_bar(quiet) as on_progress:
         found = extraction.extract(
             base, tuned, out, ranks=choice, targets=chosen, servable=servable, tied_lora=tied_lora, dtype=dtype,

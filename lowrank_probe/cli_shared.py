@@ -39,6 +39,7 @@ def _device(text: str) -> str:
 
 
 Device = Annotated[str, typer.Option("--device", callback=_device, help="auto, cpu, cuda, cuda:N or mps.")]
+Ray = Annotated[str | None, typer.Option(help="Address of a Ray cluster that does the matrices; auto: this machine's.")]
 
 
 def stored_word(text: str | None) -> str | None:

@@ -20,7 +20,7 @@ from lowrank_probe.evaluation_runs import Evaluation
 from lowrank_probe.evaluation_states import Group, make_groups, parse_ranks, unique_states
 from lowrank_probe.evaluation_tables import make_evaluation
 from lowrank_probe.evaluation_text import Text, read_data, read_text
-from lowrank_probe.facts import machine_facts
+from lowrank_probe.facts import machine_facts, same_machine
 from lowrank_probe.functional_ranks import parse_tolerance
 from lowrank_probe.options import Progress
 from lowrank_probe.outputs import check_free

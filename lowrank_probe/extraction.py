@@ -72,7 +72,9 @@ def extract(
         raise ProbeError("--servable makes an adapter of one rank: give it with --rank 16, no energy, auto or budget")
     if servable and tied_lora:
         raise ProbeError("--servable is LoRA on linear layers only, --tied-lora adapts a table; give one of them")
-    where = choose_device(options.device)
+    if options.ray is not None and calibration is not None:
+        raise ProbeError("--calibration runs the fine-tune in one process; leave --ray out")
+    where = choose_device(options.device, options.ray)
     base_side, tuned_side = open_checkpoint(base), open_checkpoint(tuned)
     if tuned_side.is_adapter:
         raise ProbeError(f"{tuned_side.path}: is an adapter already; probe resize changes its rank")
@@ -110,9 +112,11 @@ def extract(
     store = Unfinished(Path(out), identity)
     if store.resumed:
         facts["resumed"] = store.resumed
-    work = Work(base_side, tuned_side, selection.chosen, store, where.device, options, choice.needs_noise)
+    work = Work(
+        base_side, tuned_side, selection.chosen, store, where.device, options, choice.needs_noise, cluster=where.cluster
+    )
     started = time.perf_counter()
-    if where.device.type == "cuda":
+    if where.device.type == "cuda" and not where.cluster:
         torch.cuda.reset_peak_memory_stats(where.device)
     norms = selection.weigh(base_side, tuned_side)
     other_bytes = sum(one.n_bytes(tuned_side) for one in selection.whole)
@@ -149,7 +153,7 @@ def extract(
             dtype=stored,
         )  # fmt: skip
     facts["seconds"] = time.perf_counter() - started
-    if where.device.type == "cuda":
+    if where.device.type == "cuda" and not where.cluster:
         facts["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(where.device)
     facts["adapters"] = {
         label: adapter_facts(ledger, label) | {"n_bytes": (path / WEIGHTS).stat().st_size}

@@ -18,14 +18,17 @@ from lowrank_probe.remote_files import absolute, identity
 
 def machine_facts(choice: Choice) -> dict[str, Any]:
     """Versions, device (with what its float64 was measured at) and time of a run."""
-    device = choice.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    device, threads = choice.device, torch.get_num_threads()
+    if choice.cluster:
+        name, threads = "Ray cluster", 1
+    else:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "versions": {
             "lowrank_probe": __version__, "python": platform.python_version(), "torch": torch.__version__,
             "numpy": version("numpy"), "pandas": version("pandas"),
         },
-        "device": {"type": str(device), "name": name, "n_threads": torch.get_num_threads()},
+        "device": {"type": str(device), "name": name, "n_threads": threads},
         "float64_s": choice.float64_s,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

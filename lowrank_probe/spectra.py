@@ -60,6 +60,7 @@ def spectrum(
     base_rounded: bool = False,
     device: str = "auto",
     seed: int = 0,
+    ray: str | None = None,
     out: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Result:
@@ -72,7 +73,7 @@ def spectrum(
     inclusive. split: take fused projections (qkv, gate_up) apart where their layout is known. top: only the K largest
     values of each matrix, certified. exact_tail: float64 SVD of the matrix itself, for values below 2e-5·σ₁.
     base_rounded: training started from a wider base than the one stored. device: as
-    `devices.choose_device`.
+    `devices.choose_device`. ray: the address of a Ray cluster ("auto": this machine's) whose workers do the matrices.
     out: the run directory (`Result.save`), in which every finished matrix is kept at once, so that a run that was
     killed goes on there: with the same files, options (but for include, exclude and layers), version and device.
 
@@ -82,7 +83,7 @@ def spectrum(
     """
     options = Options(
         include=include, exclude=exclude, layers=layers, split=split, top=top, exact_tail=exact_tail,
-        base_rounded=base_rounded, device=device, seed=seed,
+        base_rounded=base_rounded, device=device, seed=seed, ray=ray,
     )  # fmt: skip
     return probe_pair(base, tuned, options, out=out, on_progress=on_progress)
 
@@ -99,7 +100,7 @@ def probe_pair(
     started = time.perf_counter()
     if out is not None:
         check_free(Path(out))
-    choice = choose_device(options.device)
+    choice = choose_device(options.device, options.ray)
     tuned_side = open_checkpoint(tuned if tuned is not None else base)
     base_side = open_checkpoint(base) if tuned is not None else None
     matching = match(base_side, tuned_side, options)
@@ -140,10 +141,10 @@ def compare(
     }
     if store is not None and store.resumed:
         facts["resumed"] = store.resumed
-    run = _Run(matching, base_side, tuned_side, facts, store, prefix)
+    run = _Run(matching, base_side, tuned_side, facts, options, store, prefix)
     headers_s = time.perf_counter() - started
     try:
-        run.work(Settings(choice.device, options).with_turns(), on_progress)
+        run.work(choice, on_progress)
         for side in (base_side, tuned_side):
             if side is not None:
                 side.check_unchanged()
@@ -206,14 +207,45 @@ class _Kept:
         )
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is done for one pair, here or on another node. started: `time.time` at which the work began."""
+
+    base: Checkpoint | None
+    tuned: Checkpoint
+    tied: Mapping[str, str]
+    settings: Settings
+    started: float
+
+    def load(self, pair: Pair) -> _Loaded:
+        clock = time.time() - self.started
+        if pair.key in self.tied:
+            line = ledger_line(pair, "tied", f"the same tensor as {self.tied[pair.key]} on both sides")
+            return _Loaded(line, clock, clock)
+        delta = read_pair(pair, self.base, self.tuned, self.settings.device)
+        return _Loaded(delta, clock, time.time() - self.started)
+
+    def compute(self, pair: Pair, loaded: _Loaded) -> _Done:
+        delta = loaded.delta
+        times = [("read", loaded.start_s, loaded.stop_s)]
+        if not isinstance(delta, Delta):
+            return _Done(pair, delta, times=times)
+        found = analyse(delta, self.settings)
+        times += [(phase, start - self.started, stop - self.started) for phase, start, stop in found.times]
+        row = found.row | {"seconds": sum(stop - start for _, start, stop in times)}
+        note = f"both factors, with {pair.lora.name_B}" if pair.lora is not None else ""
+        line = ledger_line(pair, "analysed", note, delta.fro_norm, delta.relative_update)
+        return _Done(pair, line, row, found.values, found.denoised, times)
+
+
 class _Run:
     """The state of one run: what is finished, as it comes, so that Ctrl-C has it."""
 
     def __init__(
         self, matching: Matching, base: Checkpoint | None, tuned: Checkpoint, facts: dict[str, Any],
-        store: Unfinished | None, prefix: str,
+        options: Options, store: Unfinished | None, prefix: str,
     ) -> None:  # fmt: skip
-        self.matching, self.base, self.tuned, self.facts = matching, base, tuned, facts
+        self.matching, self.base, self.tuned, self.facts, self.options = matching, base, tuned, facts, options
         self.tied: dict[str, str] = {}
         if base is not None and not tuned.is_adapter:
             self.tied = find_tied(matching.pairs, base, tuned)
@@ -224,30 +256,21 @@ class _Run:
         # The clock goes on where the killed run left it.
         self.earlier_s = max((stop for item in self.done.values() for _, _, stop in item.times), default=0.0)
 
-    def work(self, settings: Settings, on_progress: Progress | None) -> None:
+    def work(self, choice: Choice, on_progress: Progress | None) -> None:
         """Run what is not finished yet, largest matrix first."""
 
         def size(pair: Pair) -> int:
             return pair.entries(self.base, self.tuned)
 
-        started = time.perf_counter() - self.earlier_s
-
-        def load(pair: Pair) -> _Loaded:
-            clock = time.perf_counter() - started
-            if pair.key in self.tied:
-                line = ledger_line(pair, "tied", f"the same tensor as {self.tied[pair.key]} on both sides")
-                return _Loaded(line, clock, clock)
-            delta = read_pair(pair, self.base, self.tuned, settings.device)
-            return _Loaded(delta, clock, time.perf_counter() - started)
-
-        def compute(pair: Pair, loaded: _Loaded) -> _Done:
-            return self._analyse(pair, loaded, settings, started)
-
+        settings = Settings(choice.device, self.options)
+        settings = settings if choice.cluster else settings.with_turns()
+        job = _Job(self.base, self.tuned, self.tied, settings, time.time() - self.earlier_s)
         total = sum(size(pair) for pair in self.matching.pairs)
         done = sum(size(pair) for pair in self.matching.pairs if pair.key in self.done)
         todo = [pair for pair in self.matching.pairs if pair.key not in self.done]
+        running = run_jobs(todo, size, job.load, job.compute, choice.device, cluster=choice.cluster)
         # Closed here: left to the garbage collector, what a second Ctrl-C raises would be printed and ignored.
-        with interruptible() as asked_to_stop, closing(run_jobs(todo, size, load, compute, settings.device)) as jobs:
+        with interruptible() as asked_to_stop, closing(running) as jobs:
             for result in jobs:
                 self.done[result.pair.key] = result
                 if self.kept and result.pair.key not in self.tied:
@@ -257,18 +280,6 @@ class _Run:
                     on_progress(result.pair.key, done, total)
                 if asked_to_stop():
                     raise KeyboardInterrupt
-
-    def _analyse(self, pair: Pair, loaded: "_Loaded", settings: Settings, started: float) -> _Done:
-        delta = loaded.delta
-        times = [("read", loaded.start_s, loaded.stop_s)]
-        if not isinstance(delta, Delta):
-            return _Done(pair, delta, times=times)
-        found = analyse(delta, settings)
-        times += [(phase, start - started, stop - started) for phase, start, stop in found.times]
-        row = found.row | {"seconds": sum(stop - start for _, start, stop in times)}
-        note = f"both factors, with {pair.lora.name_B}" if pair.lora is not None else ""
-        line = ledger_line(pair, "analysed", note, delta.fro_norm, delta.relative_update)
-        return _Done(pair, line, row, found.values, found.denoised, times)
 
     def _is_matrix(self, pair: Pair) -> bool:
         info = self.base.tensors.get(pair.name) if self.base is not None else None

@@ -89,7 +89,7 @@ def probe_steps(
     sources = dict(zip(step_labels(steps) if labels is None else _checked(labels, steps), steps, strict=True))
     if rank < 1:
         raise ProbeError(f"rank {rank}: expected at least 1 direction")
-    choice = choose_device(options.device)
+    choice = choose_device(options.device, options.ray)
     base_side = open_checkpoint(base)
     sides: dict[str, Checkpoint] = {}
     for label, source in sources.items():  # every header before any work

@@ -27,12 +27,12 @@ COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.a
 OPTIONS = {
     "spectrum": [
         "--out", "--include", "--exclude", "--layers", "--top", "--exact-tail", "--base-rounded", "--fail-on",
-        "--device", "--seed", "--json", "--open", "--quiet",
+        "--device", "--ray", "--seed", "--json", "--open", "--quiet",
     ],
     "extract": [
         "--out", "--rank", "--energy", "--budget", "--denoised", "--max-rank", "--rank-multiple", "--targets",
         "--servable", "--tied-lora", "--dtype", "--include", "--exclude", "--layers", "--verify", "--data",
-        "--calibration", "--device", "--seed", "--json", "--quiet",
+        "--calibration", "--device", "--ray", "--seed", "--json", "--quiet",
     ],
     "eval": [
         "--data", "--out", "--rank", "--targets", "--no-leave-out", "--tolerance", "--sequences", "--length",
