@@ -129,44 +129,25 @@ class Waiting:
         return [path.name.split("-")[1:] for path in begun]
 
 
-def test_a_worker_that_is_killed_is_replaced(tmp_path):
-    with nodes(1, 1) as made:
-        cluster.join(made.address, "auto")
-        jobs = Waiting(tmp_path)
-        os.kill(int(jobs.begun(2)[0][1]), signal.SIGKILL)
-        jobs.begun(3)
-        jobs.go.touch()
-        assert [item for item, _ in jobs.found.result(timeout=120)] == [0, 1, 2, 3]
-        assert len(list(tmp_path.glob("began-*"))) == 5  # one of them twice
+def test_a_worker_that_is_killed_is_replaced(two, tmp_path):
+    cluster.join(two.address, "auto")
+    jobs = Waiting(tmp_path)
+    os.kill(int(jobs.begun(2)[0][1]), signal.SIGKILL)
+    jobs.begun(3)
+    jobs.go.touch()
+    assert [item for item, _ in jobs.found.result(timeout=120)] == [0, 1, 2, 3]
+    assert len(list(tmp_path.glob("began-*"))) == 5  # one of them twice
 
 
-def test_a_node_that_goes_leaves_its_work_to_the_others(tmp_path):
-    with nodes(1, 1) as made:
-        cluster.join(made.address, "auto")
-        jobs = Waiting(tmp_path)
-        workers = {node: int(process) for _, process, node in jobs.begun(2)}
-        assert len(workers) == 2
-        gone = made.list_all_nodes()[-1]
-        made.remove_node(gone, allow_graceful=False)
-        deadline = time.monotonic() + 60
-        while psutil.pid_exists(workers[gone.node_id]) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        jobs.go.touch()
-        results = jobs.found.result(timeout=180)
-        assert [item for item, _ in results] == [0, 1, 2, 3]
-        assert gone.node_id not in {node for _, node in results}
-
-
-def test_a_job_whose_worker_always_dies_is_named(tmp_path, monkeypatch):
+def test_a_job_whose_worker_always_dies_is_named(two, monkeypatch):
     monkeypatch.setattr(cluster, "RETRIES", 1)
-    with nodes(1) as made:
-        cluster.join(made.address, "auto")
+    cluster.join(two.address, "auto")
 
-        def compute(item, _):
-            os.kill(os.getpid(), signal.SIGKILL)
+    def compute(item, _):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-        with pytest.raises(ProbeError, match="its worker died 2 times"):
-            list(cluster.cluster_jobs(["lm_head.weight"], len, str, compute, torch.device("cpu")))
+    with pytest.raises(ProbeError, match="its worker died 2 times"):
+        list(cluster.cluster_jobs(["lm_head.weight"], len, str, compute, torch.device("cpu")))
 
 
 def test_a_killed_driver_goes_on_where_it_was(two, tmp_path):
@@ -205,3 +186,20 @@ def test_what_cannot_be_is_one_line(two, sides, tmp_path):
     cluster.join(two.address, "auto")
     with pytest.raises(ProbeError, match=r"--ray 127.0.0.1:2: this process is in the cluster at "):
         cluster.join("127.0.0.1:2", "auto")
+
+
+def test_a_node_that_goes_leaves_its_work_to_the_others(tmp_path):
+    with nodes(1, 1) as made:
+        cluster.join(made.address, "auto")
+        jobs = Waiting(tmp_path)
+        workers = {node: int(process) for _, process, node in jobs.begun(2)}
+        assert len(workers) == 2
+        gone = made.list_all_nodes()[-1]
+        made.remove_node(gone, allow_graceful=False)
+        deadline = time.monotonic() + 60
+        while psutil.pid_exists(workers[gone.node_id]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        jobs.go.touch()
+        results = jobs.found.result(timeout=180)
+        assert [item for item, _ in results] == [0, 1, 2, 3]
+        assert gone.node_id not in {node for _, node in results}
