@@ -66,6 +66,7 @@ def bars_spec(budgets: Sequence[Budget]) -> Spec:
             })  # fmt: skip
     most = unit.of(max(found.total_bytes for found in shown))
     shapes, notes = _card_lines(most, "x", unit)
+    above = _LABELS if notes else 0
     notes += [
         {"text": name, "x": 0, "xref": "paper", "xanchor": "left", "y": i, "yref": "y", "yanchor": "bottom",
          "yshift": 0.2 * _ROW, "showarrow": False, "font": {"size": 12}}
@@ -73,9 +74,9 @@ def bars_spec(budgets: Sequence[Budget]) -> Spec:
     ]  # fmt: skip
     bars = _ROW * max(2, len(shown))
     x_axis = {"title": f"{unit.binary} on one card", "range": [0, 1.1 * most]}
-    y = {"type": "category", "showgrid": False, "showticklabels": False, "domain": [0, bars / (bars + _LABELS)]}
-    return spec(data, "What does it need?", bars + _LABELS + _BELOW, x_axis, y, barmode="stack", bargap=0.6,
-                shapes=shapes, annotations=notes, legend=_legend(bars + _LABELS),
+    y = {"type": "category", "showgrid": False, "showticklabels": False, "domain": [0, bars / (bars + above)]}
+    return spec(data, "What does it need?", bars + above + _BELOW, x_axis, y, barmode="stack", bargap=0.6,
+                shapes=shapes, annotations=notes, legend=_legend(bars + above),
                 margin={"l": 20, "r": 20, "t": 80, "b": 50})  # fmt: skip
 
 
@@ -189,7 +190,7 @@ def _line(i: int, name: str, x: list[int], y: list[float | None], unit: str) -> 
 
 
 def _card_lines(most: float, axis: str, unit: Unit) -> tuple[list[Spec], list[Spec]]:
-    """Dotted lines at what cards have for a process, below `most`; labels only where there is room between them."""
+    """Dotted lines at what cards have for a process, below `most`: those cards whose names have room beside others."""
     sizes = [(find_accelerator(name).label, unit.of(find_accelerator(name).usable_bytes)) for name in _CARDS]
     sizes += [(label, unit.of(n * find_accelerator(name).usable_bytes)) for label, n, name in _NODES]
     sizes = sorted((one for one in sizes if one[1] <= 1.05 * most), key=lambda one: one[1])
@@ -197,8 +198,8 @@ def _card_lines(most: float, axis: str, unit: Unit) -> tuple[list[Spec], list[Sp
     shapes, notes, last = list[Spec](), list[Spec](), -most
     line = {"type": "line", "line": {"color": INK, "width": 1, "dash": "dot"}, f"{other}ref": f"{other} domain"}
     for label, size in sizes:
-        shapes.append(line | {f"{axis}0": size, f"{axis}1": size, f"{other}0": 0, f"{other}1": 1})
-        if size - last >= 0.05 * most:
+        if size - last >= (0.045 if axis == "x" else 0.05) * most:
+            shapes.append(line | {f"{axis}0": size, f"{axis}1": size, f"{other}0": 0, f"{other}1": 1})
             place = {"y": 1, "yanchor": "bottom", "xanchor": "center", "textangle": -90} if axis == "x" else {
                 "x": 1, "xanchor": "right", "yanchor": "bottom"}  # fmt: skip
             notes.append(
