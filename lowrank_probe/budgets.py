@@ -82,7 +82,7 @@ class Budget:
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
-        return components(self.counts, self.step, self.recipe, self.sharding, self.activations)
+        return components(self.counts, self.step, self.recipe, self.sharding, self.activations, self.unfused)
 
     @cached_property
     def phases(self) -> Mapping[str, int]:
@@ -223,8 +223,12 @@ class Budget:
         return next((value for value in said if isinstance(value, int) and value > 0), None)
 
     @property
-    def caution(self) -> str:
-        """What cannot be run as it is asked for; "" where all can."""
+    def cautions(self) -> tuple[str, ...]:
+        """What cannot be run as it is asked for, or is other than it looks."""
+        return tuple(said for said in (self._too_long, self._too_wide, self._unfused) if said)
+
+    @property
+    def _too_long(self) -> str:
         if self.step.seq is None or not self.positions or self.step.seq <= self.positions:
             return ""
         table = any(weight.layer_type == "position_embedding" for weight in self.shape.weights)
@@ -233,9 +237,50 @@ class Budget:
         )
 
     @property
+    def _too_wide(self) -> str:
+        """Of an adapter: PEFT takes any rank, but B·A of a matrix (m, n) has at most min(m, n)."""
+        if self.step.method == "full":
+            return ""
+        smallest = min(self.shape.adapted(self.step.targets), key=lambda weight: min(weight.sides))
+        m, n = smallest.sides
+        if self.step.rank <= min(m, n):
+            return ""
+        return (
+            f"ranks above {min(m, n):,} are more than {smallest.name} ({m:,}, {n:,}) can have, the smallest matrix "
+            "adapted here: further rows and columns of A and B only cost memory"
+        )
+
+    @property
+    def unfused(self) -> bool:
+        """Whether PyTorch runs attention without a fused kernel though one is asked for: grouped queries in float32.
+
+        Transformers leaves grouped keys and values to `scaled_dot_product_attention(enable_gqa=True)`; flash's kernel
+        takes no float32, the memory-efficient one no groups, so all s² scores of every head are there.
+        Source: PyTorch's sdp_utils.cpp and pull request 181528; transformers' `use_gqa_in_sdpa`.
+        """
+        if self.activations is None or not self.step.flash or self.shape.model_type in EAGER:
+            return False
+        return any("·ns" in self.activations.formulas[part] for part in ("activations", "working"))
+
+    @property
+    def _unfused(self) -> str:
+        if not self.unfused:
+            return ""
+        assert self.step.seq is not None
+        n_bytes = 4 * self.step.batch * self.shape.n_heads * self.step.seq**2
+        return (
+            "PyTorch has no fused attention for grouped queries in float32 on CUDA and falls back to its math kernel: "
+            f"{n_bytes / 2**30:,.2f} GiB of scores (4·ns·T bytes) a layer are in these numbers; "
+            "--precision bf16 or mixed has the fused one"
+        )
+
+    @property
     def _attention(self) -> str:
-        eager = self.shape.model_type in EAGER
-        return "eager (the only one that this model has)" if eager else "fused" if self.step.flash else "eager"
+        if self.unfused:
+            return "fused attention asked for but not to be had in float32 with grouped queries"
+        if self.shape.model_type in EAGER:
+            return "eager attention (the only one that this model has)"
+        return f"{'fused' if self.step.flash else 'eager'} attention"
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -251,11 +296,10 @@ class Budget:
         else:
             said.append(
                 f"{step.batch} × {step.seq:,} tokens a card, {'with' if step.checkpointing else 'no'} checkpointing, "
-                f"{self._attention} attention, {'chunked' if step.chunked_loss else 'whole'} loss, "
+                f"{self._attention}, {'chunked' if step.chunked_loss else 'whole'} loss, "
                 "gradients set to None between steps, no padding"
             )
-        if self.caution:
-            said.append(self.caution)
+        said += self.cautions
         if self.activations is not None and self.activations.estimated:
             said.append(self.activations.estimated)
         if step.method == "qlora":
