@@ -53,6 +53,16 @@ class Accelerator:
         size = f"{self.nominal_gb:g}"
         return self.name if f"{size}GB" in self.name.replace(" ", "") else f"{self.name} ({size} GB)"
 
+    @property
+    def plural(self) -> str:
+        """The name of several: H100s, 48 GB cards."""
+        return f"{self.name}s"
+
+    @property
+    def cards(self) -> str:
+        """Several with their size: H100 (80 GB) cards, 48 GB cards."""
+        return f"{self.label}s" if self.label.endswith(" card") else f"{self.label} cards"
+
 
 @lru_cache(maxsize=1)
 def accelerators() -> tuple[Accelerator, ...]:
@@ -82,13 +92,22 @@ def find_accelerator(name: str) -> Accelerator:
         return found
     if size := _SIZE.fullmatch(name.strip()):
         gb = float(size[1])
-        if gb > 0:
-            usable = round(gb * _OF_NOMINAL * 2**30)
-            said = f"estimate: {100 * _OF_NOMINAL:.0f} % of the size"
-            return Accelerator(f"{gb:g} GB card", "", gb, usable, said, False, ())
-    near = difflib.get_close_matches(_plain(name), known, n=6, cutoff=0.4)
-    names = list(dict.fromkeys(known[one].name for one in near))[:3] or ["H100", "RTX 4090", "MI300X"]
+        if gb <= 0:
+            raise ProbeError(f"GPU {name!r} has no memory; give a size such as 48GB, or a name such as H100")
+        usable = round(gb * _OF_NOMINAL * 2**30)
+        said = f"estimate: {100 * _OF_NOMINAL:.0f} % of the size"
+        return Accelerator(f"{gb:g} GB card", "", gb, usable, said, False, ())
+    names = _nearest(name, known)
     raise ProbeError(f"GPU {name!r} is not known; nearest: {', '.join(names)}; or give its memory, such as 48GB")
+
+
+def _nearest(name: str, known: dict[str, Accelerator]) -> list[str]:
+    """Names like an unknown one: of its series or maker where that is all it says, else those spelled alike."""
+    said = name.strip().lower()
+    series = [one.name for one in accelerators() if said and said in f"{one.vendor} {one.name}".lower()]
+    near = difflib.get_close_matches(_plain(name), known, n=6, cutoff=0.4)
+    alike = list(dict.fromkeys(known[one].name for one in near))[:3]
+    return series[:6] or alike or ["H100", "RTX 4090", "MI300X"]
 
 
 def _plain(name: str) -> str:

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -20,6 +19,7 @@ from lowrank_probe.adapter_format import CONFIG
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import CheckpointError, NumericsError
 from lowrank_probe.layers import place, sort_key
+from lowrank_probe.remote_files import File
 
 _FACTOR: Final = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.\w+)?(?:\.weight)?$"
@@ -213,7 +213,7 @@ def _modules(
     return [replace(one, expert=number) for number in range(copies)]
 
 
-def _number(where: Path, key: str, pattern_key: str, config: Mapping[str, Any], module: str) -> float | None:
+def _number(where: File, key: str, pattern_key: str, config: Mapping[str, Any], module: str) -> float | None:
     """config[key], or what its patterns say for this module: PEFT's own rule, the first key that matches
     `(.*\\.)?(key)$` on the module's name wins. None where it is missing."""
     patterns, value = config.get(pattern_key) or {}, config.get(key)

@@ -51,9 +51,12 @@ class Component:
 
 
 def components(
-    counts: Counts, step: Step, recipe: Recipe, sharding: Sharding, found: Activations | None
+    counts: Counts, step: Step, recipe: Recipe, sharding: Sharding, found: Activations | None, unfused: bool = False
 ) -> tuple[Component, ...]:
-    """Every part of the run that is not 0 in all phases; the last is the reserve."""
+    """Every part of the run that is not 0 in all phases; the last is the reserve.
+
+    unfused: attention falls back to PyTorch's math kernel (`Budget.unfused`), which the sources then say.
+    """
     phases = (STATES,) if found is None else PHASES
     parts = _full(counts, recipe, sharding, found) if step.method == "full" else _frozen(counts, step, sharding)
     if step.method != "full":
@@ -61,7 +64,7 @@ def components(
     parts += _training(counts, recipe, sharding, found)
     if found is not None:
         # Autocast's copies are the weights of full fine-tuning; beside an adapter they are few.
-        parts += _activations(found, casts=bool(counts.adapter))
+        parts += _activations(found, casts=bool(counts.adapter), unfused=unfused)
     made = [one for part in parts if any((one := _component(part, phases)).at.values())]
     return (*made, _reserve(made, step, phases))
 
@@ -189,9 +192,10 @@ def optimizer_bytes(counts: Counts, recipe: Recipe) -> float:
     return recipe.optimizer * counts.trained
 
 
-def _activations(found: Activations, casts: bool) -> list[Part]:
+def _activations(found: Activations, casts: bool, unfused: bool) -> list[Part]:
     """What the forward pass saves (with autocast's copies of weights, where `casts`), logits, working memory."""
     source = "closed form of transformers' and PEFT's layers, checked against measured steps"
+    scores = "; ns: scores of PyTorch's math attention, its only kernel for grouped queries in float32"
     return [
         (
             name,
@@ -201,7 +205,7 @@ def _activations(found: Activations, casts: bool) -> list[Part]:
                 for phase in PHASES
             },
             found.formulas[part],
-            source,
+            source + (scores if unfused and "·ns" in found.formulas[part] else ""),
         )
         for name, part in (("activations", "activations"), ("logits", "logits"), ("working memory", "working"))
     ]

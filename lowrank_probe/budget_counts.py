@@ -12,11 +12,11 @@ from typing import Final
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.recipes import NF4_CODES
 from lowrank_probe.training_steps import Step
+from lowrank_probe.typical_shapes import SIZES, is_size
 from lowrank_probe.weight_shapes import ModelShape, Weight
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([KMBT]?)", re.IGNORECASE)
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_LEAST, _MOST = 1e5, 1e14  # nothing that is trained is smaller or larger
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,8 @@ def parse_params(text: str | float) -> int:
     said = str(text).strip().replace("_", "").replace(",", "")
     found = _SIZE.fullmatch(said)
     number = float(found[1]) * _UNITS[found[2].upper()] if found else math.nan
-    if not _LEAST <= number <= _MOST:
-        raise ProbeError(
-            f"--params {text}: expected a number of parameters between 100K and 100T, such as 70B, 7e9 or 135M"
-        )
+    if not is_size(number):
+        raise ProbeError(f"--params {text}: {SIZES}")
     return round(number)
 
 

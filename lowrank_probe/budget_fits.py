@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from lowrank_probe.accelerators import Accelerator, accelerators
+from lowrank_probe.accelerators import Accelerator, accelerators, find_accelerator
 from lowrank_probe.budget_measured import beside, measured_total
 from lowrank_probe.budgets import SCHEMA_VERSION, Budget
 
@@ -82,6 +82,10 @@ def mends(found: Budget, gpu: Accelerator | None = None) -> tuple[Mend, ...]:
             tried.append(
                 ("half the batch, accumulated twice", f"--batch {step.batch // 2}", {"batch": step.batch // 2})
             )
+    if step.precision == "fp32" and step.method != "qlora":
+        fused = " and fused attention" if found.unfused else ""
+        tried.append((f"bf16 in place of fp32{fused}", "--precision bf16", {"precision": "bf16"}))
+        tried.append((f"mixed precision{fused}", "--precision mixed", {"precision": "mixed"}))
     if step.optimizer.startswith("adamw") and step.optimizer != "adamw-8bit":
         tried.append(("8-bit Adam", "--optimizer adamw-8bit", {"optimizer": "adamw-8bit"}))
     if step.optimizer == "adamw-foreach":
@@ -106,27 +110,46 @@ def mends(found: Budget, gpu: Accelerator | None = None) -> tuple[Mend, ...]:
     return tuple(sorted(made, key=lambda one: -one.saved_bytes))
 
 
-def storage(found: Budget, n: int) -> tuple[int, int]:
-    """(bytes of n tuned models as full checkpoints, bytes of one base and n adapters)."""
-    return n * found.checkpoint_bytes, found.checkpoint_bytes + n * found.adapter_file_bytes
+@dataclass(frozen=True)
+class Stored:
+    """What n tuned variants take: full_bytes as full checkpoints, adapter_bytes as one base and n adapters.
+
+    budgets: the runs whose adapter has this file of file_bytes; other batches, lengths and bases do not change it.
+    """
+
+    budgets: tuple[Budget, ...]
+    file_bytes: int
+    full_bytes: int
+    adapter_bytes: int
+
+
+def storage(budgets: Sequence[Budget], n: int) -> list[Stored]:
+    """One a kind of adapter, as the runs come; of LoRA where all of them are full fine-tunes."""
+    kinds: dict[tuple[int, int], list[Budget]] = {}
+    for one in [one for one in budgets if one.counts.adapter] or [budgets[0].changed(method="lora")]:
+        kinds.setdefault((one.step.rank, one.adapter_file_bytes), []).append(one)
+    return [
+        Stored(tuple(found), size, n * found[0].checkpoint_bytes, found[0].checkpoint_bytes + n * size)
+        for (_, size), found in kinds.items()
+    ]
 
 
 def told(
     budgets: Sequence[Budget], gpu: Accelerator | None, price: float | None, n_stored: int | None,
-    measured: "Measured | None",
+    measured: "Measured | None", priced: Accelerator | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything as one JSON object."""
-    first = budgets[0]
+    """Everything as one JSON object. priced: the card that the price is of; that of `gpu`, or an H100."""
+    first, priced = budgets[0], priced or gpu or find_accelerator("H100")
     shape = first.shape
     cards = [gpu] if gpu else [one for one in accelerators() if one.common]
     found: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": {
             "name": first.name, "source": shape.source, "model_type": shape.model_type,
-            "n_parameters": first.counts.total,
-            "n_active": shape.n_active, "by_type": shape.by_type(), "notes": list(shape.notes),
+            "n_parameters": first.counts.total, **counted(first), "notes": list(shape.notes),
         },
-        "budgets": [_told_one(one, cards, price, gpu) for one in budgets],
+        "budgets": [_told_one(one, cards, price, gpu, priced) for one in budgets],
+        "price": None if price is None else {"card": priced.name, "one_card_an_hour": price},
         "gpu": None if gpu is None else {
             "name": gpu.name, "nominal_gb": gpu.nominal_gb, "usable_bytes": gpu.usable_bytes, "bf16": gpu.bf16,
             "bitsandbytes": gpu.bitsandbytes, "usable_from": gpu.usable_from,
@@ -134,17 +157,32 @@ def told(
         },
     }  # fmt: skip
     if n_stored is not None:
-        adapted = next((one for one in budgets if one.counts.adapter), first.changed(method="lora"))
-        full, adapters = storage(adapted, n_stored)
-        found["storage"] = {"n": n_stored, "full_bytes": full, "adapter_bytes": adapters}
+        rows = storage(budgets, n_stored)
+        found["storage"] = {
+            "n": n_stored, "full_bytes": rows[0].full_bytes,
+            "adapters": [
+                {"methods": list(dict.fromkeys(one.step.method for one in row.budgets)),
+                 "rank": row.budgets[0].step.rank, "file_bytes": row.file_bytes, "adapter_bytes": row.adapter_bytes}
+                for row in rows
+            ],
+        }  # fmt: skip
     if measured is not None:
         told = {"beside_formula": beside(first, measured), "total_bytes": measured_total(measured)}
         found["measured"] = asdict(measured) | told
     return found
 
 
+def counted(found: Budget) -> dict[str, Any]:
+    """Parameters by layer type, and those that one token meets; of a size, only those of the model it stands for."""
+    shape = found.shape
+    told = {"n_active": shape.n_active, "by_type": shape.by_type()}
+    if found.n_parameters is None:
+        return {**told, "typical": None}
+    return {**dict.fromkeys(told), "typical": {"n_parameters": shape.n_parameters, **told}}
+
+
 def _told_one(
-    found: Budget, cards: Sequence[Accelerator], price: float | None, gpu: Accelerator | None
+    found: Budget, cards: Sequence[Accelerator], price: float | None, gpu: Accelerator | None, priced: Accelerator
 ) -> dict[str, Any]:
     rows = []
     for card in cards:
@@ -161,7 +199,11 @@ def _told_one(
     saved = [
         {"option": m.option, "saved_bytes": m.saved_bytes, "total_bytes": m.total_bytes} for m in mends(found, gpu)
     ]
-    return found.as_dict() | {"cards": rows, "mends": saved}
+    told = found.as_dict() | {"cards": rows, "mends": saved}
+    if price is not None:
+        n = least_cards(found, priced)
+        told |= {"n_cards_priced": n, "price_per_hour": None if n is None else n * price}
+    return told
 
 
 def least_cards(found: Budget, card: Accelerator) -> int | None:

@@ -17,7 +17,9 @@ from typing import Any, Final
 import pandas as pd
 
 from lowrank_probe import __version__
+from lowrank_probe.accelerators import find_accelerator
 from lowrank_probe.budget_fits import told
+from lowrank_probe.budget_words import Price
 from lowrank_probe.budgets import Budget
 from lowrank_probe.errors import CheckpointError, ProbeError
 from lowrank_probe.model_shapes import ModelShape, Weight
@@ -43,12 +45,15 @@ class BudgetRun:
     """What `probe budget` found.
 
     budgets: one or several runs of one model. measured: one real step of the first, where there is one. n_stored: how
-    many tuned variants its storage is told for. facts: versions and time.
+    many tuned variants its storage is told for. price: of one card an hour, of the accelerator priced_on. facts:
+    versions and time.
     """
 
     budgets: tuple[Budget, ...]
     measured: Measured | None = None
     n_stored: int | None = None
+    price: float | None = None
+    priced_on: str = "H100"
     facts: dict[str, Any] = field(default_factory=_now)
 
     @property
@@ -70,8 +75,12 @@ class BudgetRun:
     def _tables(self) -> dict[str, pd.DataFrame]:
         from lowrank_probe.budget_reports import cards_table, components_table, runs_table
 
-        makers = (runs_table, components_table, cards_table)
-        return {name: make(self.budgets) for name, make in zip(_TABLES, makers, strict=True)}
+        made = (runs_table(self.budgets, self._price), components_table(self.budgets), cards_table(self.budgets))
+        return dict(zip(_TABLES, made, strict=True))
+
+    @property
+    def _price(self) -> Price | None:
+        return None if self.price is None else Price(find_accelerator(self.priced_on), self.price)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -93,13 +102,15 @@ class BudgetRun:
 
     def to_json(self) -> str:
         """One JSON object with `schema_version`, as `probe budget --json` prints it."""
-        return json.dumps(plain(told(self.budgets, None, None, self.n_stored, self.measured)), ensure_ascii=False)
+        priced = find_accelerator(self.priced_on)
+        found = told(self.budgets, None, self.price, self.n_stored, self.measured, priced)
+        return json.dumps(plain(found), ensure_ascii=False)
 
     def page(self) -> str:
         """The report as one HTML page (`budget_reports.render`)."""
         from lowrank_probe.budget_reports import render
 
-        return render(self.budgets, self.n_stored, self.measured, self.facts)
+        return render(self.budgets, self.n_stored, self.measured, self.facts, self._price)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the directory, budget.json last; returns its path. Raises `OutputError` where it is not free."""
@@ -143,6 +154,7 @@ def _made_of(run: BudgetRun) -> dict[str, Any]:
     first = run.budgets[0]
     return {
         "shape": asdict(first.shape), "n_parameters": first.n_parameters, "name": first.name, "n_stored": run.n_stored,
+        "price": run.price, "priced_on": run.priced_on,
         "runs": [
             {"step": asdict(one.step), "sharding": asdict(one.sharding),
              "special": None if one.special is None else asdict(one.special)}
@@ -170,4 +182,5 @@ def _run_of(told: Mapping[str, Any]) -> BudgetRun:
     if not budgets:
         raise ValueError("holds no run")
     measured = None if made["measured"] is None else Measured(**made["measured"])
-    return BudgetRun(budgets, measured, made["n_stored"], {"versions": told["versions"], "time": told["time"]})
+    facts = {"versions": told["versions"], "time": told["time"]}
+    return BudgetRun(budgets, measured, made["n_stored"], made.get("price"), made.get("priced_on", "H100"), facts)

@@ -1,29 +1,73 @@
 """What a budget says in sentences: per card or in total, which phase peaks and why, why LoRA is not always smaller."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from lowrank_probe.accelerators import Accelerator
 from lowrank_probe.activations import activations
-from lowrank_probe.budget_fits import cards_by_stage
+from lowrank_probe.budget_fits import cards_by_stage, least_cards, storage
 from lowrank_probe.budgets import Budget
 from lowrank_probe.errors import ProbeError
 
 
+@dataclass(frozen=True)
+class Unit:
+    """A unit of memory by its power of 2¹⁰, and its neighbour on spec sheets by the same power of 10³."""
+
+    binary: str
+    decimal: str
+    power: int
+
+    def of(self, n_bytes: float) -> float:
+        """Bytes in the binary unit."""
+        return n_bytes / 1024.0**self.power
+
+    def text(self, n_bytes: float) -> str:
+        """The same with four digits or one place."""
+        return _number(self.of(n_bytes))
+
+    def decimal_text(self, n_bytes: float) -> str:
+        """In the decimal unit."""
+        return _number(n_bytes / 1000**self.power)
+
+    def cell(self, n_bytes: float) -> str:
+        """For a table of parts: two places, and a dot for nothing."""
+        return "·" if n_bytes == 0 else f"{self.of(n_bytes):,.2f}"
+
+
+GIB: Final = Unit("GiB", "GB", 3)
+_UNITS: Final = (GIB, Unit("MiB", "MB", 2), Unit("KiB", "kB", 1))
+
+
+def unit(n_bytes: float) -> Unit:
+    """GiB, or the smaller unit in which these bytes are 1 or more."""
+    return next((one for one in _UNITS if n_bytes >= 1024**one.power), _UNITS[-1])
+
+
+def unit_of(budgets: Sequence[Budget]) -> Unit:
+    """One unit for all the numbers of several runs: by the largest, without the reserve, which none is below."""
+    return unit(max(one.allocated_bytes for one in budgets))
+
+
 def both(n_bytes: float) -> str:
-    """GB as on a spec sheet, and GiB."""
-    return f"{gb(n_bytes)} GB ({gib(n_bytes)} GiB)"
+    """GB as on a spec sheet, and GiB; of little, the smaller units."""
+    return f"{decimal(n_bytes)} ({size(n_bytes)})"
 
 
-def gb(n_bytes: float) -> str:
-    """In units of 10⁹ bytes, with four digits or one place."""
-    return _number(n_bytes / 1e9)
+def size(n_bytes: float) -> str:
+    """With its unit: 18.0 GiB, 350.2 MiB."""
+    return f"{unit(n_bytes).text(n_bytes)} {unit(n_bytes).binary}"
+
+
+def decimal(n_bytes: float) -> str:
+    """With its unit of powers of ten: 19.3 GB, 367.2 MB."""
+    return f"{unit(n_bytes).decimal_text(n_bytes)} {unit(n_bytes).decimal}"
 
 
 def gib(n_bytes: float) -> str:
-    """In units of 2³⁰ bytes."""
-    return _number(n_bytes / 2**30)
+    """In units of 2³⁰ bytes, with four digits or one place."""
+    return GIB.text(n_bytes)
 
 
 def _number(value: float) -> str:
@@ -32,8 +76,8 @@ def _number(value: float) -> str:
 
 def file_size(n_bytes: int) -> str:
     """Of a file, in powers of ten: 167.8 MB."""
-    unit, scale = ("GB", 1e9) if n_bytes >= 1e9 else ("MB", 1e6)
-    return f"{n_bytes / scale:,.1f} {unit}"
+    name, scale = ("GB", 1e9) if n_bytes >= 1e9 else ("MB", 1e6) if n_bytes >= 1e6 else ("kB", 1e3)
+    return f"{n_bytes / scale:,.1f} {name}"
 
 
 def percent(share: float) -> str:
@@ -65,9 +109,9 @@ def trained(found: Budget) -> str:
 NO_BF16: Final = "†: no bf16 in hardware"
 
 
-def card(found: Budget, one: Accelerator) -> str:
-    """The card's label, marked where the run computes in bf16 and the card does not."""
-    return one.label + ("†" if found.step.needs_bf16 and not one.bf16 else "")
+def card(found: Budget, one: Accelerator, brief: bool = False) -> str:
+    """The card's label (its name, where brief), marked where the run computes in bf16 and the card does not."""
+    return (one.name if brief else one.label) + ("†" if found.step.needs_bf16 and not one.bf16 else "")
 
 
 def bf16_note(budgets: Sequence[Budget], cards: Sequence[Accelerator | None]) -> str:
@@ -76,8 +120,15 @@ def bf16_note(budgets: Sequence[Budget], cards: Sequence[Accelerator | None]) ->
     return f" {NO_BF16}." if marked else ""
 
 
-def on_cards(found: Budget, gpu: Accelerator) -> str:
-    """Whether it fits on one such card, and on how many together: memory of cards does not add up by itself."""
+ALONE: Final = "That is on one card: a second one only takes another batch."
+APART: Final = "Cards do not add up by themselves: with DDP each holds everything"
+
+
+def on_cards(found: Budget, gpu: Accelerator, among: bool = False) -> str:
+    """Whether it fits on one such card, and on how many together: memory of cards does not add up by itself.
+
+    among: of several, of which `on_cards_of_all` says once what holds for each.
+    """
     need = both(found.total_bytes) + ("" if found.knows_activations else " without activations")
     if not found.runs_on(gpu):
         what = "QLoRA" if found.step.method == "qlora" else "8-bit Adam"
@@ -91,7 +142,7 @@ def on_cards(found: Budget, gpu: Accelerator) -> str:
     )
     mark = bf16_note([found], [gpu])
     if fits and not many:
-        return f"{first} That is on one card: a second one only takes another batch.{mark}"
+        return f"{first}{'' if among else f' {ALONE}'}{mark}"
     cards = cards_by_stage(found, gpu)
     if cards[3] == 1:
         return first + mark
@@ -99,7 +150,13 @@ def on_cards(found: Budget, gpu: Accelerator) -> str:
     together = (
         f"spread by ZeRO or FSDP it takes {rest}" if rest else "no number of them is enough: activations are not spread"
     )
-    return f"{first} Cards do not add up by themselves: with DDP each holds everything; {together}.{mark}"
+    return f"{first} {f'{together[0].upper()}{together[1:]}' if among else f'{APART}; {together}'}.{mark}"
+
+
+def on_cards_of_all(budgets: Sequence[Budget], names: Sequence[str], gpu: Accelerator) -> list[str]:
+    """`on_cards` of each of several runs, and at the end what holds for all of them."""
+    said = [f"{name}: {on_cards(one, gpu, among=True)}" for name, one in zip(names, budgets, strict=True)]
+    return [*said, f"{APART}, and where one fits, a second one only takes another batch."]
 
 
 def measured(n_bytes: int, phase: str, gpu: Accelerator) -> str:
@@ -143,8 +200,8 @@ def lora_against_full(found: Budget) -> str:
     own = found.activations.saved
     if found.step.checkpointing:
         return (
-            f"With checkpointing an adapter keeps as much for the backward pass as full fine-tuning, {gib(own)} and "
-            f"{gib(full)} GiB: what it saves is gradients and optimizer states."
+            f"With checkpointing an adapter keeps as much for the backward pass as full fine-tuning, {size(own)} and "
+            f"{size(full)}: what it saves is gradients and optimizer states."
         )
     if own < 0.7 * full:
         return ""
@@ -153,10 +210,10 @@ def lora_against_full(found: Budget) -> str:
     share = percent(found.counts.adapter / (found.counts.total + found.counts.adapter))
     least = found.changed(rank=1)
     return (
-        f"LoRA trains {share} but keeps {gib(own)} GiB of activations for the backward pass, full fine-tuning "
-        f"{gib(full)}: "
+        f"LoRA trains {share} but keeps {size(own)} of activations for the backward pass, full fine-tuning "
+        f"{size(full)}: "
         "a frozen layer passes gradients on too, and every adapted one keeps its input for the adapter, in its type. "
-        f"The rank matters little (rank 1: {gib(least.total_bytes)} GiB); targets, tokens, checkpointing do."
+        f"The rank matters little (rank 1: {size(least.total_bytes)}); targets, tokens, checkpointing do."
     )
 
 
@@ -167,15 +224,55 @@ def qlora_against_lora(found: Budget) -> str:
     lora = found.changed(method="lora")
     weights = found.sharding.on_card(lora.counts.total * (2.0 - found.frozen_each), 3)
     return (
-        f"QLoRA saves {gib(weights)} GiB of LoRA's weights, nothing else. The activations are LoRA's at best: tables "
+        f"QLoRA saves {size(weights)} of LoRA's weights, nothing else. The activations are LoRA's at best: tables "
         "and norms upcast to fp32 make what passes between the layers fp32 too, and weights are unpacked to bf16 where "
         "they are used. So it can take more than LoRA where activations are most of it; the reserve is larger for that."
     )
 
 
+@dataclass(frozen=True)
+class Price:
+    """What runs cost an hour on as many of one accelerator as they take, at a price of one."""
+
+    card: Accelerator
+    each: float
+
+    def of(self, found: Budget) -> float | None:
+        """None where no number of cards is enough."""
+        n = least_cards(found, self.card)
+        return None if n is None else n * self.each
+
+    def text(self, found: Budget) -> str:
+        """2 × 2.5 = 5.00, or –."""
+        n = least_cards(found, self.card)
+        return "–" if n is None else f"{n:,} × {self.each:g} = {n * self.each:,.2f}"
+
+    @property
+    def note(self) -> str:
+        """What the number is of."""
+        return (
+            f"price: an hour of the least number of {self.card.cards} that hold it, at {self.each:g} each; "
+            "–: no number of them does"
+        )
+
+
+def stored(budgets: Sequence[Budget], n: int) -> list[tuple[str, int, int]]:
+    """(how n tuned variants are stored, bytes of one, bytes of all): full checkpoints, then each kind of adapter."""
+    rows = storage(budgets, n)
+    names = [", ".join(dict.fromkeys(one.step.method for one in row.budgets)) for row in rows]
+    full = (f"{n:,} full checkpoints", rows[0].full_bytes // n, rows[0].full_bytes)
+    return [
+        full,
+        *(
+            (f"one base and {n:,} adapters, {name} r={row.budgets[0].step.rank}", row.file_bytes, row.adapter_bytes)
+            for name, row in zip(names, rows, strict=True)
+        ),
+    ]
+
+
 def cautions(budgets: Sequence[Budget]) -> list[str]:
     """What cannot be run as it is asked for, each once."""
-    return list(dict.fromkeys(one.caution for one in budgets if one.caution))
+    return list(dict.fromkeys(said for one in budgets for said in one.cautions))
 
 
 def estimated(budgets: Sequence[Budget]) -> str:

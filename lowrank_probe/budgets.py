@@ -17,6 +17,7 @@ from lowrank_probe.budget_counts import Counts, count, parse_params
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.model_shapes import ModelShape, model_shape, typical_shape
 from lowrank_probe.recipes import ZERO_PAPER, Recipe, adapter_recipe, frozen_bytes, recipe
+from lowrank_probe.remote_files import shown
 from lowrank_probe.sharding import Sharding
 from lowrank_probe.taped_estimates import EAGER
 from lowrank_probe.training_steps import Step
@@ -81,7 +82,7 @@ class Budget:
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
-        return components(self.counts, self.step, self.recipe, self.sharding, self.activations)
+        return components(self.counts, self.step, self.recipe, self.sharding, self.activations, self.unfused)
 
     @cached_property
     def phases(self) -> Mapping[str, int]:
@@ -222,8 +223,12 @@ class Budget:
         return next((value for value in said if isinstance(value, int) and value > 0), None)
 
     @property
-    def caution(self) -> str:
-        """What cannot be run as it is asked for; "" where all can."""
+    def cautions(self) -> tuple[str, ...]:
+        """What cannot be run as it is asked for, or is other than it looks."""
+        return tuple(said for said in (self._too_long, self._too_wide, self._unfused) if said)
+
+    @property
+    def _too_long(self) -> str:
         if self.step.seq is None or not self.positions or self.step.seq <= self.positions:
             return ""
         table = any(weight.layer_type == "position_embedding" for weight in self.shape.weights)
@@ -232,9 +237,50 @@ class Budget:
         )
 
     @property
+    def _too_wide(self) -> str:
+        """Of an adapter: PEFT takes any rank, but B·A of a matrix (m, n) has at most min(m, n)."""
+        if self.step.method == "full":
+            return ""
+        smallest = min(self.shape.adapted(self.step.targets), key=lambda weight: min(weight.sides))
+        m, n = smallest.sides
+        if self.step.rank <= min(m, n):
+            return ""
+        return (
+            f"ranks above {min(m, n):,} are more than {smallest.name} ({m:,}, {n:,}) can have, the smallest matrix "
+            "adapted here: further rows and columns of A and B only cost memory"
+        )
+
+    @property
+    def unfused(self) -> bool:
+        """Whether PyTorch runs attention without a fused kernel though one is asked for: grouped queries in float32.
+
+        Transformers leaves grouped keys and values to `scaled_dot_product_attention(enable_gqa=True)`; flash's kernel
+        takes no float32, the memory-efficient one no groups, so all s² scores of every head are there.
+        Source: PyTorch's sdp_utils.cpp and pull request 181528; transformers' `use_gqa_in_sdpa`.
+        """
+        if self.activations is None or not self.step.flash or self.shape.model_type in EAGER:
+            return False
+        return any("·ns" in self.activations.formulas[part] for part in ("activations", "working"))
+
+    @property
+    def _unfused(self) -> str:
+        if not self.unfused:
+            return ""
+        assert self.step.seq is not None
+        n_bytes = 4 * self.step.batch * self.shape.n_heads * self.step.seq**2
+        return (
+            "PyTorch has no fused attention for grouped queries in float32 on CUDA and falls back to its math kernel: "
+            f"{n_bytes / 2**30:,.2f} GiB of scores (4·ns·T bytes) a layer are in these numbers; "
+            "--precision bf16 or mixed has the fused one"
+        )
+
+    @property
     def _attention(self) -> str:
-        eager = self.shape.model_type in EAGER
-        return "eager (the only one that this model has)" if eager else "fused" if self.step.flash else "eager"
+        if self.unfused:
+            return "fused attention asked for but not to be had in float32 with grouped queries"
+        if self.shape.model_type in EAGER:
+            return "eager attention (the only one that this model has)"
+        return f"{'fused' if self.step.flash else 'eager'} attention"
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -250,11 +296,10 @@ class Budget:
         else:
             said.append(
                 f"{step.batch} × {step.seq:,} tokens a card, {'with' if step.checkpointing else 'no'} checkpointing, "
-                f"{self._attention} attention, {'chunked' if step.chunked_loss else 'whole'} loss, "
+                f"{self._attention}, {'chunked' if step.chunked_loss else 'whole'} loss, "
                 "gradients set to None between steps, no padding"
             )
-        if self.caution:
-            said.append(self.caution)
+        said += self.cautions
         if self.activations is not None and self.activations.estimated:
             said.append(self.activations.estimated)
         if step.method == "qlora":
@@ -328,7 +373,7 @@ def budget(
 ) -> Budget:
     """The memory that training needs on one card, from a model's config or headers alone, or from its size.
 
-    model: a directory, config.json, safetensors file, hub id, a config as a dict; or params, as 70e9, and a family.
+    model: a directory, config.json, safetensors file, address, hub id, config as a dict; or params (70e9) and a family.
     seq None: activations are not known and not in it. checkpointing None: off, but for QLoRA, as PEFT prepares it.
     double_quant: of QLoRA's constants.
     zero, fsdp: the stage over `gpus` cards. Raises `ProbeError` for what cannot be: a size, a target, a stage.
@@ -409,9 +454,11 @@ def resolve(
 ) -> tuple[ModelShape, int | None, str]:
     """(the model, the number of parameters where only that is known, the model's name)."""
     if (model is None) == (params is None):
-        raise ProbeError("give a model (directory, config.json, safetensors file, hub id) or --params, one of the two")
+        raise ProbeError(
+            "give a model (directory, config.json, safetensors file, address, hub id) or --params, one of the two"
+        )
     if params is not None:
         n_parameters = parse_params(params)
         return typical_shape(n_parameters, like), n_parameters, ""
     assert model is not None
-    return model_shape(model), None, str(model) if isinstance(model, str | os.PathLike) else ""
+    return model_shape(model), None, shown(os.fspath(model)) if isinstance(model, str | os.PathLike) else ""

@@ -1,5 +1,6 @@
 """The shape of a model that the table of families does not have: transformers builds it on the meta device."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from lowrank_probe.weight_shapes import Kind, ModelShape, Weight
 # Tried in this order where the config names no architecture.
 _AUTO: Final = ("CausalLM", "Seq2SeqLM", "MaskedLM", "")
 _HEADS: Final = ("score", "classifier")
+_MOST_SAID: Final = 300  # characters of what transformers says
 
 
 def built_shape(config: Mapping[str, Any]) -> ModelShape:
@@ -22,11 +24,7 @@ def built_shape(config: Mapping[str, Any]) -> ModelShape:
     try:
         model = _model(dict(config))
     except Exception as error:  # whatever the code of a model may raise
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"config of model type {config.get('model_type')!r}: is in no table of families here, and transformers "
-            f"cannot build it: {why}"
-        ) from None
+        raise CheckpointError(_why(str(config.get("model_type")), error)) from None
     weights = _weights(model)
     inner = model.config.get_text_config()
     outputs = model.get_output_embeddings()
@@ -49,6 +47,25 @@ def built_shape(config: Mapping[str, Any]) -> ModelShape:
         active_parameters(weights, per_token), named,
         mixture_notes(str(config.get("model_type")), weights, per_token),
     )  # fmt: skip
+
+
+def _why(model_type: str, error: Exception) -> str:
+    """Why there is no such model: the nearest names where transformers knows no such type, else its first line."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, [*FAMILIES, *CONFIG_MAPPING], n=9)
+        names = ", ".join(list(dict.fromkeys(near))[:3])
+        return (
+            f"config of model type {model_type[:80]!r}: neither this package nor transformers knows it; "
+            f"{f'nearest: {names}' if names else 'none is spelled like it'}"
+        )
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    said = said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID]} …"
+    return (
+        f"config of model type {model_type!r}: is in no table of families here, and transformers cannot build it: "
+        f"{said}"
+    )
 
 
 def _model(config: dict[str, Any]) -> Any:

@@ -68,10 +68,10 @@ class Calibrator:
     @classmethod
     def open(cls, calibration: Calibration, base: Checkpoint, tuned: Checkpoint, device: torch.device) -> "Calibrator":
         try:
-            kind = running.find_kind(tuned.path, tuned.path)
+            kind = running.find_kind(tuned.local_path, tuned.local_path)
         except CannotRun as reason:
             raise _cannot(reason) from None
-        file, directories = Path(calibration.file), (tuned.path, base.path)
+        file, directories = Path(calibration.file), (tuned.local_path, base.local_path)
         text = read_calibration(file, directories, kind.vocabulary, kind.max_tokens)
         return cls(calibration, base, tuned, kind, text, device)
 
@@ -94,7 +94,7 @@ class Calibrator:
                         one.factors(_largest(allotted), dtype, progress)
                 parts = {part: self.text.sequences[part] for part in PARTS[1:]}
                 found = compare(
-                    self.tuned.path, self.kind, parts, self.base, selection, candidates, self.device, progress
+                    self.tuned.local_path, self.kind, parts, self.base, selection, candidates, self.device, progress
                 )
         except CannotRun as reason:
             raise _cannot(reason) from None
@@ -121,7 +121,7 @@ class Calibrator:
         return moments
 
     def _collect(self, pieces: Sequence[Piece], moments: Moments, progress: Progress | None) -> None:
-        model, missing = running.load(self.tuned.path, self.kind, self.device)
+        model, missing = running.load(self.tuned.local_path, self.kind, self.device)
         sequences = self.text.sequences["moments"]
         measure = find_measure(model, sequences[0], missing, self.kind, self.device)
 

@@ -18,12 +18,13 @@ from lowrank_probe.gguf_files import open_gguf
 from lowrank_probe.memory import open_memory
 from lowrank_probe.pickles import open_pickle
 from lowrank_probe.quantization_codes import refuse_codes
+from lowrank_probe.remote_files import File, RemoteFile, locate, refuse_addresses
 from lowrank_probe.safetensors_files import read_entries
 from lowrank_probe.safetensors_headers import read_header, read_index, read_json
 from lowrank_probe.tensor_info import Loader, Opened, TensorInfo
 from lowrank_probe.torch_dtypes import TORCH_DTYPES
 
-# What a user may give as one side of a comparison: a path or hub id, a state dict, or a model.
+# What a user may give as one side of a comparison: a path, address or hub id, a state dict, or a model.
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Any
 
 _TOKENIZER: Final = re.compile(
@@ -40,7 +41,7 @@ class Checkpoint:
     user should know of how it was opened.
     """
 
-    path: Path
+    path: File
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any] = field(default_factory=dict)
     is_adapter: bool = False
@@ -49,14 +50,28 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> list[File]:
         """The files the tensors lie in; none for a model in memory."""
-        return sorted({info.file for info in self.tensors.values() if info.file.exists()})
+        return sorted((file for file in {info.file for info in self.tensors.values()} if file.exists()), key=str)
+
+    @property
+    def local_path(self) -> Path:
+        """Its path on this machine. Raises `CheckpointError` where it is read over a network."""
+        refuse_addresses(str(self.path))
+        return Path(str(self.path))
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` where a file over a network is another than when it was opened."""
+        if isinstance(self.path, RemoteFile):
+            self.path.store.check_unchanged()
 
     @property
     def other_files(self) -> list[Path]:
-        """What lies beside the weights and the config in its directory: tokenizer, chat template, licence, …"""
-        if not self.path.is_dir():
+        """What lies beside the weights and the config in its directory: tokenizer, chat template, licence, …
+
+        Of a directory over a network nothing: plain HTTP has no list of files.
+        """
+        if not isinstance(self.path, Path) or not self.path.is_dir():
             return []
         known = ("config.json", CONFIG)
         return [
@@ -130,19 +145,21 @@ def open_checkpoint(source: Source) -> Checkpoint:
 
     A directory (model.safetensors or pytorch_model.bin, or shards of either with an index), one `.safetensors`, `.bin`,
     `.pt`, `.pth` or `.gguf` file, a PEFT adapter's directory, a hub id where no such path exists (`owner/name`,
-    `owner/name@revision`), a model or a state dict in memory.
+    `owner/name@revision`), a model or a state dict in memory; safetensors and adapters also by the address of a
+    directory or file (`https://…`, or any that fsspec reads: `s3://…`, `gs://…`, `hf://…`), from which then no more is
+    read than the headers and each tensor when it is asked for.
 
     Raises `CheckpointError` naming the file: missing or empty directory, truncated shard, an index that names a
     missing file, a tensor its shard lacks, or a path outside the directory, a header longer than the file, a pickle
-    that holds more than tensors, a quantized format whose tensors are codes.
+    that holds more than tensors, a quantized format whose tensors are codes; a server without range requests.
     """
     if not isinstance(source, str | os.PathLike):
         (infos, loaders), config, described = open_memory(source)
         return _checked(Checkpoint(Path(described), infos, config, loaders=loaders))
     text = os.fspath(source)
-    root = Path(text)
+    root = locate(text)
     notes: tuple[str, ...] = ()
-    if not text or not root.exists():
+    if isinstance(root, Path) and (not text or not root.exists()):
         if not hub.is_hub_id(text):
             raise CheckpointError(hub.no_such(text))
         root = hub.download(text)
@@ -196,9 +213,14 @@ _PICKLES: Final = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES: Final = (".safetensors", ".gguf", *_PICKLES)
 
 
-def _open_file(file: Path) -> Checkpoint:
+def _open_file(file: File) -> Checkpoint:
     if file.suffix == ".safetensors":
         return Checkpoint(file, read_header(file))
+    if isinstance(file, RemoteFile):
+        raise CheckpointError(
+            f"{file}: over a network only safetensors can be read tensor by tensor, not *{file.suffix}; download it "
+            "and give the file, or save it as safetensors there"
+        )
     if file.suffix in _PICKLES:
         infos, loaders = open_pickle(file)
         return Checkpoint(file, infos, loaders=loaders)
@@ -211,7 +233,7 @@ def _open_file(file: Path) -> Checkpoint:
     )
 
 
-def _open_directory(root: Path) -> Checkpoint:
+def _open_directory(root: File) -> Checkpoint:
     if (root / CONFIG).exists():
         config = read_json(root / CONFIG)
         for name in (WEIGHTS, "adapter_model.bin"):
@@ -225,6 +247,8 @@ def _open_directory(root: Path) -> Checkpoint:
             return Checkpoint(root, infos, config, loaders=loaders)
         if (root / stem).exists():
             return replace(_open_file(root / stem), path=root, config=config)
+    if isinstance(root, RemoteFile):
+        raise root.nothing_found(f"model.safetensors.index.json, model.safetensors, {CONFIG} with {WEIGHTS}")
     broken = [p for p in sorted(root.iterdir()) if p.is_symlink() and not p.exists()]
     if broken:
         raise CheckpointError(f"{broken[0]}: is a link to a file that is not there; is the download complete?")
@@ -242,10 +266,10 @@ def _open_directory(root: Path) -> Checkpoint:
     )
 
 
-def _read_index(index: Path) -> Opened:
+def _read_index(index: File) -> Opened:
     loaders: dict[str, Loader] = {}
 
-    def tensors_of(file: Path) -> Mapping[str, TensorInfo]:
+    def tensors_of(file: File) -> Mapping[str, TensorInfo]:
         shard = _open_file(file)
         loaders.update(shard.loaders)
         return shard.tensors

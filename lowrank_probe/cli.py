@@ -28,13 +28,16 @@ from lowrank_probe.cli_shared import (
     Open,
     Out,
     Quiet,
+    Ray,
     Seed,
     finish,
     layer_span,
     progress_bar,
+    resumable,
     run_directory,
     stopped_line,
     tell,
+    tell_resumed,
 )
 from lowrank_probe.cli_train import train
 from lowrank_probe.errors import ProbeError, UnchangedError, printable
@@ -76,7 +79,9 @@ def _global(
 
 @app.command(epilog="Example: probe spectrum base/ finetuned/ --exclude embed_tokens")
 def spectrum(
-    base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id; or an adapter alone.")],
+    base: Annotated[
+        str, typer.Argument(help="Base checkpoint: directory, file, address, hub id; or an adapter alone.")
+    ],
     tuned: Annotated[
         list[str] | None,
         typer.Argument(
@@ -97,6 +102,7 @@ def spectrum(
         str | None, typer.Option(help="Exit 3 if any verdict is this: undecidable, low-rank, not low-rank, unrelated.")
     ] = None,
     device: Device = "auto",
+    ray: Ray = None,
     seed: Seed = 0,
     as_json: Json = False,
     open_report: Open = False,
@@ -114,15 +120,16 @@ def spectrum(
         raise typer.BadParameter("--exact-tail computes every value: leave one of the two out", param_hint="--top")
     options = Options(
         include=include or (), exclude=exclude or (), layers=span, split=split, top=top, exact_tail=exact_tail,
-        base_rounded=base_rounded, device=device, seed=seed,
+        base_rounded=base_rounded, device=device, seed=seed, ray=ray,
     )  # fmt: skip
     with interrupts.ending_at_once():
         from lowrank_probe import cuda_driver
 
-        cuda_driver.wake(device)
+        if ray is None:
+            cuda_driver.wake(device)
         from lowrank_probe import devices
 
-        devices.start(device, then="lowrank_probe.reports")
+        devices.start("cpu" if ray else device, then="lowrank_probe.reports")
         from lowrank_probe import spectra  # noqa: F401
 
         if figures is not None:
@@ -140,23 +147,18 @@ def spectrum(
 
 def _single(base: str, tuned: str | None, directory: Path, options: Options, as_json: bool, quiet: bool) -> "Result":
     """`probe spectrum` with one tuned side."""
-    from lowrank_probe import runs, scheduling, spectra
+    from lowrank_probe import spectra
 
-    earlier = runs.unfinished(directory)
-    with progress_bar(quiet) as on_progress:
+    with resumable(directory), progress_bar(quiet) as on_progress:
         try:
-            result = spectra.probe_pair(base, tuned, options, resume=earlier, on_progress=on_progress)
+            result = spectra.probe_pair(base, tuned, options, out=directory, on_progress=on_progress)
         except spectra.Interrupted as stopped:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not lose what is kept
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not cut the report off
             stopped.result.save(directory)
-            kept = f"{len(stopped.result.table)} finished matrices kept in {directory}"
-            raise stopped_line(kept, f"the same command with --out {directory} resumes") from None
-    with scheduling.interruptible(patient=True) as asked_to_stop:  # minutes of work must not be lost in the last second
-        result.save(directory)
-    if asked_to_stop():
-        raise interrupts.Stopped(f"{interrupts.LINE}; the finished run is in {printable(directory)}")
-    if earlier is not None:
-        tell(f"resumed the interrupted run in {directory}: {len(earlier.table)} matrices were finished", quiet)
+            raise stopped_line(
+                f"{len(stopped.result.table)} finished matrices kept in {directory}", directory
+            ) from None
+    tell_resumed(result.facts, directory, quiet)
     _show(result, directory, as_json, quiet)
     return result
 
@@ -165,31 +167,11 @@ def _trajectory(
     base: str, steps: list[str], directory: Path, options: Options, as_json: bool, quiet: bool
 ) -> "Trajectory":
     """`probe spectrum` with several steps."""
-    from lowrank_probe import spectra, trajectories, trajectory_runs
+    from lowrank_probe import trajectories
 
-    labels = trajectories.step_labels(steps)
-    plan = trajectory_runs.plan_of(base, dict(zip(labels, steps, strict=True)), options)
-    earlier = trajectory_runs.unfinished_steps(directory, plan)
-    kept = sum(result.facts["status"] == "complete" for result in earlier.values())
-
-    def on_step(label: str, result: "Result") -> None:
-        nonlocal kept
-        trajectory_runs.save_step(directory, label, result, plan)
-        kept += result.facts["status"] == "complete"
-
-    try:
-        with progress_bar(quiet) as on_progress:
-            found = trajectories.probe_steps(
-                base, steps, options, labels=labels, resume=earlier, on_step=on_step, on_progress=on_progress
-            )
-        found.save(directory)
-    except (spectra.Interrupted, KeyboardInterrupt):
-        raise stopped_line(
-            f"{kept} of {len(steps)} steps are finished in {directory}",
-            f"the same command with --out {directory} resumes",
-        ) from None
-    if earlier:
-        tell(f"resumed the interrupted run in {directory}: {len(earlier)} steps were finished or begun", quiet)
+    with resumable(directory), progress_bar(quiet) as on_progress:
+        found = trajectories.probe_steps(base, steps, options, out=directory, on_progress=on_progress)
+    tell_resumed(found.facts, directory, quiet)
     if as_json:
         print(found.to_json())  # noqa: T201
     else:

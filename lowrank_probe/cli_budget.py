@@ -2,14 +2,16 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from lowrank_probe.cli_shared import Json, Quiet, tell
-from lowrank_probe.errors import NoFormulaError
+from lowrank_probe.errors import NoFormulaError, ProbeError
+from lowrank_probe.recipes import OPTIMIZERS, PRECISIONS
 
 if TYPE_CHECKING:
     from lowrank_probe.accelerators import Accelerator
@@ -17,11 +19,12 @@ if TYPE_CHECKING:
     from lowrank_probe.training_steps import Measured
 
 METHODS: Final = ("full", "lora", "qlora", "dora", "rslora")
+DTYPES: Final = ("float32", "bfloat16")
 
 
 def budget(
     model: Annotated[
-        str | None, typer.Argument(help="A directory, config.json, safetensors file or hub id; or --params.")
+        str | None, typer.Argument(help="A directory, config.json, safetensors file, address, hub id; or --params.")
     ] = None,
     params: Annotated[str | None, typer.Option(help="A model's size instead of a model: 70B, 7e9, 135M.")] = None,
     like: Annotated[
@@ -78,12 +81,18 @@ def budget(
     the comparison, where none of its methods does.
     """
     methods = _methods(method)
-    ranks, seqs = (
-        _numbers("16" if rank is None else rank, "--rank"),
-        _numbers(seq, "--seq") if seq is not None else [None],
-    )
-    if loss not in ("whole", "chunked"):
-        raise typer.BadParameter(f"{loss!r}: expected whole or chunked", param_hint="--loss")
+    ranks: list[int] = _numbers("16" if rank is None else rank, "--rank")
+    seqs: list[int | None] = [*_numbers(seq, "--seq")] if seq is not None else [None]
+    for value, allowed, option in ((loss, ("whole", "chunked"), "--loss"), (precision, PRECISIONS, "--precision"),
+                                   (optimizer, OPTIMIZERS, "--optimizer"), (dtype, DTYPES, "--dtype")):  # fmt: skip
+        _one_of(value, allowed, option)
+    if (model is None) == (params is None):
+        raise typer.BadParameter(
+            "give a model (directory, config.json, safetensors file, hub id) or --params, one of the two",
+            param_hint="MODEL",
+        )
+    if measure:
+        _measurable(params, seq, {"--gpus": gpus > 1, "--zero": zero, "--fsdp": fsdp})
     several = len(ranks) > 1 or len(seqs) > 1
     compared = methods is None and not several
     if compared:
@@ -102,20 +111,38 @@ def budget(
         _unused({"--double-quant": double_quant}, "is of 4-bit weights; leave it out, or give --method qlora")
     from lowrank_probe import budget_fits, budgets
     from lowrank_probe.accelerators import find_accelerator
+    from lowrank_probe.budget_counts import parse_params
+    from lowrank_probe.model_shapes import typical_shape
+    from lowrank_probe.training_steps import Step
 
     if seq is None:
         said = {f"--batch {batch}": batch > 1, "--checkpointing": checkpointing, "--no-flash": not flash,
                 "--loss chunked": loss == "chunked"}  # fmt: skip
         for option in (option for option, changed in said.items() if changed):
             tell(f"note: {option} changes nothing without --seq, which activations need", quiet)
-    card = find_accelerator(gpu) if gpu is not None else None
+    with _value_of("--gpu"):
+        card = find_accelerator(gpu) if gpu is not None else None
+    if zero is not None and fsdp is not None:
+        raise typer.BadParameter("--zero names the stage too: give one of the two", param_hint="--fsdp")
+    with _value_of("--zero" if zero is not None else "--fsdp"):
+        budgets.sharding(gpus, zero, fsdp)
+    with _value_of("--params"):
+        n_parameters = None if params is None else parse_params(params)
+    for option, values in (("rank", ranks), ("seq", seqs), ("batch", [batch])):
+        for number in values:
+            with _value_of(f"--{option}"):
+                Step(**{option: number})  # type: ignore[arg-type]
     wanted = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
     same: dict[str, Any] = {
         "rank": ranks[0], "targets": wanted, "seq": seqs[0], "batch": batch, "checkpointing": checkpointing,
         "flash": flash, "chunked_loss": loss == "chunked", "adapter_dtype": dtype or "float32",
         "double_quant": double_quant is not False, "gpus": gpus, "zero": zero, "fsdp": fsdp,
     }  # fmt: skip
-    shape, n_parameters, name = budgets.resolve(model, params, like or "llama")
+    if n_parameters is None:
+        shape, _, name = budgets.resolve(model, None, "llama")
+    else:
+        with _value_of("--params" if like is None else "--like"):
+            shape, name = typical_shape(n_parameters, like or "llama"), ""
 
     def made(seqs: Sequence[int | None]) -> "tuple[Budget, ...]":
         if compared:
@@ -136,7 +163,7 @@ def budget(
     if out is not None:
         from lowrank_probe.budget_runs import BudgetRun
 
-        BudgetRun(found, measured, storage).save(out)
+        BudgetRun(found, measured, storage, price, gpu or "H100").save(out)
     if as_json:
         print(json.dumps(budget_fits.told(found, card, price, storage, measured), ensure_ascii=False))  # noqa: T201
     else:
@@ -162,8 +189,7 @@ def _show(
     else:
         terminal.print_budget(found[0], card, explain, price)
     if storage is not None:
-        adapted = next((one for one in found if one.counts.adapter), found[0].changed(method="lora"))
-        terminal.print_storage(adapted, storage)
+        terminal.print_storage(found, storage)
     if measured is not None:
         terminal.print_measured(found[0], measured, card)
 
@@ -187,6 +213,33 @@ def _measured(found: "tuple[Budget, ...]", compared: bool, seqs: "Sequence[int |
     from lowrank_probe.budget_measured import measured_step
 
     return measured_step(found[0], seqs[0])
+
+
+def _measurable(params: str | None, seq: str | None, cards: Mapping[str, object]) -> None:
+    """A usage error for options with which no step can be measured."""
+    if params is not None:
+        raise typer.BadParameter("needs a model, not a size: give its directory or config.json", param_hint="--measure")
+    if seq is None:
+        raise typer.BadParameter("needs --seq (and --batch): it runs one step", param_hint="--measure")
+    for option in (option for option, given in cards.items() if given):
+        raise typer.BadParameter("--measure runs on one card; leave it out", param_hint=option)
+
+
+@contextmanager
+def _value_of(option: str) -> Iterator[None]:
+    """What the library refuses of an option's value is wrong usage, in its words."""
+    try:
+        yield
+    except ProbeError as error:
+        said = re.sub(rf"^({option}|{option[2:]}):? ", "", str(error))
+        raise typer.BadParameter(said, param_hint=option) from None
+
+
+def _one_of(value: str | None, allowed: Collection[str], option: str) -> None:
+    if value is not None and value not in allowed:
+        *first, last = allowed
+        said = f"{', '.join(first)} or {last}"
+        raise typer.BadParameter(f"{value!r}: expected {said}", param_hint=option)
 
 
 def _unused(given: Mapping[str, object], why: str) -> None:

@@ -17,9 +17,10 @@ from lowrank_probe.cli_shared import (
     Seed,
     finish,
     progress_bar,
+    resumable,
     run_directory,
-    stopped_line,
     tell,
+    tell_resumed,
 )
 
 if TYPE_CHECKING:
@@ -74,16 +75,13 @@ def evaluate(
             from lowrank_probe.figures import check_writable
 
             check_writable(figures)
-    with run_directory(out, tuned) as directory, progress_bar(quiet) as on_progress:
-        try:
-            found = evaluation.evaluate(
-                base, tuned, data, ranks=ranks, groups=chosen, leave_out=leave_out, tolerance=tolerance,
-                length=length, sequences=sequences, batch=batch, held_out=held_out, packing=packing, dtype=dtype,
-                device=device, seed=seed, out=directory, on_progress=on_progress,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            again = f"the same command with --out {directory} resumes"
-            raise stopped_line(f"finished states are kept in {directory}", again) from None
+    with run_directory(out, tuned) as directory, resumable(directory, "states"), progress_bar(quiet) as on_progress:
+        found = evaluation.evaluate(
+            base, tuned, data, ranks=ranks, groups=chosen, leave_out=leave_out, tolerance=tolerance,
+            length=length, sequences=sequences, batch=batch, held_out=held_out, packing=packing, dtype=dtype,
+            device=device, seed=seed, out=directory, on_progress=on_progress,
+        )  # fmt: skip
+    tell_resumed(found.facts, directory, quiet, "states")
     _show(found, directory, as_json, quiet)
     finish(found, directory, figures, open_report, quiet)
 

@@ -16,21 +16,23 @@ from lowrank_probe.cli_shared import (
     Json,
     Layers,
     Quiet,
+    Ray,
     Seed,
     layer_span,
     progress_bar,
     read_data,
-    stopped_line,
+    resumable,
     stored_word,
     tell,
     tell_problems,
+    tell_resumed,
 )
 
 Rank = Annotated[str | None, typer.Option("--rank", "-r", help="A rank, several (4,8,16), or auto. Default: 16.")]
 
 
 def extract(
-    base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id.")],
+    base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file, address or hub id.")],
     tuned: Annotated[str, typer.Argument(help="Fine-tuned checkpoint.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the adapter; must be new or empty.")],
     rank: Rank = None,
@@ -61,6 +63,7 @@ def extract(
         Path | None, typer.Option(help="Text (.txt, .jsonl) on whose activations the factors are to be best.")
     ] = None,
     device: Device = "auto",
+    ray: Ray = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -71,28 +74,31 @@ def extract(
     with interrupts.ending_at_once():
         from lowrank_probe import cuda_driver
 
-        cuda_driver.wake(device)
+        if ray is None:
+            cuda_driver.wake(device)
         from lowrank_probe import devices
 
-        devices.start(device, then="lowrank_probe.extraction_reports")
+        devices.start("cpu" if ray else device, then="lowrank_probe.extraction_reports")
         from lowrank_probe import allocation, extraction
         from lowrank_probe.options import Options
         from lowrank_probe.rank_choice import RankChoice
     texts = read_data(data, verify)
+    if verify:  # before the work rather than after it
+        from lowrank_probe.remote_files import refuse_addresses
+
+        refuse_addresses(base, tuned)
     choice = RankChoice(
         ranks=ranks, energy=energy, auto=auto, budget=allocation.parse_budget(budget) if budget else None,
         denoised=denoised, max_rank=max_rank, rank_multiple=rank_multiple,
     )  # fmt: skip
     chosen = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
-    options = Options(include=include or (), exclude=exclude or (), layers=span, device=device, seed=seed)
-    with progress_bar(quiet) as on_progress:
-        try:
-            found = extraction.extract(
-                base, tuned, out, ranks=choice, targets=chosen, servable=servable, tied_lora=tied_lora, dtype=dtype,
-                options=options, calibration=_calibration(calibration), on_progress=on_progress,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            raise stopped_line(f"finished matrices are kept in {out}", "the same command resumes") from None
+    options = Options(include=include or (), exclude=exclude or (), layers=span, device=device, seed=seed, ray=ray)
+    with resumable(out), progress_bar(quiet) as on_progress:
+        found = extraction.extract(
+            base, tuned, out, ranks=choice, targets=chosen, servable=servable, tied_lora=tied_lora, dtype=dtype,
+            options=options, calibration=_calibration(calibration), on_progress=on_progress,
+        )  # fmt: skip
+    tell_resumed(found.facts, out, quiet)
     checks: dict[str, Any] = {}
     if verify:
         from lowrank_probe.verification import verify_extraction

@@ -13,6 +13,7 @@ import typer
 from lowrank_probe import interrupts
 from lowrank_probe.errors import printable
 from lowrank_probe.options import STORED, Progress
+from lowrank_probe.words import count
 
 if TYPE_CHECKING:
     from lowrank_probe.verification import Verification
@@ -38,6 +39,7 @@ def _device(text: str) -> str:
 
 
 Device = Annotated[str, typer.Option("--device", callback=_device, help="auto, cpu, cuda, cuda:N or mps.")]
+Ray = Annotated[str | None, typer.Option(help="Address of a Ray cluster that does the matrices; auto: this machine's.")]
 
 
 def stored_word(text: str | None) -> str | None:
@@ -87,8 +89,12 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
 def run_directory(out: Path | None, last: str) -> AbstractContextManager[Path]:
     """The run directory: --out, or a new one that no other process has, named after the last of what was given."""
     from lowrank_probe.outputs import new_directory
+    from lowrank_probe.remote_files import is_address, shown
 
-    slug = re.sub(r"[^\w.-]+", "-", Path(last).resolve().name).strip("-") or "run"
+    slug = (
+        re.sub(r"[^\w.-]+", "-", (Path(shown(last)) if is_address(last) else Path(last).resolve()).name).strip("-")
+        or "run"
+    )
     named = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}"
     return nullcontext(out) if out is not None else new_directory(Path("probe-runs") / named)
 
@@ -104,9 +110,33 @@ def finish(found: Any, directory: Path, figures: Path | None, open_report: bool,
         typer.launch(str((directory / "report.html").resolve()))
 
 
-def stopped_line(kept: str, again: str) -> interrupts.Stopped:
+def stopped_line(kept: str, directory: Path) -> interrupts.Stopped:
     """The last line after Ctrl-C: what is kept, and how to go on."""
-    return interrupts.Stopped(printable(f"interrupted: {kept}; {again}"))
+    again = f"the same command with --out {directory} resumes"
+    return interrupts.Stopped(printable(f"{interrupts.LINE}: {kept}; {again}"))
+
+
+@contextmanager
+def resumable(directory: Path, what: str = "matrices") -> Iterator[None]:
+    """Within it Ctrl-C ends with what is kept in a run directory, and how to go on."""
+    from lowrank_probe.outputs import is_unfinished
+    from lowrank_probe.spectra import Interrupted
+
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted):
+        if not is_unfinished(directory):
+            raise interrupts.Stopped(interrupts.LINE) from None
+        raise stopped_line(f"finished {what} are kept in {directory}", directory) from None
+
+
+def tell_resumed(facts: dict[str, Any], directory: Path, quiet: bool, what: str = "matrices") -> None:
+    """What a run took over from one that was killed."""
+    if "resumed" not in facts:
+        return
+    told = f"resumed the interrupted run in {directory}: {facts['resumed']['n_finished']} {what} were finished"
+    damaged = facts["resumed"]["n_damaged"]
+    tell(f"{told}, what was damaged ({count(damaged, 'place')}) was done again" if damaged else told, quiet)
 
 
 def read_data(data: Path | None, verify: bool) -> list[str] | None:

@@ -82,7 +82,7 @@ def train(
                 tolerance=tolerance, device=device, on_progress=on_progress,
             )  # fmt: skip
         except KeyboardInterrupt:
-            raise stopped_line(f"finished runs are kept in {out}", "the same command goes on") from None
+            raise stopped_line(f"finished runs are kept in {out}", out) from None
     if found is not None:
         _show(found, out, as_json, quiet)
         finish(found, out, figures, open_report, quiet)

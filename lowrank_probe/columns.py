@@ -233,6 +233,9 @@ BUDGET: Final[dict[str, Column]] = {
     "total_gb": Column("total_bytes / 10⁹", "GB"),
     "adapter_file_bytes": Column("adapter_model.safetensors as PEFT saves it; missing for full fine-tuning", "B"),
     "smallest_card": Column("the smallest common GPU that holds it alone"),
+    "priced_card": Column("the card that --price is of: --gpu's, or an H100; missing without --price"),
+    "n_cards_priced": Column("the least number of those that hold it; missing where no number is enough"),
+    "price_per_hour": Column("n_cards_priced × --price"),
     "source": Column("where the recipe is from"),
 }
 

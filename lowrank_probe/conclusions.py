@@ -17,12 +17,13 @@ from lowrank_probe.columns import EQUAL_PARAMETERS, TRAINING
 from lowrank_probe.devices import Choice
 from lowrank_probe.errors import UnchangedError
 from lowrank_probe.evaluation import evaluate
-from lowrank_probe.evaluation_runs import Evaluation, finished
+from lowrank_probe.evaluation_runs import Evaluation
 from lowrank_probe.evaluation_states import EACH
 from lowrank_probe.facts import machine_facts
 from lowrank_probe.functional_ranks import Tolerance, parse_tolerance
 from lowrank_probe.hypothesis import judge, recommend
 from lowrank_probe.options import Progress
+from lowrank_probe.outputs import is_finished
 from lowrank_probe.runs import SCHEMA_VERSION, Result, load_result
 from lowrank_probe.spectra import spectrum
 from lowrank_probe.trained_ranks import Yardstick, equal_parameters, trained_ranks, yardstick
@@ -159,7 +160,7 @@ def _evaluation(
     root: Path, setting: Setting, plan: Plan, tuned: Path, tolerance: str, on_progress: Progress | None
 ) -> Evaluation | None:
     """The functional ranks of the full run's update, on the held-out text of the training; None of no update."""
-    if finished(root):
+    if is_finished(root):
         return Evaluation.load(root)
     # In float32 on any hardware: bfloat16 weights would drop what a higher rank adds.
     try:

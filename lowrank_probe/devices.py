@@ -29,23 +29,29 @@ class Choice:
     """device: where spectra are computed. note: why that is not the device asked for, or "".
 
     float64_s: device → seconds of one float64 spectrum of a `PROBED` matrix there, ∞ where it has no float64; empty
-    where there was nothing to compare.
+    where there was nothing to compare. cluster: matrices are Ray's tasks, and the device is that of its workers.
     """
 
     device: torch.device
     note: str = ""
     float64_s: dict[str, float] = field(default_factory=dict)
+    cluster: bool = False
 
 
 _choices: dict[str, Choice] = {}
 _choosing = threading.Lock()
 
 
-def choose_device(asked: str) -> Choice:
+def choose_device(asked: str, ray: str | None = None) -> Choice:
     """The device for "auto" (the first CUDA or MPS device, else the CPU), "cpu", "cuda", "cuda:1" or "mps".
 
-    Once per process; raises `ProbeError` for a device that is not there.
+    Once per process; raises `ProbeError` for a device that is not there. ray: the address of a cluster to join, whose
+    devices count instead (`cluster.join`).
     """
+    if ray is not None:
+        from lowrank_probe.cluster import join
+
+        return join(ray, asked)
     with _choosing:
         if asked not in _choices:
             _choices[asked] = _choose(find_device(asked))

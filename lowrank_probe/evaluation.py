@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from lowrank_probe.devices import Choice, choose_device, find_device
-from lowrank_probe.errors import OutputError, ProbeError, UnchangedError
+from lowrank_probe.errors import ProbeError, UnchangedError
 from lowrank_probe.evaluation_models import Sides, open_sides
-from lowrank_probe.evaluation_runs import Evaluation, finished
+from lowrank_probe.evaluation_runs import Evaluation
 from lowrank_probe.evaluation_states import Group, make_groups, parse_ranks, unique_states
 from lowrank_probe.evaluation_tables import make_evaluation
 from lowrank_probe.evaluation_text import Text, read_data, read_text
-from lowrank_probe.facts import machine_facts
+from lowrank_probe.facts import machine_facts, same_machine
 from lowrank_probe.functional_ranks import parse_tolerance
 from lowrank_probe.options import Progress
+from lowrank_probe.outputs import check_free
 from lowrank_probe.runs import SCHEMA_VERSION
 from lowrank_probe.scoring import Score, Scorer, make_task
 from lowrank_probe.swapping import Factors, Piece, Swapper, Update, factorise, find_update
@@ -78,8 +79,8 @@ def evaluate(
         raise ProbeError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if batch < 1:
         raise ProbeError(f"batch={batch}: expected at least 1 sequence")
-    if out is not None and finished(Path(out)):
-        raise OutputError(f"{out}: already holds a finished run; choose another --out or remove it")
+    if out is not None:
+        check_free(Path(out))
     where = find_device(device)
     report = on_progress or _silent
     started = time.perf_counter()
@@ -114,6 +115,8 @@ def evaluate(
         "notes": _notes(sides, text, update, made, cut), **machine_facts(Choice(where)),
     }  # fmt: skip
     store = _store(out, facts)
+    if store is not None and store.resumed:
+        facts["resumed"] = store.resumed
     scorer = Scorer(task, batch, where)
     scores = _scores(
         sides, update.pieces, states, scorer, DTYPES[dtype], choose_device(device).device, store, report, seed
@@ -219,8 +222,8 @@ def _store(out: str | os.PathLike[str] | None, facts: Mapping[str, Any]) -> "Unf
         return None
     from lowrank_probe.unfinished import Unfinished
 
-    same = ("base", "tuned", "text", "merit", "options", "versions", "device")
-    return Unfinished(Path(out), {key: facts[key] for key in same})
+    same = ("base", "tuned", "text", "merit", "options")
+    return Unfinished(Path(out), {key: facts[key] for key in same} | same_machine(facts))
 
 
 def _kept(store: "Unfinished | None", name: str) -> Score | None:

@@ -16,6 +16,7 @@ from lowrank_probe import running_models as running
 from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
 from lowrank_probe.errors import CheckpointError, MatchError, ProbeError
 from lowrank_probe.facts import side_facts
+from lowrank_probe.remote_files import refuse_addresses
 from lowrank_probe.running_models import CannotRun
 from lowrank_probe.words import some
 
@@ -80,6 +81,7 @@ def open_sides(base: Any, tuned: Any) -> Sides:
         if not all(in_memory):
             raise ProbeError("expected two paths or two models in memory, found one of each")
         return _from_memory(base, tuned)
+    refuse_addresses(base, tuned)
     checkpoints = open_checkpoint(base), open_checkpoint(tuned)
     for side in (base, tuned):
         if isinstance(side, str | os.PathLike) and not Path(side).exists():  # a hub id, then, and its weights are here
@@ -152,7 +154,7 @@ def _load(directory: Path, kind: running.Kind) -> tuple[Any, list[str]]:
 
 
 def _directory(side: Checkpoint) -> Path:
-    path = Path(side.path)
+    path = side.local_path
     return path if path.is_dir() else path.parent
 
 

@@ -105,11 +105,6 @@ class Evaluation:
         return cls(table, functional, losses, kl, tokens, kl_tokens, facts)
 
 
-def finished(root: Path) -> bool:
-    """Whether a directory holds a finished run, and no process killed while it wrote it."""
-    return (root / "facts.json").exists() and not (root / ".unfinished").exists()
-
-
 def rank_word(rank: Any, largest: Any) -> str:
     """A functional rank, or "> r" where the grid ends before it."""
     return f"> {largest}" if pd.isna(rank) else str(rank)

@@ -25,7 +25,7 @@ from lowrank_probe.extraction_ledger import curves, ledger_lines
 from lowrank_probe.extraction_runs import Extraction
 from lowrank_probe.extraction_summary import adapter_facts
 from lowrank_probe.extraction_work import Work
-from lowrank_probe.facts import machine_facts, side_facts
+from lowrank_probe.facts import machine_facts, same_machine, side_facts
 from lowrank_probe.narrowing import stored_dtype
 from lowrank_probe.options import Options, Progress
 from lowrank_probe.peft_files import write_adapter
@@ -72,7 +72,9 @@ def extract(
         raise ProbeError("--servable makes an adapter of one rank: give it with --rank 16, no energy, auto or budget")
     if servable and tied_lora:
         raise ProbeError("--servable is LoRA on linear layers only, --tied-lora adapts a table; give one of them")
-    where = choose_device(options.device)
+    if options.ray is not None and calibration is not None:
+        raise ProbeError("--calibration runs the fine-tune in one process; leave --ray out")
+    where = choose_device(options.device, options.ray)
     base_side, tuned_side = open_checkpoint(base), open_checkpoint(tuned)
     if tuned_side.is_adapter:
         raise ProbeError(f"{tuned_side.path}: is an adapter already; probe resize changes its rank")
@@ -82,6 +84,10 @@ def extract(
     )  # fmt: skip
     choice, notes = _one_rank(choice, selection) if servable else (choice, [])
     notes += _absent(selection)
+    if selection.sizes and not isinstance(tuned_side.path, Path):
+        notes.append(
+            f"the tokenizer of {tuned_side.path} is not copied: its address has no list of files; add it by hand"
+        )
     if tied_lora and not any(target.tied for target in selection.chosen):
         notes.append(
             "--tied-lora changes nothing: no table embed_tokens that is tied to the output head is among the --targets"
@@ -99,14 +105,18 @@ def extract(
         from lowrank_probe.calibration import Calibrator
 
         calibrator = Calibrator.open(calibration, base_side, tuned_side, where.device)
-    same = ("base", "tuned", "dtype", "versions", "device")
-    identity = {key: facts[key] for key in same} | {"seed": options.seed}
+    same = ("base", "tuned", "dtype")
+    identity = {key: facts[key] for key in same} | {"seed": options.seed} | same_machine(facts)
     if not (base_side.files and tuned_side.files):  # a model in memory cannot be known again
         identity["run"] = uuid.uuid4().hex
     store = Unfinished(Path(out), identity)
-    work = Work(base_side, tuned_side, selection.chosen, store, where.device, options, choice.needs_noise)
+    if store.resumed:
+        facts["resumed"] = store.resumed
+    work = Work(
+        base_side, tuned_side, selection.chosen, store, where.device, options, choice.needs_noise, cluster=where.cluster
+    )
     started = time.perf_counter()
-    if where.device.type == "cuda":
+    if where.device.type == "cuda" and not where.cluster:
         torch.cuda.reset_peak_memory_stats(where.device)
     norms = selection.weigh(base_side, tuned_side)
     other_bytes = sum(one.n_bytes(tuned_side) for one in selection.whole)
@@ -123,6 +133,8 @@ def extract(
         for label, allotments in allotted.items()
     }
     carried = {label: selection.at(ranks) for label, ranks in kept.items()}
+    for side in (base_side, tuned_side):
+        side.check_unchanged()
     lines = ledger_lines(works, carried, allotted, norms)
     if all(line["status"] == "unchanged" for line in lines):
         store.remove()
@@ -141,7 +153,7 @@ def extract(
             dtype=stored,
         )  # fmt: skip
     facts["seconds"] = time.perf_counter() - started
-    if where.device.type == "cuda":
+    if where.device.type == "cuda" and not where.cluster:
         facts["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(where.device)
     facts["adapters"] = {
         label: adapter_facts(ledger, label) | {"n_bytes": (path / WEIGHTS).stat().st_size}

@@ -5,7 +5,7 @@ Legend: m out, n in, r rank, k = min(m, n). A piece is one copy of a target: one
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -51,11 +51,91 @@ def pieces_of(target: Target) -> list[Piece]:
     return [Piece(target, copy) for copy in range(target.copies)]
 
 
+# What a job found for a piece: tensors and facts to keep.
+Found = tuple[Piece, dict[str, Tensor], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is done for one piece, here or on another node. keep_sides: the stored values are needed, too."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    device: torch.device
+    keep_sides: bool
+
+    def load(self, piece: Piece) -> Delta | None:
+        """ΔW; None where it is 0."""
+        delta = piece.target.delta(piece.copy, self.base, self.tuned, self.device)
+        # Without the stored values, a matrix takes half the memory while it waits.
+        return delta if delta is None or self.keep_sides else replace(delta, base=None, tuned=None)
+
+    def compute(self, piece: Piece, delta: Delta | None) -> Found:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Spectrum(_Job):
+    """The singular values of a piece, of KᵀΔWL with a weighting; where sides are kept, what storage did to it, too."""
+
+    settings: Settings
+    weighting: Weighting | None
+
+    def compute(self, piece: Piece, delta: Delta | None) -> Found:
+        if delta is None:
+            return piece, {}, {"fro_norm": 0.0}
+        assert delta.dense is not None
+        facts: dict[str, Any] = {"fro_norm": delta.fro_norm}
+        tensors: dict[str, Tensor] = {}
+        if self.keep_sides:
+            found = analyse(delta, self.settings)
+            values, denoised = found.values, found.denoised
+            for name in ("signal_rank", "r90_denoised", "denoised_fro_norm", "decidable_r90"):
+                facts[name] = found.row[name]
+            if denoised is not None:
+                tensors["denoised"] = torch.from_numpy(np.ascontiguousarray(denoised))
+        elif self.weighting:
+            roots = self.weighting.roots(piece, self.device)
+            found_values = full_spectrum(roots.weighted(delta.dense) if roots else delta.dense).values
+            values = found_values * math.sqrt(self.weighting.scale(piece, roots))
+            facts["weighted_norm"] = float(np.linalg.norm(values))
+        else:
+            values = full_spectrum(delta.dense, delta.fro_norm).values
+        return piece, tensors | {"values": torch.from_numpy(np.ascontiguousarray(values))}, facts
+
+
+@dataclass(frozen=True)
+class _Factors(_Job):
+    """The factors of a piece at its target's rank."""
+
+    ranks: Mapping[str, int]
+    dtype: torch.dtype
+    seed: int
+    weighting: Weighting | None
+
+    def compute(self, piece: Piece, delta: Delta | None) -> Found:
+        if delta is None:
+            return piece, {}, {"fro_norm": 0.0, "base_norm": None}
+        assert delta.dense is not None
+        rank = min(self.ranks[piece.target.name], *piece.target.shape)
+        roots = self.weighting.roots(piece, self.device) if self.weighting else None
+        found = factorise(delta.dense, delta.fro_norm, rank, self.dtype, piece.target.name, seed=self.seed, roots=roots)
+        numbers = {name: torch.from_numpy(getattr(found, name)) for name in ("kept", "upper", "stored")}
+        facts = {
+            "fro_norm": delta.fro_norm, "base_norm": delta.base_norm, "method": found.method, "rank": found.A.shape[0],
+        }  # fmt: skip
+        if found.weighted is not None:
+            numbers["weighted"] = torch.from_numpy(found.weighted)
+            facts["weighted_norm"] = found.weighted_norm
+        # B by columns, so that a smaller rank is the first rows of both.
+        return piece, {"Bt": found.B.T.contiguous(), "A": found.A, **numbers}, facts
+
+
 @dataclass(frozen=True)
 class Work:
     """What every job needs. Everything a job finds goes to `store` at once.
 
-    weighting: KᵀΔWL is what is approximated, and whose singular values ranks are chosen by.
+    weighting: KᵀΔWL is what is approximated, and whose singular values ranks are chosen by. cluster: jobs are Ray's.
     """
 
     base: Checkpoint
@@ -66,6 +146,7 @@ class Work:
     options: Options
     noise: bool = False
     weighting: Weighting | None = None
+    cluster: bool = False
 
     @property
     def spectrum(self) -> str:
@@ -85,61 +166,15 @@ class Work:
 
     def spectra(self, progress: Progress | None) -> None:
         """The singular values of every piece; `noise`: also what storage did to it, and the values without that."""
-        settings = Settings(self.device, self.options).with_turns()
-
-        def compute(piece: Piece, delta: Delta | None) -> Piece:
-            facts: dict[str, Any] = {"fro_norm": delta.fro_norm if delta else 0.0}
-            tensors: dict[str, Tensor] = {}
-            if delta is not None:
-                assert delta.dense is not None
-                if self.noise:
-                    found = analyse(delta, settings)
-                    values, denoised = found.values, found.denoised
-                    for name in ("signal_rank", "r90_denoised", "denoised_fro_norm", "decidable_r90"):
-                        facts[name] = found.row[name]
-                    if denoised is not None:
-                        tensors["denoised"] = torch.from_numpy(np.ascontiguousarray(denoised))
-                elif self.weighting:
-                    roots = self.weighting.roots(piece, self.device)
-                    found_values = full_spectrum(roots.weighted(delta.dense) if roots else delta.dense).values
-                    values = found_values * math.sqrt(self.weighting.scale(piece, roots))
-                    facts["weighted_norm"] = float(np.linalg.norm(values))
-                else:
-                    values = full_spectrum(delta.dense, delta.fro_norm).values
-                tensors["values"] = torch.from_numpy(np.ascontiguousarray(values))
-            self.store.put(piece.key(self.spectrum), tensors, facts)
-            return piece
-
-        self._run(self.spectrum, None, compute, progress, keep_sides=self.noise)
+        settings = Settings(self.device, self.options)
+        settings = settings if self.cluster else settings.with_turns()
+        job = _Spectrum(self.base, self.tuned, self.device, self.noise, settings, self.weighting)
+        self._run(self.spectrum, None, job, progress)
 
     def factors(self, ranks: Mapping[str, int], dtype: torch.dtype, progress: Progress | None) -> None:
         """The factors of every piece at its target's rank (0: none)."""
-
-        def compute(piece: Piece, delta: Delta | None) -> Piece:
-            if delta is None:
-                self.store.put(piece.key(self.factored), {}, {"fro_norm": 0.0, "base_norm": None})
-                return piece
-            assert delta.dense is not None
-            rank = min(ranks[piece.target.name], *piece.target.shape)
-            roots = self.weighting.roots(piece, self.device) if self.weighting else None
-            found = factorise(
-                delta.dense, delta.fro_norm, rank, dtype, piece.target.name, seed=self.options.seed, roots=roots
-            )
-            numbers = {name: torch.from_numpy(getattr(found, name)) for name in ("kept", "upper", "stored")}
-            facts = {
-                "fro_norm": delta.fro_norm,
-                "base_norm": delta.base_norm,
-                "method": found.method,
-                "rank": found.A.shape[0],
-            }
-            if found.weighted is not None:
-                numbers["weighted"] = torch.from_numpy(found.weighted)
-                facts["weighted_norm"] = found.weighted_norm
-            # B by columns, so that a smaller rank is the first rows of both.
-            self.store.put(piece.key(self.factored), {"Bt": found.B.T.contiguous(), "A": found.A, **numbers}, facts)
-            return piece
-
-        self._run(self.factored, ranks, compute, progress)
+        job = _Factors(self.base, self.tuned, self.device, False, dict(ranks), dtype, self.options.seed, self.weighting)
+        self._run(self.factored, ranks, job, progress)
 
     def norms(self, left_out: Sequence[Left]) -> dict[tuple[str, str], float]:
         """(name, tuned name) → ‖ΔW‖_F of what no adapter carries; NaN where it cannot be told (NaN or Inf in it)."""
@@ -195,19 +230,7 @@ class Work:
             return False
         return what == self.spectrum or self.store.facts(key).get("rank", rank) >= rank
 
-    def _run(
-        self,
-        what: str,
-        ranks: Mapping[str, int] | None,
-        compute: Callable[[Piece, Delta | None], Piece],
-        progress: Progress | None,
-        keep_sides: bool = False,
-    ) -> None:
-        def load(piece: Piece) -> Delta | None:
-            delta = piece.target.delta(piece.copy, self.base, self.tuned, self.device)
-            # Without the stored values, a matrix takes half the memory while it waits.
-            return delta if delta is None or keep_sides else replace(delta, base=None, tuned=None)
-
+    def _run(self, what: str, ranks: Mapping[str, int] | None, job: "_Job", progress: Progress | None) -> None:
         def size(piece: Piece) -> int:
             return math.prod(piece.target.shape)
 
@@ -223,9 +246,10 @@ class Work:
         total, done = sum(map(size, every)), sum(map(size, every)) - sum(map(size, todo))
         largest = max(math.prod(info.shape) for info in self.base.tensors.values())  # read for its norm at least
         by = size if self.device.type == "cpu" else held
-        jobs = run_jobs(todo, by, load, compute, self.device, IN_FLIGHT, largest)
+        jobs = run_jobs(todo, by, job.load, job.compute, self.device, IN_FLIGHT, largest, self.cluster)
         with interruptible() as asked_to_stop, closing(jobs):
-            for piece in jobs:
+            for piece, tensors, facts in jobs:
+                self.store.put(piece.key(what), tensors, facts)
                 done += size(piece)
                 if progress:
                     progress(f"{what} {piece.target.name}", done, total)
@@ -235,20 +259,17 @@ class Work:
     def unit(self, target: Target) -> Unit:
         """The `allocation.Unit` of a target, from its spectra (all values)."""
         keys = [piece.key(self.spectrum) for piece in pieces_of(target)]
-        facts = [self.store.facts(key) for key in keys]
+        facts = [_known(self.store.facts(key)) for key in keys]
         k = min(target.shape)
         square = sum(fact.get("weighted_norm", fact["fro_norm"]) ** 2 for fact in facts)
         found: dict[str, Any] = {}
-        if any(fact.get("denoised_fro_norm") is not None for fact in facts):
+        if any("denoised_fro_norm" in fact for fact in facts):
             # Where there is no noise to take out, what is stored is the update.
-            clean = [
-                fact["fro_norm"] if fact.get("denoised_fro_norm") is None else fact["denoised_fro_norm"]
-                for fact in facts
-            ]
+            clean = [fact.get("denoised_fro_norm", fact["fro_norm"]) for fact in facts]
             found["denoised"] = _by_copy([self._values(key, k, "denoised") for key in keys])
             found["denoised_fro_norm"] = math.sqrt(sum(norm**2 for norm in clean))
         for rank, name in (("signal_rank", "signal_rank"), ("r90", "r90_denoised")):
-            known = [fact[name] for fact in facts if fact.get(name) is not None]
+            known = [fact[name] for fact in facts if name in fact]
             found[rank] = float(max(known)) if known else math.nan
         return Unit(
             target.name, target.shape, _by_copy([self._values(key, k, "values") for key in keys]), math.sqrt(square),
@@ -274,6 +295,11 @@ class Work:
             return np.zeros(k)
         values = self.store.get(key, name if name in held else "values").numpy()
         return np.pad(values, (0, k - len(values)))
+
+
+def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts without those that are NaN."""
+    return {name: value for name, value in facts.items() if value == value}
 
 
 def _by_copy(values: Sequence[Values]) -> Values:

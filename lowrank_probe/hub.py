@@ -9,7 +9,7 @@ from lowrank_probe.errors import CheckpointError
 from lowrank_probe.outputs import why
 
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
-_ADDRESS: Final = re.compile(r"https?://[^/]+/([\w.-]+/[\w.-]+)(?:/(?:tree|resolve|blob)/([\w.-]+))?")
+_PAGE: Final = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?(?:(?:tree|blob)/([\w.-]+).*)?")
 _CONFIGS: Final = ("config.json", CONFIG)
 # In this order: pickles only where a repository has no safetensors. A model's own shards, not copies in other formats
 # (`consolidated.*`) that lie beside them.
@@ -29,24 +29,20 @@ def is_hub_id(path: str) -> bool:
 
 
 def id_in_address(text: str) -> str:
-    """The hub id inside a web address of a hub; "" where there is none.
+    """The hub id of a page of the hub, which has no files; "" for any other address.
 
     >>> id_in_address("https://huggingface.co/org/name/tree/v2")
     'org/name@v2'
     """
-    found = _ADDRESS.match(text)
+    found = _PAGE.fullmatch(text)
     return "" if found is None else f"{found[1]}@{found[2]}" if found[2] else found[1]
 
 
 def no_such(text: str) -> str:
     """Why nothing can be opened under this name, and the mend."""
     if not text:
-        return "'' is no path (expected a checkpoint directory, file or hub id; an empty variable?)"
-    if "://" in text:
-        hub_id = id_in_address(text)
-        mend = f"give the hub id, {hub_id}" if hub_id else "download it and give the file"
-        return f"{text}: is a web address (expected a checkpoint directory, file or hub id); {mend}"
-    return f"{text}: no such file or directory (expected a checkpoint directory, file or hub id, owner/name)"
+        return "'' is no path (expected a checkpoint directory, file, address or hub id; an empty variable?)"
+    return f"{text}: no such file or directory (expected a checkpoint directory, file, address or hub id, owner/name)"
 
 
 def download(hub_id: str) -> Path:

@@ -21,7 +21,7 @@ def tokenizer_files(
     clash: list[str] = []
     for adapter in adapters:
         for file in adapter.tokenizer_files:
-            if _same(file, base.path / file.name):
+            if _same(file, base.local_path / file.name):
                 continue
             if not _same(file, found.setdefault(file.name, file)):
                 clash.append(file.name)
@@ -35,8 +35,9 @@ def tokenizer_files(
 
 def other_bases(base: Checkpoint, adapters: Sequence[Checkpoint]) -> list[str]:
     """A note for each adapter whose config names a model of another name than the base's, where both have one."""
-    places = [base.path.parent, base.path.with_suffix("")] if base.path.is_file() else [base.path]
-    known = [str(base.config.get("_name_or_path") or ""), *(str(path) for path in places if base.path.exists())]
+    root = base.local_path
+    places = [root.parent, root.with_suffix("")] if root.is_file() else [root]
+    known = [str(base.config.get("_name_or_path") or ""), *(str(path) for path in places if root.exists())]
     own = {_name(path) for path in known} - {""}
     notes = []
     for adapter in adapters:

@@ -29,6 +29,7 @@ from lowrank_probe.narrowing import CODES, dtype_word, narrowed, stored_dtype
 from lowrank_probe.options import Progress
 from lowrank_probe.outputs import copy_into, whole_directory, write_json
 from lowrank_probe.overlaps import overlap_rows
+from lowrank_probe.remote_files import refuse_addresses
 from lowrank_probe.runs import SCHEMA_VERSION, plain
 from lowrank_probe.safetensors_files import write_file
 from lowrank_probe.safetensors_headers import read_json
@@ -93,6 +94,7 @@ def merge(
     if not all(math.isfinite(weight) for weight in factors_of):
         raise ProbeError(f"weights are {factors_of}, expected finite numbers")
     target = None if dtype is None else stored_dtype(dtype)
+    refuse_addresses(base, *paths)
     side = open_checkpoint(base)
     if side.is_adapter:
         raise CheckpointError(f"{side.path}: is an adapter; give the base model first, then the adapters")
@@ -152,7 +154,7 @@ class _Job:
         files: dict[str, list[str]] = {}
         order = sorted(self.base.tensors.values(), key=lambda info: (str(info.file), info.start))
         for info in order:
-            members = files.setdefault(_file_name(info.file), [])
+            members = files.setdefault(_file_name(Path(str(info.file))), [])
             members.append(info.name)
             members += [name for name, table in self.planned.added.items() if table == info.name]
         for file, names in files.items():
@@ -202,9 +204,9 @@ class _Job:
         return found.tensor
 
     def _write_index(self, directory: Path, files: Mapping[str, Sequence[str]]) -> None:
-        if len(files) == 1 and not any(self.base.path.glob("*.safetensors.index.json")):
+        if len(files) == 1 and not any(self.base.local_path.glob("*.safetensors.index.json")):
             return
-        old = next(iter(sorted(self.base.path.glob("*.index.json"))), None)
+        old = next(iter(sorted(self.base.local_path.glob("*.index.json"))), None)
         index = read_json(old) if old is not None else {}
         index["metadata"] = {**(index.get("metadata") or {}), "total_size": sum(self.sizes.values())}
         index["weight_map"] = {name: file for file, names in files.items() for name in names}
@@ -212,7 +214,7 @@ class _Job:
 
     def _write_config(self, directory: Path) -> None:
         """The base's config, as it is where nothing in it changed."""
-        old = self.base.path / "config.json"
+        old = self.base.local_path / "config.json"
         config = json.loads(json.dumps(dict(self.base.config), default=str))
         if not config:
             return

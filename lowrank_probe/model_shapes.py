@@ -13,6 +13,7 @@ from typing import Any, Final
 from lowrank_probe import hub
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.quantization_codes import quantization_method
+from lowrank_probe.remote_files import File, RemoteFile, locate
 from lowrank_probe.safetensors_headers import read_header, read_json
 from lowrank_probe.shape_families import FAMILIES, family_shape, is_known
 from lowrank_probe.shape_headers import check_headers, headers_in, shape_of_headers
@@ -70,7 +71,8 @@ def model_shape(source: str | os.PathLike[str] | Mapping[str, Any] | ModelShape)
 
     source: a config as a dict; a config.json; a model's directory, whose safetensors headers must agree with its
     config; a safetensors file, with the config.json beside it where there is one; a hub id (`owner/name`,
-    `owner/name@revision`) where no such path exists, of which the config alone is downloaded; a shape, given back.
+    `owner/name@revision`) where no such path exists, of which the config alone is downloaded; the address of such a
+    directory or file (`checkpoints.open_checkpoint`), of which config and headers are read; a shape, given back.
 
     Raises `CheckpointError`: nothing there, an adapter, a config as in `shape_of_config`, headers that contradict it.
     """
@@ -79,8 +81,8 @@ def model_shape(source: str | os.PathLike[str] | Mapping[str, Any] | ModelShape)
     if isinstance(source, Mapping):
         return shape_of_config(source)
     text = os.fspath(source)
-    path = Path(text)
-    if not text or not path.exists():
+    path = locate(text)
+    if isinstance(path, Path) and (not text or not path.exists()):
         if not hub.is_hub_id(text):
             raise CheckpointError(hub.no_such(text))
         return replace(_read(hub.download_config(text)), source=f"config.json of {text} on the hub")
@@ -89,7 +91,7 @@ def model_shape(source: str | os.PathLike[str] | Mapping[str, Any] | ModelShape)
     return _read(path) if path.suffix == ".json" else _file(path)
 
 
-def _directory(root: Path) -> ModelShape:
+def _directory(root: File) -> ModelShape:
     config = root / "config.json"
     if not config.exists() and (root / "adapter_config.json").exists():
         raise _an_adapter(root, root / "adapter_config.json")
@@ -100,7 +102,10 @@ def _directory(root: Path) -> ModelShape:
             return shape
         notes = check_headers(shape, headers, root)
         return replace(shape, source=f"{shape.source}, safetensors headers", notes=(*shape.notes, *notes))
+    if not headers and isinstance(root, RemoteFile):
+        raise root.nothing_found("config.json, model.safetensors or its index")
     if not headers:
+        assert isinstance(root, Path)
         found = sorted(file.name for file in root.iterdir())
         raise CheckpointError(
             f"{root}: expected config.json, model.safetensors or its index, found "
@@ -109,12 +114,12 @@ def _directory(root: Path) -> ModelShape:
     return shape_of_headers(headers, root)
 
 
-def _an_adapter(path: Path, config: Path) -> CheckpointError:
+def _an_adapter(path: File, config: File) -> CheckpointError:
     base = read_json(config).get("base_model_name_or_path") if config.exists() else None
     return CheckpointError(f"{path}: is an adapter, not a model; give its base model{f', {base}' if base else ''}")
 
 
-def _file(path: Path) -> ModelShape:
+def _file(path: File) -> ModelShape:
     if path.suffix != ".safetensors":
         raise CheckpointError(
             f"{path}: expected a directory, config.json, .safetensors file or hub id, found a file named *{path.suffix}"
@@ -127,7 +132,7 @@ def _file(path: Path) -> ModelShape:
     return shape_of_headers(headers, path)
 
 
-def _read(file: Path) -> ModelShape:
+def _read(file: File) -> ModelShape:
     """The shape that a config.json, or the directory of an index of shards, describes."""
     if file.name.endswith(".index.json"):
         return _directory(file.parent)

@@ -28,6 +28,7 @@ class Options:
     base_rounded: bool = False
     device: str = "auto"
     seed: int = 0
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.include, str) or isinstance(self.exclude, str):
@@ -43,10 +44,10 @@ class Options:
             )
 
     def facts(self) -> dict[str, Any]:
-        """As the facts of a run keep them, JSON's own types; the device has facts of its own."""
+        """As the facts of a run keep them, JSON's own types; devices have facts of their own, clusters change none."""
         known = asdict(self) | {"include": list(self.include), "exclude": list(self.exclude)}
         known["layers"] = list(self.layers) if self.layers else None
-        del known["device"]
+        del known["device"], known["ray"]
         return known
 
 
@@ -62,3 +63,4 @@ class Keywords(TypedDict, total=False):
     base_rounded: bool
     device: str
     seed: int
+    ray: str | None

@@ -13,9 +13,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from lowrank_probe.errors import OutputError
+from lowrank_probe.errors import OutputError, ProbeError
 
 ANOTHER_OUT: Final = "choose another --out"
+# The log of what a run has finished, while it is not finished itself (`unfinished`).
+UNFINISHED: Final = ".unfinished"
+LOG: Final = "log"
+# Which of them a run directory, a trajectory's or an extraction's holds, written last.
+LAST: Final = ("facts.json", "trajectory.json", "probe/facts.json")
+# What is being written in a directory: then the number of the process, and something random.
+_PART: Final = f".part-{platform.node()}-"
 _REASONS: Final = {
     errno.EACCES: "no permission to write there",
     errno.EPERM: "no permission to write there",
@@ -42,7 +49,7 @@ def check_writable(directory: Path, elsewhere: str = ANOTHER_OUT) -> None:
     if not above.is_dir():
         raise OutputError(f"{above}: is a file (expected a directory); {elsewhere}")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".part-", dir=above))
+        os.rmdir(tempfile.mkdtemp(prefix=f"{_PART}{os.getpid()}-", dir=above))
     except OSError as error:
         raise OutputError(f"{above}: {why(error, elsewhere)}") from None
 
@@ -57,6 +64,30 @@ def check_name(path: str | os.PathLike[str]) -> None:
         raise OutputError(
             f"{told}: its name is not UTF-8 (tables and pages have to hold it); rename it, or give a link to it"
         ) from None
+
+
+def is_unfinished(root: Path) -> bool:
+    """Whether a directory holds the log of a run that is not finished."""
+    log = root / UNFINISHED / LOG
+    return log.exists() and log.stat().st_size > 0
+
+
+def is_finished(root: Path) -> bool:
+    """Whether a directory holds a finished run, and not one that was killed in its last moment."""
+    return any((root / name).exists() for name in LAST) and not is_unfinished(root)
+
+
+def check_free(root: Path) -> None:
+    """Raise `OutputError` unless a run may be written in a directory: absent, empty, or of a run that is unfinished."""
+    check_name(root)
+    check_writable(root)
+    if not root.exists() or is_unfinished(root):
+        return
+    if is_finished(root):
+        shutil.rmtree(root / UNFINISHED, ignore_errors=True)  # of a process that was killed while it removed that
+        raise OutputError(f"{root}: already holds a finished run; {ANOTHER_OUT} or remove it")
+    if any(path.name != UNFINISHED and not path.name.startswith(_PART) for path in root.iterdir()):
+        raise OutputError(f"{root}: is not empty; {ANOTHER_OUT}")
 
 
 @contextmanager
@@ -90,6 +121,9 @@ def new_directory(wanted: Path) -> Iterator[Path]:
                 raise OutputError(f"{root}: cannot be made: {why(error)}") from None
         try:
             yield root
+        except ProbeError:  # it would fail again
+            shutil.rmtree(root / UNFINISHED, ignore_errors=True)
+            raise
         finally:
             with suppress(OSError):
                 root.rmdir()
@@ -98,14 +132,18 @@ def new_directory(wanted: Path) -> Iterator[Path]:
 def write_directory(root: Path, files: dict[str, Callable[[Path], Any]], elsewhere: str = ANOTHER_OUT) -> Path:
     """Write every file aside, then rename them into place in order: the last one tells that all are there.
 
-    Raises `OutputError` naming what failed; then nothing of this call stays behind.
+    They are on the disk before that. What a killed process of this host left there is removed. Raises `OutputError`
+    naming what failed; then nothing of this call stays behind.
     """
     name = root.name
     with made(root, elsewhere):
         try:
-            with tempfile.TemporaryDirectory(prefix=".part-", dir=root, ignore_cleanup_errors=True) as aside:
+            _remove_left(root, _PART)
+            prefix = f"{_PART}{os.getpid()}-"
+            with tempfile.TemporaryDirectory(prefix=prefix, dir=root, ignore_cleanup_errors=True) as aside:
                 for name, write in files.items():
                     write(Path(aside) / name)
+                    _sync(Path(aside) / name)
                 for name in files:
                     os.replace(Path(aside) / name, root / name)
         except OSError as error:
@@ -126,9 +164,7 @@ def whole_directory(root: Path) -> Iterator[Path]:
     root = Path(os.path.realpath(root))  # a link is followed: its target is filled, and the link stays
     stem = f".{root.name}.part-{platform.node()}-"
     with made(root.parent):
-        for left in root.parent.glob(f"{glob.escape(stem)}*"):
-            if not is_alive(left.name.removeprefix(stem).partition("-")[0]):
-                shutil.rmtree(left, ignore_errors=True)
+        _remove_left(root.parent, stem)
         try:
             aside = Path(tempfile.mkdtemp(prefix=f"{stem}{os.getpid()}-", dir=root.parent))
             try:
@@ -189,6 +225,19 @@ def is_alive(process: str) -> bool:
     except (ValueError, OSError):  # not ours to judge, or of another user
         return True
     return True
+
+
+def _remove_left(directory: Path, stem: str) -> None:
+    """Remove from a directory what processes of this host that live no more left: stem, number of the process, …"""
+    for left in directory.glob(f"{glob.escape(stem)}*"):
+        if not is_alive(left.name.removeprefix(stem).partition("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    """Have a written file on the disk."""
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def _umask() -> int:

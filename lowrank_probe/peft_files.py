@@ -150,7 +150,7 @@ def _config(
     return {
         "peft_type": "LORA",
         "task_type": _task(tuned.config or base.config),
-        "base_model_name_or_path": str(base.path) if base.path.exists() else None,
+        "base_model_name_or_path": _name(base),
         "inference_mode": True,
         **ranks_and_patterns(by_module, by_parameter),
         "lora_dropout": 0.0,
@@ -161,6 +161,13 @@ def _config(
         "ensure_weight_tying": ties == [[_HEAD]],
         "init_lora_weights": True,
     }
+
+
+def _name(base: Checkpoint) -> str | None:
+    """What PEFT is to load the base by: a path, the hub's own id, or the address; None for a model in memory."""
+    told = str(base.path)
+    of_hub = told.removeprefix("hf://").partition("@")[0]
+    return (of_hub if told.startswith("hf://") else told) if base.files else None
 
 
 def _task(config: Mapping[str, Any]) -> str | None:

@@ -30,6 +30,7 @@ from lowrank_probe.layers import place
 from lowrank_probe.narrowing import narrowed, stored_dtype
 from lowrank_probe.options import Progress
 from lowrank_probe.outputs import copy_into, whole_directory, write_json
+from lowrank_probe.remote_files import refuse_addresses
 from lowrank_probe.runs import SCHEMA_VERSION, plain
 from lowrank_probe.safetensors_files import write_file
 from lowrank_probe.torch_dtypes import DTYPES
@@ -91,6 +92,7 @@ def resize(
     Writes a PEFT adapter to `out`, which must be free, whole or not at all. Raises `ProbeError` for what cannot be
     resized (DoRA and other variants, NaN, no update at all), `OutputError` where it cannot be written.
     """
+    refuse_addresses(adapter)
     side = open_checkpoint(adapter)
     if not side.is_adapter:
         raise CheckpointError(f"{side.path}: is not an adapter (expected a directory with {CONFIG})")

@@ -50,7 +50,7 @@ class Settings:
 class Analysed:
     """One matrix's row (without `seconds`), singular values of ΔW as stored and denoised, and the phases' times.
 
-    times: (phase, start, stop) on `time.perf_counter`.
+    times: (phase, start, stop) on `time.time`, which the nodes of a cluster share.
     """
 
     row: dict[str, Any]
@@ -62,10 +62,10 @@ class Analysed:
 def analyse(delta: Delta, settings: Settings) -> Analysed:
     """Everything the table says of one matrix. `delta.dense` is scratch memory afterwards."""
     options = settings.options
-    begun = time.perf_counter()
+    begun = time.time()
     with settings.turn:
         found = singular_values(delta, top=options.top, exact_tail=options.exact_tail)
-    computed = time.perf_counter()
+    computed = time.time()
     marks = measure(delta)
     # After the raw values: it may overwrite `delta.dense` by the corrected update.
     noise = assess(delta, base_rounded=options.base_rounded, seed=options.seed)
@@ -74,7 +74,7 @@ def analyse(delta: Delta, settings: Settings) -> Analysed:
         with settings.turn:
             corrected = svd.full_spectrum(noise.corrected).values
     row, denoised = describe(delta, found, noise, corrected)
-    stopped = time.perf_counter()
+    stopped = time.time()
     times = [("spectrum", begun, computed), ("noise", computed, stopped)]
     return Analysed(row | marks, found.values, denoised, times)
 

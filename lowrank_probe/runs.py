@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from lowrank_probe import words
 from lowrank_probe.columns import LEDGER
-from lowrank_probe.errors import CheckpointError, OutputError
-from lowrank_probe.outputs import check_name, check_writable, write_directory
+from lowrank_probe.errors import CheckpointError
+from lowrank_probe.outputs import is_unfinished, write_directory
 from lowrank_probe.verdicts import summarise
 
 if TYPE_CHECKING:
@@ -181,6 +181,8 @@ def read_facts(root: Path, name: str) -> dict[str, Any]:
     Raises `CheckpointError` where they are missing, damaged, or of a newer version, or a file is not as it was written.
     """
     if not (root / name).exists():
+        if is_unfinished(root):
+            raise CheckpointError(f"{root}: is an unfinished run; the same command with --out {root} finishes it")
         raise CheckpointError(f"{root}: not a run directory (no {name} in it)")
     facts: dict[str, Any] = read_file(root, name, _parse_facts)
     if facts.get("schema_version", 0) > SCHEMA_VERSION:
@@ -240,21 +242,3 @@ def plain(value: Any) -> Any:
     if value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def unfinished(directory: str | os.PathLike[str]) -> Result | None:
-    """The interrupted run in a directory, or None where the directory is free (absent or empty).
-
-    Raises `OutputError` where it holds anything else, or cannot be written.
-    """
-    root = Path(directory)
-    check_name(root)
-    check_writable(root)
-    if not root.exists() or not any(root.iterdir()):
-        return None
-    if (root / "facts.json").exists():
-        earlier = load_result(root)
-        if earlier.facts.get("status") == "interrupted":
-            return earlier
-        raise OutputError(f"{root}: already holds a finished run; choose another --out or remove it")
-    raise OutputError(f"{root}: is not empty; choose another --out")

@@ -5,12 +5,12 @@ read with positioned reads into memory that we own, and every fault of a file be
 Source: the safetensors specification, version 0.4.
 """
 
-import io
 import itertools
 import json
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from lowrank_probe.errors import CheckpointError
+from lowrank_probe.remote_files import open_span
+from lowrank_probe.remote_store import Span
 from lowrank_probe.tensor_info import WIDTHS, TensorInfo
 from lowrank_probe.torch_dtypes import TORCH_DTYPES
 
@@ -63,8 +65,8 @@ def read_entries(info: TensorInfo, first: int, count: int, device: str | torch.d
     if count:
         fill = _fill_from_host if out.is_cuda else _fill
         try:
-            with open(info.file, "rb", buffering=0) as handle:
-                handle.seek(info.start + first * dtype.itemsize)
+            start = info.start + first * dtype.itemsize
+            with closing(open_span(info.file, start, start + count * dtype.itemsize)) as handle:
                 fill(out.view(torch.uint8), handle)
         except EOFError:
             raise CheckpointError(f"{info.file}: ends inside tensor {info.name} (changed while it was read?)") from None
@@ -73,7 +75,7 @@ def read_entries(info: TensorInfo, first: int, count: int, device: str | torch.d
     return out
 
 
-def _fill(out: Tensor, handle: io.FileIO) -> None:
+def _fill(out: Tensor, handle: Span) -> None:
     view = memoryview(out.numpy().data)
     filled = 0
     while filled < len(view):
@@ -86,7 +88,7 @@ def _fill(out: Tensor, handle: io.FileIO) -> None:
 _own = threading.local()
 
 
-def _fill_from_host(out: Tensor, handle: io.FileIO) -> None:
+def _fill_from_host(out: Tensor, handle: Span) -> None:
     """Through two small page-locked buffers a thread, one filled while the other is copied.
 
     Page-locking memory of the tensor's own size stops the whole device for as long as reading it takes.

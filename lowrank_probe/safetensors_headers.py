@@ -10,28 +10,29 @@ from pathlib import Path
 from typing import Any, Final
 
 from lowrank_probe.errors import CheckpointError
+from lowrank_probe.remote_files import File, RemoteFile, read_span, read_text, size_of
 from lowrank_probe.tensor_info import WIDTHS, TensorInfo
 
 MAX_HEADER: Final = 100_000_000
+_CONNECTIONS: Final = 8
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: File) -> dict[str, TensorInfo]:
     """name → `TensorInfo` of one safetensors file, checked against each tensor's shape, the others and the file's size.
 
     As in the official library the tensors must fill the file from the header to its end without hole or overlap.
     """
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as handle:
-            prefix = handle.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > MAX_HEADER:
-                raise CheckpointError(f"{file}: not a safetensors file (no valid header length in its first 8 bytes)")
-            if 8 + length > size:
-                raise CheckpointError(
-                    f"{file}: its header says {8 + length} bytes but the file has {size}; truncated? download it again"
-                )
-            raw = handle.read(length)
+        size = size_of(file)
+        prefix = read_span(file, 0, 8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > MAX_HEADER:
+            raise CheckpointError(f"{file}: not a safetensors file (no valid header length in its first 8 bytes)")
+        if 8 + length > size:
+            raise CheckpointError(
+                f"{file}: its header says {8 + length} bytes but the file has {size}; truncated? download it again"
+            )
+        raw = read_span(file, 8, 8 + length)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     try:
@@ -62,7 +63,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _check_layout(file: Path, infos: dict[str, TensorInfo], start: int, size: int) -> None:
+def _check_layout(file: File, infos: dict[str, TensorInfo], start: int, size: int) -> None:
     """Raise `CheckpointError` unless the tensors follow each other from byte `start` to byte `size`, the end."""
     end, before = start, "the header"
     for info in sorted(infos.values(), key=lambda info: (info.start, info.stop)):
@@ -91,9 +92,9 @@ def _n_bytes(info: TensorInfo) -> int:
 
 
 def read_index(
-    index: Path, tensors_of: Callable[[Path], Mapping[str, TensorInfo]] = read_header
+    index: File, tensors_of: Callable[[File], Mapping[str, TensorInfo]] = read_header
 ) -> dict[str, TensorInfo]:
-    """name → `TensorInfo` of all shards that an index lists, each opened by `tensors_of`.
+    """name → `TensorInfo` of all shards that an index lists, each opened by `tensors_of`, a few at once over a network.
 
     Raises `CheckpointError` for a shard that is missing, lies outside the directory or does not hold what is said.
     """
@@ -102,15 +103,24 @@ def read_index(
         raise CheckpointError(f"{index}: has no weight_map")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index}: its weight_map must give a file name for every tensor")
-    root = index.parent.resolve()
-    shards: dict[str, Mapping[str, TensorInfo]] = {}
-    for name in sorted(set(weight_map.values())):
+
+    def shard(name: str) -> Mapping[str, TensorInfo]:
         # The path as the index writes it; the file itself may be a link (hub caches link every shard).
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise CheckpointError(f"{index}: names {name}, outside of its own directory")
-        if not (root / name).exists():
+        if not (index.parent / name).exists():
             raise CheckpointError(f"{index}: names {name}, which does not exist; is the download complete?")
-        shards[name] = tensors_of(index.parent / name)
+        return tensors_of(index.parent / name)
+
+    names = sorted(set(weight_map.values()))
+    if isinstance(index, RemoteFile):
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            opened = list(pool.map(shard, names))
+    else:
+        opened = list(map(shard, names))
+    shards = dict(zip(names, opened, strict=True))
     tensors = {}
     for tensor, file in weight_map.items():
         if tensor not in shards[file]:
@@ -123,10 +133,10 @@ def read_index(
     return tensors
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: File) -> dict[str, Any]:
     """A JSON object from a file. Raises `CheckpointError` where it is none."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_text(file))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):

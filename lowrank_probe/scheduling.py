@@ -41,14 +41,20 @@ def run_jobs(
     device: torch.device,
     in_flight: float = math.inf,
     largest: int = 0,
+    cluster: bool = False,
 ) -> Generator[Done, None, None]:
     """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
     entries: the size of an item's matrix. in_flight: on a GPU no more entries are held at once than this many times
     those of the largest item. largest: entries of the largest matrix that the run reads at all, where that is none of
-    the items: on a CPU it sets how many go beside each other. Closing the iterator (Ctrl-C) waits for what is running
-    and drops the rest.
+    the items: on a CPU it sets how many go beside each other. cluster: as tasks of Ray (`cluster`). Closing the
+    iterator (Ctrl-C) waits for what is running and drops the rest.
     """
+    if cluster:
+        from lowrank_probe.cluster import cluster_jobs
+
+        yield from cluster_jobs(items, entries, load, compute, device)
+        return
     _return_memory_at_once()
     queue = sorted(items, key=entries, reverse=True)
     cores = torch.get_num_threads()

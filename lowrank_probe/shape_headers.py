@@ -8,12 +8,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.layers import is_conv1d, module_of, place, starred
 from lowrank_probe.quantization_codes import code_format
+from lowrank_probe.remote_files import File
 from lowrank_probe.safetensors_headers import read_header, read_index
 from lowrank_probe.shape_families import is_known
 from lowrank_probe.shape_mixtures import mixture_notes
@@ -30,14 +30,14 @@ _OF_SEVERAL: Final = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 _Key = tuple[str, int | None, str]
 
 
-def headers_in(root: Path) -> dict[str, TensorInfo]:
+def headers_in(root: File) -> dict[str, TensorInfo]:
     """name → header of each tensor of a directory's model, one file or shards; {} where none is in safetensors."""
     if (root / _INDEX).exists():
         return read_index(root / _INDEX)
     return read_header(root / "model.safetensors") if (root / "model.safetensors").exists() else {}
 
 
-def check_headers(shape: ModelShape, headers: Mapping[str, TensorInfo], path: Path) -> tuple[str, ...]:
+def check_headers(shape: ModelShape, headers: Mapping[str, TensorInfo], path: File) -> tuple[str, ...]:
     """Compare the headers with what the config says; notes for the reader, () where there is nothing to tell.
 
     Raises `CheckpointError` naming the first matrix, in the order of the model, that has another shape, is missing, or
@@ -116,7 +116,7 @@ def _complete(one: _Expected, found: list[TensorInfo]) -> bool:
     return bool(found)
 
 
-def _contradicts(path: Path, name: str, one: _Expected, found: str) -> CheckpointError:
+def _contradicts(path: File, name: str, one: _Expected, found: str) -> CheckpointError:
     wanted = " or ".join(str(shape) for shape in sorted(one.shapes, key=len))
     experts = f" for each of {one.experts} experts" if one.experts else ""
     return CheckpointError(
@@ -125,7 +125,7 @@ def _contradicts(path: Path, name: str, one: _Expected, found: str) -> Checkpoin
     )
 
 
-def _no_more(shape: ModelShape, stored: Mapping[_Key, list[TensorInfo]], known: set[_Key], path: Path) -> None:
+def _no_more(shape: ModelShape, stored: Mapping[_Key, list[TensorInfo]], known: set[_Key], path: File) -> None:
     """Raise for a matrix of a layer that the config does not have; other kinds of matrices may be there."""
     types = {layer_type for layer_type, layer, _ in known if layer is not None}
     for (layer_type, layer, stack), infos in stored.items():
@@ -136,7 +136,7 @@ def _no_more(shape: ModelShape, stored: Mapping[_Key, list[TensorInfo]], known: 
             )
 
 
-def shape_of_headers(headers: Mapping[str, TensorInfo], path: Path) -> ModelShape:
+def shape_of_headers(headers: Mapping[str, TensorInfo], path: File) -> ModelShape:
     """A shape from headers alone: names as in the file; heads, and whatever else no tensor tells, are 0.
 
     Raises `CheckpointError` where the weights are quantization codes, whose shapes are not the model's, and where there

@@ -4,33 +4,39 @@ Legend: m out, n in, k = min(m, n); one row of the table a matrix, its columns d
 """
 
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+import torch
 
 from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint
 from lowrank_probe.columns import LEDGER, TABLE
 from lowrank_probe.deltas import Delta, find_tied, read_pair
-from lowrank_probe.devices import choose_device
-from lowrank_probe.errors import OutputError, ProbeError
-from lowrank_probe.facts import machine_facts, side_facts
+from lowrank_probe.devices import Choice, choose_device
+from lowrank_probe.errors import ProbeError
+from lowrank_probe.facts import machine_facts, same_machine, side_facts
 from lowrank_probe.kinds import UNRELATED, recognise
 from lowrank_probe.layers import sort_key
 from lowrank_probe.ledger import complete_ledger, join_parts, ledger_line
 from lowrank_probe.matching import Matching, Pair, match
 from lowrank_probe.metrics import Values
 from lowrank_probe.options import Options, Progress
+from lowrank_probe.outputs import check_free
 from lowrank_probe.rows import Settings, analyse
 from lowrank_probe.runs import SCHEMA_VERSION, TIMELINE, Result
 from lowrank_probe.scheduling import interruptible, run_jobs
+from lowrank_probe.unfinished import Unfinished
 
-# What an interrupted run must share with the one that resumes it.
-_SAME_RUN: Final = ("base", "tuned", "options", "versions", "device")
+# Options that say which matrices are looked at: what was found for one holds whatever they are.
+_SELECTION: Final = ("include", "exclude", "layers")
 
 
 class Interrupted(ProbeError):  # noqa: N818 - not a failure: it carries what was finished
@@ -54,29 +60,32 @@ def spectrum(
     base_rounded: bool = False,
     device: str = "auto",
     seed: int = 0,
-    resume: Result | None = None,
+    ray: str | None = None,
+    out: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Result:
     """Singular values, ranks and verdicts of ΔW = W_tuned − W_base for every matrix of two checkpoints.
 
-    base, tuned: checkpoint directories or files, hub ids, models or state dicts in memory
+    base, tuned: checkpoint directories or files, addresses, hub ids, models or state dicts in memory
     (`checkpoints.open_checkpoint` says what is read); tuned may be a PEFT LoRA adapter's directory, which may also be
     given alone as `base`.
     include, exclude: patterns (`q_proj`, `layers.3`, `*mlp*`, a layer type). layers: first and last layer number,
     inclusive. split: take fused projections (qkv, gate_up) apart where their layout is known. top: only the K largest
     values of each matrix, certified. exact_tail: float64 SVD of the matrix itself, for values below 2e-5·σ₁.
     base_rounded: training started from a wider base than the one stored. device: as
-    `devices.choose_device`.
-    resume: an interrupted run's result.
+    `devices.choose_device`. ray: the address of a Ray cluster ("auto": this machine's) whose workers do the matrices.
+    out: the run directory (`Result.save`), in which every finished matrix is kept at once, so that a run that was
+    killed goes on there: with the same files, options (but for include, exclude and layers), version and device.
 
-    Raises `CheckpointError`, `MatchError`, `NumericsError`; on Ctrl-C `Interrupted` with what was finished. On Linux it
-    sets glibc's malloc for the whole process so that every matrix goes back to the system when it is freed.
+    Raises `CheckpointError`, `MatchError`, `NumericsError`, `OutputError`; on Ctrl-C `Interrupted` with what was
+    finished. On Linux it sets glibc's malloc for the whole process so that every matrix goes back to the system when it
+    is freed.
     """
     options = Options(
         include=include, exclude=exclude, layers=layers, split=split, top=top, exact_tail=exact_tail,
-        base_rounded=base_rounded, device=device, seed=seed,
+        base_rounded=base_rounded, device=device, seed=seed, ray=ray,
     )  # fmt: skip
-    return probe_pair(base, tuned, options, resume=resume, on_progress=on_progress)
+    return probe_pair(base, tuned, options, out=out, on_progress=on_progress)
 
 
 def probe_pair(
@@ -84,15 +93,43 @@ def probe_pair(
     tuned: Source | None,
     options: Options,
     *,
-    resume: Result | None = None,
+    out: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Result:
     """`spectrum` with its options in one value."""
     started = time.perf_counter()
-    choice = choose_device(options.device)
+    if out is not None:
+        check_free(Path(out))
+    choice = choose_device(options.device, options.ray)
     tuned_side = open_checkpoint(tuned if tuned is not None else base)
     base_side = open_checkpoint(base) if tuned is not None else None
     matching = match(base_side, tuned_side, options)
+    store = None
+    if out is not None:
+        store = Unfinished(Path(out), identity({"base": base_side, "tuned": tuned_side}, options, choice))
+    found = compare(
+        base_side, tuned_side, matching, options, choice, store=store, started=started, on_progress=on_progress
+    )
+    if out is not None and store is not None:
+        found.save(out)
+        store.remove()
+    return found
+
+
+def identity(sides: Mapping[str, Checkpoint | None], options: Options, choice: Choice) -> dict[str, Any]:
+    """What a run must share with the killed one that it goes on with."""
+    told: dict[str, Any] = {name: side_facts(side) for name, side in sides.items()}
+    told["options"] = {name: value for name, value in options.facts().items() if name not in _SELECTION}
+    if not all(side.files for side in sides.values() if side is not None):  # a model in memory cannot be known again
+        told["run"] = uuid.uuid4().hex
+    return told | same_machine(machine_facts(choice))
+
+
+def compare(
+    base_side: Checkpoint | None, tuned_side: Checkpoint, matching: Matching, options: Options, choice: Choice, *,
+    store: Unfinished | None, started: float, prefix: str = "", on_progress: Progress | None = None,
+) -> Result:  # fmt: skip
+    """`spectrum` of opened checkpoints. store: where finished matrices are kept, their names behind `prefix`."""
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",
@@ -102,15 +139,15 @@ def probe_pair(
         "notes": [*matching.notes, *filter(None, [choice.note])],
         **machine_facts(choice),
     }
-    if resume is not None and any(resume.facts.get(key) != facts[key] for key in _SAME_RUN):
-        raise OutputError(
-            "the unfinished run in --out compared other files, used other options, another version or another device; "
-            "choose another --out"
-        )
-    run = _Run(matching, base_side, tuned_side, facts, resume)
+    if store is not None and store.resumed:
+        facts["resumed"] = store.resumed
+    run = _Run(matching, base_side, tuned_side, facts, options, store, prefix)
     headers_s = time.perf_counter() - started
     try:
-        run.work(Settings(choice.device, options).with_turns(), on_progress)
+        run.work(choice, on_progress)
+        for side in (base_side, tuned_side):
+            if side is not None:
+                side.check_unchanged()
     except KeyboardInterrupt:
         run.facts["status"] = "interrupted"
         with interruptible(patient=True):  # a second Ctrl-C must not lose what is finished
@@ -143,82 +180,106 @@ class _Loaded:
     stop_s: float
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The finished pairs of one run in its store, by their names behind a prefix."""
+
+    store: Unfinished
+    prefix: str
+
+    def take(self, pairs: Sequence[Pair]) -> Iterator[_Done]:
+        """Those that are there."""
+        for pair in pairs:
+            key = self.prefix + pair.key
+            if self.store.has(key):
+                facts, held = self.store.facts(key), self.store.names(key)
+                values, denoised = (
+                    self.store.get(key, name).numpy() if name in held else None for name in ("values", "denoised")
+                )
+                times = [(phase, start, stop) for phase, start, stop in facts["times"]]
+                yield _Done(pair, facts["line"], facts["row"], values, denoised, times)
+
+    def put(self, done: _Done) -> None:
+        arrays = {"values": done.values, "denoised": done.denoised}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items() if x is not None}
+        self.store.put(
+            self.prefix + done.pair.key, tensors, {"line": done.line, "row": done.row, "times": list(done.times)}
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is done for one pair, here or on another node. started: `time.time` at which the work began."""
+
+    base: Checkpoint | None
+    tuned: Checkpoint
+    tied: Mapping[str, str]
+    settings: Settings
+    started: float
+
+    def load(self, pair: Pair) -> _Loaded:
+        clock = time.time() - self.started
+        if pair.key in self.tied:
+            line = ledger_line(pair, "tied", f"the same tensor as {self.tied[pair.key]} on both sides")
+            return _Loaded(line, clock, clock)
+        delta = read_pair(pair, self.base, self.tuned, self.settings.device)
+        return _Loaded(delta, clock, time.time() - self.started)
+
+    def compute(self, pair: Pair, loaded: _Loaded) -> _Done:
+        delta = loaded.delta
+        times = [("read", loaded.start_s, loaded.stop_s)]
+        if not isinstance(delta, Delta):
+            return _Done(pair, delta, times=times)
+        found = analyse(delta, self.settings)
+        times += [(phase, start - self.started, stop - self.started) for phase, start, stop in found.times]
+        row = found.row | {"seconds": sum(stop - start for _, start, stop in times)}
+        note = f"both factors, with {pair.lora.name_B}" if pair.lora is not None else ""
+        line = ledger_line(pair, "analysed", note, delta.fro_norm, delta.relative_update)
+        return _Done(pair, line, row, found.values, found.denoised, times)
+
+
 class _Run:
-    """The state of one run: what is finished, as it comes, so that Ctrl-C keeps it."""
+    """The state of one run: what is finished, as it comes, so that Ctrl-C has it."""
 
     def __init__(
         self, matching: Matching, base: Checkpoint | None, tuned: Checkpoint, facts: dict[str, Any],
-        resume: Result | None,
+        options: Options, store: Unfinished | None, prefix: str,
     ) -> None:  # fmt: skip
-        self.matching, self.base, self.tuned, self.facts = matching, base, tuned, facts
-        self.done: dict[str, _Done] = {} if resume is None else self._taken(resume)
-        # The clock goes on where the interrupted run left it.
+        self.matching, self.base, self.tuned, self.facts, self.options = matching, base, tuned, facts, options
+        self.tied: dict[str, str] = {}
+        if base is not None and not tuned.is_adapter:
+            self.tied = find_tied(matching.pairs, base, tuned)
+        self.kept = _Kept(store, prefix) if store is not None else None
+        # What is tied depends on what else is looked at, so it is found anew.
+        free = [pair for pair in matching.pairs if pair.key not in self.tied]
+        self.done = {done.pair.key: done for done in self.kept.take(free)} if self.kept else dict[str, _Done]()
+        # The clock goes on where the killed run left it.
         self.earlier_s = max((stop for item in self.done.values() for _, _, stop in item.times), default=0.0)
-        self.earlier_headers_s = 0.0 if resume is None else resume.facts["seconds"]["headers"]
 
-    def _taken(self, earlier: Result) -> dict[str, _Done]:
-        """What an interrupted run finished. Of a tensor that was taken apart, only the matrices that have a row."""
-        rows = {row["name"]: row for row in earlier.table.to_dict("records")}
-        lines = {line["name"]: line for line in earlier.ledger.to_dict("records") if line["status"] != "pending"}
-        times: dict[str, list[tuple[str, float, float]]] = {}
-        for name, *phase in earlier.timeline[list(TIMELINE)].itertuples(index=False):
-            times.setdefault(name, []).append((phase[0], phase[1], phase[2]))
-        done = {}
-        for pair in self.matching.pairs:
-            row, line = rows.get(pair.key), lines.get(pair.name)
-            if pair.part.label:
-                line = ledger_line(pair, "analysed", "", row["fro_norm"], row["relative_update"]) if row else None
-            if line is not None:
-                values = earlier.singular_values.get(pair.key), earlier.denoised_values.get(pair.key)
-                done[pair.key] = _Done(pair, line, row, *values, times.get(pair.key, ()))
-        return done
-
-    def work(self, settings: Settings, on_progress: Progress | None) -> None:
+    def work(self, choice: Choice, on_progress: Progress | None) -> None:
         """Run what is not finished yet, largest matrix first."""
-        tied = {}
-        if self.base is not None and not self.tuned.is_adapter:
-            tied = find_tied(self.matching.pairs, self.base, self.tuned)
 
         def size(pair: Pair) -> int:
             return pair.entries(self.base, self.tuned)
 
-        started = time.perf_counter() - self.earlier_s
-
-        def load(pair: Pair) -> _Loaded:
-            clock = time.perf_counter() - started
-            if pair.key in tied:
-                line = ledger_line(pair, "tied", f"the same tensor as {tied[pair.key]} on both sides")
-                return _Loaded(line, clock, clock)
-            delta = read_pair(pair, self.base, self.tuned, settings.device)
-            return _Loaded(delta, clock, time.perf_counter() - started)
-
-        def compute(pair: Pair, loaded: _Loaded) -> _Done:
-            return self._analyse(pair, loaded, settings, started)
-
+        settings = Settings(choice.device, self.options)
+        settings = settings if choice.cluster else settings.with_turns()
+        job = _Job(self.base, self.tuned, self.tied, settings, time.time() - self.earlier_s)
         total = sum(size(pair) for pair in self.matching.pairs)
         done = sum(size(pair) for pair in self.matching.pairs if pair.key in self.done)
         todo = [pair for pair in self.matching.pairs if pair.key not in self.done]
+        running = run_jobs(todo, size, job.load, job.compute, choice.device, cluster=choice.cluster)
         # Closed here: left to the garbage collector, what a second Ctrl-C raises would be printed and ignored.
-        with interruptible() as asked_to_stop, closing(run_jobs(todo, size, load, compute, settings.device)) as jobs:
+        with interruptible() as asked_to_stop, closing(running) as jobs:
             for result in jobs:
                 self.done[result.pair.key] = result
+                if self.kept and result.pair.key not in self.tied:
+                    self.kept.put(result)
                 done += size(result.pair)
                 if on_progress:
                     on_progress(result.pair.key, done, total)
                 if asked_to_stop():
                     raise KeyboardInterrupt
-
-    def _analyse(self, pair: Pair, loaded: "_Loaded", settings: Settings, started: float) -> _Done:
-        delta = loaded.delta
-        times = [("read", loaded.start_s, loaded.stop_s)]
-        if not isinstance(delta, Delta):
-            return _Done(pair, delta, times=times)
-        found = analyse(delta, settings)
-        times += [(phase, start - started, stop - started) for phase, start, stop in found.times]
-        row = found.row | {"seconds": sum(stop - start for _, start, stop in times)}
-        note = f"both factors, with {pair.lora.name_B}" if pair.lora is not None else ""
-        line = ledger_line(pair, "analysed", note, delta.fro_norm, delta.relative_update)
-        return _Done(pair, line, row, found.values, found.denoised, times)
 
     def _is_matrix(self, pair: Pair) -> bool:
         info = self.base.tensors.get(pair.name) if self.base is not None else None
@@ -226,7 +287,7 @@ class _Run:
 
     def result(self, headers_s: float) -> Result:
         """The table, ledger and facts of what is finished."""
-        done = list(self.done.values())
+        done = [self.done[pair.key] for pair in self.matching.pairs if pair.key in self.done]
         rows = [item.row for item in done if item.row is not None]
         table = pd.DataFrame(sorted(rows, key=_position), columns=list(TABLE))
         table["layer"] = table["layer"].astype("Int64")
@@ -262,7 +323,7 @@ class _Run:
                 f"unrelated checkpoints: the median cosine of their weights is {cosine:+.3f}, so that their difference "
                 "is no fine-tuning update"
             ]
-        facts["seconds"] = {"headers": headers_s + self.earlier_headers_s} | {
+        facts["seconds"] = {"headers": headers_s} | {
             phase: sum(stop - start for item in done for name, start, stop in item.times if name == phase)
             for phase in ("read", "spectrum", "noise")
         }

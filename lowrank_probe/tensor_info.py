@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from lowrank_probe.errors import CheckpointError
+from lowrank_probe.remote_files import File
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    file: Path
+    file: File
     start: int
     stop: int
     quantized: bool = False

@@ -41,7 +41,7 @@ def trainable_model(config: Mapping[str, Any], step: Step, device: torch.device)
         raise ProbeError(f"model type {kind!r}: transformers cannot build it: {why}") from error
     if model.get_output_embeddings() is None:
         raise ProbeError(f"--measure trains on a language model's loss: {architecture.__name__} has no such head")
-    if step.chunked_loss and not architecture.__name__.endswith("CausalLM"):
+    if step.chunked_loss and not architecture.__name__.endswith(("CausalLM", "LMHeadModel")):
         raise ProbeError(f"--loss chunked is measured of decoders alone, which {architecture.__name__} is not")
     if step.adapted:
         with device:

@@ -4,10 +4,12 @@ Each step is a `Result` of `spectrum`; beside them stand the similarity of the s
 amplification of each step, columns as `columns.SIMILARITY` and `columns.AMPLIFICATION`.
 """
 
+import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,11 +31,13 @@ from lowrank_probe.hub import is_hub_id
 from lowrank_probe.layers import is_conv1d
 from lowrank_probe.matching import Pair, match
 from lowrank_probe.options import Keywords, Options, Progress
+from lowrank_probe.outputs import check_free
+from lowrank_probe.remote_files import is_address, shown
 from lowrank_probe.runs import SCHEMA_VERSION, Result
 from lowrank_probe.scheduling import interruptible, run_jobs
-from lowrank_probe.spectra import Interrupted
 from lowrank_probe.subspaces import Directions, amplification_rows, dimensions, directions, similarity_rows
 from lowrank_probe.trajectory_runs import TAKEN, Trajectory, is_labels, naming
+from lowrank_probe.unfinished import Unfinished
 
 
 def trajectory(
@@ -42,8 +46,7 @@ def trajectory(
     *,
     labels: Sequence[str] | None = None,
     rank: int = 16,
-    resume: Mapping[str, Result] | None = None,
-    on_step: Callable[[str, Result], Any] | None = None,
+    out: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
     **options: Unpack[Keywords],
 ) -> Trajectory:
@@ -52,8 +55,8 @@ def trajectory(
     base, steps: as `spectrum` takes them, the steps in the order given; PEFT adapters may be among them. labels: their
     names, by default from their directories.
     rank: directions kept of each ΔW, (m, rank) and (rank, n); φ and amplification at 1, 2, 4, … rank. The other options
-    are those of `spectrum`. resume: label → a finished or interrupted result of that step (`unfinished_steps`).
-    on_step: called with (label, result) as each step is finished, and with what is there at Ctrl-C (`save_step`).
+    are those of `spectrum`. out: the trajectory's directory (`Trajectory.save`), in which every finished matrix is kept
+    at once, and every finished step, so that a run that was killed goes on there, as `spectrum`'s does.
 
     One matrix at a time: all steps' directions of it are kept, never two steps' matrices. Every step is read twice, the
     base once for each step and once more. Raises what `spectrum` raises, naming the step; on Ctrl-C `Interrupted` or,
@@ -61,8 +64,7 @@ def trajectory(
     Source: Hu et al. 2021, §7.2 and §7.3 (φ and amplification).
     """
     return probe_steps(
-        base, steps, Options(**options), labels=labels, rank=rank, resume=resume, on_step=on_step,
-        on_progress=on_progress,
+        base, steps, Options(**options), labels=labels, rank=rank, out=out, on_progress=on_progress
     )  # fmt: skip
 
 
@@ -73,11 +75,12 @@ def probe_steps(
     *,
     labels: Sequence[str] | None = None,
     rank: int = 16,
-    resume: Mapping[str, Result] | None = None,
-    on_step: Callable[[str, Result], Any] | None = None,
+    out: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Trajectory:
     """`trajectory` with the options of `spectrum` in one value."""
+    if out is not None:
+        check_free(Path(out))
     if isinstance(steps, str | os.PathLike | Mapping) or not isinstance(steps, Iterable):
         raise ProbeError(f"steps: expected a list of checkpoints, found a {type(steps).__name__}; put it in a list")
     steps = list(steps)
@@ -86,7 +89,7 @@ def probe_steps(
     sources = dict(zip(step_labels(steps) if labels is None else _checked(labels, steps), steps, strict=True))
     if rank < 1:
         raise ProbeError(f"rank {rank}: expected at least 1 direction")
-    choice = choose_device(options.device)
+    choice = choose_device(options.device, options.ray)
     base_side = open_checkpoint(base)
     sides: dict[str, Checkpoint] = {}
     for label, source in sources.items():  # every header before any work
@@ -97,25 +100,19 @@ def probe_steps(
         options = replace(options, split=False)
         matched = _match_all(base_side, sides, options)
         notes = [f"fused matrices such as {fused} are kept whole: an adapter among the steps changes them as a whole"]
+    store = None
+    if out is not None:
+        named = {"base": base_side} | {f"step {label}": side for label, side in sides.items()}
+        store = Unfinished(Path(out), spectra.identity(named, options, choice) | {"rank": rank})
     results: dict[str, Result] = {}
-    for number, (label, source) in enumerate(sources.items(), 1):
-        earlier = (resume or {}).get(label)
+    for number, (label, side) in enumerate(sides.items(), 1):
         with naming(label):
-            told = _told(on_progress, f"{number}/{len(sources)} {label}")
-            try:
-                found = spectra.probe_pair(base, source, options, resume=earlier, on_progress=told)
-            except Interrupted as stopped:
-                if on_step:
-                    with interruptible(patient=True):
-                        on_step(label, stopped.result)
-                raise
-            if earlier is not None and earlier.facts["status"] == "complete":
-                found = earlier  # `spectrum` has checked that it is of the same files and options
-            elif on_step:
-                with interruptible(patient=True) as asked_to_stop:  # what it writes must not be lost half-way
-                    on_step(label, found)
-                if asked_to_stop():
-                    raise KeyboardInterrupt
+            found = spectra.compare(
+                base_side, side, match(base_side, side, options), options, choice, store=store, prefix=f"{label}/",
+                started=time.perf_counter(), on_progress=_told(on_progress, f"{number}/{len(sides)} {label}"),
+            )  # fmt: skip
+            if out is not None:
+                found.save(Path(out) / label)
         results[label] = found
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "status": "complete", "base": side_facts(base_side),
@@ -123,11 +120,17 @@ def probe_steps(
         "rank": rank, "grid_matrix": _grid_matrix(results), "options": options.facts(), "notes": notes,
         **machine_facts(choice),
     }  # fmt: skip
+    if store is not None and store.resumed:
+        facts["resumed"] = store.resumed
     comparison = _Comparison(
-        base_side, sides, matched, results, rank, facts["grid_matrix"], choice.device, options.seed
+        base_side, sides, matched, results, rank, facts["grid_matrix"], choice.device, options.seed, store
     )
     similarity, amplification = comparison.run(_told(on_progress, "subspaces"))
-    return Trajectory(results, similarity, amplification, facts)
+    trajectory = Trajectory(results, similarity, amplification, facts)
+    if out is not None and store is not None:
+        trajectory.save(out)
+        store.remove()
+    return trajectory
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class _Comparison:
     grid_matrix: str | None
     device: torch.device
     seed: int
+    store: Unfinished | None
 
     def run(self, on_progress: Progress | None) -> tuple[pd.DataFrame, pd.DataFrame]:
         """(similarity, amplification), in the order of the tables."""
@@ -149,14 +153,25 @@ class _Comparison:
         pairs = {key: pair for of_step in self.matched.values() for key, pair in of_step.items()}
         lines = {label: _by_name(result.table) for label, result in self.results.items()}
         sizes = {name: math.prod(self._shape(pairs[name])) for name in names}
+        # By what the rows depend on: which steps moved the matrix, and whether its whole grid is asked for.
+        keys = {
+            name: json.dumps([name, [x for x in lines if name in lines[x]], name == self.grid_matrix]) for name in names
+        }
         rows: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
-        done = 0
+        for name in names:
+            if self.store is not None and self.store.has(keys[name]):
+                kept = self.store.facts(keys[name])
+                rows[name] = kept["similarity"], kept["amplification"]
+        todo = [name for name in names if name not in rows]
+        done = sum(sizes[name] for name in rows)
         jobs = run_jobs(
-            names, sizes.__getitem__, partial(self._base_matrix, pairs), partial(self._matrix, lines), self.device
+            todo, sizes.__getitem__, partial(self._base_matrix, pairs), partial(self._matrix, lines), self.device
         )
         with interruptible() as asked_to_stop, closing(jobs):
             for name, found in jobs:
                 rows[name] = found
+                if self.store is not None:
+                    self.store.put(keys[name], {}, {"similarity": found[0], "amplification": found[1]})
                 done += sizes[name]
                 if on_progress:
                     on_progress(name, done, sum(sizes.values()))
@@ -259,10 +274,11 @@ def _path_of(step: Source) -> tuple[str, ...]:
     """The components of a step's path; of a hub id its own; of a model in memory its class."""
     if not isinstance(step, str | os.PathLike):
         return ("step" if isinstance(step, Mapping) else type(step).__name__,)
-    path = Path(step)
-    if not path.exists() and path.suffix not in WEIGHT_SUFFIXES and is_hub_id(os.fspath(step)):
+    text = os.fspath(step)
+    path = Path(shown(text))
+    if not is_address(text) and not path.exists() and path.suffix not in WEIGHT_SUFFIXES and is_hub_id(text):
         return path.parts
-    path = path.absolute()
+    path = path if is_address(text) else path.absolute()
     if path.suffix in WEIGHT_SUFFIXES:
         path = path.parent if path.stem in ("model", "adapter_model", "pytorch_model") else path.with_suffix("")
     return path.parts

@@ -1,14 +1,13 @@
 """`Trajectory`: what several fine-tunes of one base have in common, in memory and as a directory; imports no torch.
 
 A trajectory's directory holds one run directory a step, trajectory.csv, similarity and amplification (.parquet, .csv),
-report.html and, written last, trajectory.json, which has the size and checksum of the files that `load` reads. While it
-is unfinished, trajectory.json says so.
+report.html and, written last, trajectory.json, which has the size and checksum of the files that `load` reads.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,14 +18,11 @@ import pandas as pd
 
 from lowrank_probe import runs, words
 from lowrank_probe.columns import AMPLIFICATION, SIMILARITY, Column
-from lowrank_probe.errors import CheckpointError, OutputError, ProbeError
+from lowrank_probe.errors import ProbeError
 from lowrank_probe.layers import labels, several_stacks, sort_key
-from lowrank_probe.options import Options
-from lowrank_probe.outputs import made, write_directory
+from lowrank_probe.outputs import write_directory
 from lowrank_probe.runs import SCHEMA_VERSION, Result, plain
 from lowrank_probe.verdicts import summarise
-
-Source = Any  # as `checkpoints.Source`, which imports torch
 
 FACTS: Final = "trajectory.json"
 _READ: Final = ("similarity.parquet", "amplification.parquet")
@@ -109,7 +105,7 @@ class Trajectory:
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the trajectory's directory, trajectory.json last; returns its path. Raises `OutputError`.
 
-        A step's run directory that holds this very result already (see `save_step`) is left as it is.
+        A step's run directory that holds this very result already is left as it is.
         """
         from lowrank_probe.trajectory_reports import render
 
@@ -117,7 +113,7 @@ class Trajectory:
         for label, result in self.results.items():
             with naming(label):
                 if not _holds(root / label, result):
-                    save_step(root, label, result)
+                    result.save(root / label)
         files: dict[str, Callable[[Path], Any]] = {
             "trajectory.csv": lambda p: self.table.to_csv(p, index=False),
             "similarity.parquet": lambda p: self.similarity.to_parquet(p, index=False),
@@ -146,13 +142,8 @@ class Trajectory:
 
 
 def load_trajectory(root: Path) -> Trajectory:
-    """Read a trajectory's directory back. Raises `CheckpointError` where it is unfinished or damaged."""
+    """Read a trajectory's directory back. Raises `CheckpointError` where it is damaged."""
     facts = runs.read_facts(root, FACTS)
-    if facts.get("status") != "complete":
-        raise CheckpointError(
-            f"{root}: is an unfinished trajectory (finish it by the same command with --out {root}; "
-            "each finished step is a run directory of its own in it)"
-        )
     labels = runs.read_file(root, FACTS, lambda _: _labels(facts))
     results = {}
     for label in labels:
@@ -190,66 +181,6 @@ def is_labels(labels: Sequence[str]) -> bool:
     """Whether there are labels, each a name that a step's directory can have, no two the same but for case."""
     lower = {label.lower() for label in labels}
     return 0 < len(labels) == len(lower) and all(re.fullmatch(r"[\w-][\w .+=-]*", x) and x not in TAKEN for x in lower)
-
-
-def plan_of(base: Source, steps: Mapping[str, Source], options: Options) -> dict[str, Any]:
-    """What an unfinished trajectory's directory must share with the command that resumes it: base, steps, options."""
-
-    def path(source: Source) -> str:
-        if not isinstance(source, str | os.PathLike):
-            return type(source).__name__
-        return os.path.abspath(source) if os.path.exists(source) else os.fspath(source)
-
-    return {"base": path(base), "steps": {label: path(step) for label, step in steps.items()}, **options.facts()}
-
-
-def save_step(root: Path, label: str, result: Result, plan: Mapping[str, Any] | None = None) -> None:
-    """Save one step's run directory in a trajectory's, which is marked as unfinished until `Trajectory.save`.
-
-    plan: from `plan_of`; without it nothing can resume from this directory.
-    """
-    first = not (root / FACTS).exists()
-    with made(root):
-        if first:
-            facts = {"schema_version": SCHEMA_VERSION, "status": "interrupted", "plan": plan}
-            text = runs.facts_text(facts, root, ())
-            write_directory(root, {FACTS: lambda p: p.write_text(text, encoding="utf-8")})
-        try:
-            result.save(root / label)
-        except BaseException:  # Ctrl-C too: what was marked here must not look like a run
-            if first:
-                (root / FACTS).unlink(missing_ok=True)
-            raise
-
-
-def unfinished_steps(directory: str | os.PathLike[str], plan: Mapping[str, Any]) -> dict[str, Result]:
-    """label → the finished or interrupted result kept in a trajectory's directory; empty where that is free.
-
-    Raises `OutputError` where the directory holds a finished trajectory, one of another plan, or anything else.
-    """
-    root = Path(directory)
-    if not (root / FACTS).exists():
-        if runs.unfinished(root) is not None:
-            raise OutputError(f"{root}: holds the unfinished run of one step; choose another --out")
-        return {}
-    try:
-        facts = json.loads((root / FACTS).read_text(encoding="utf-8"))
-        complete, kept = facts["status"] == "complete", facts.get("plan") or {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{root / FACTS}: cannot be read ({error}); choose another --out") from None
-    if complete:
-        raise OutputError(f"{root}: already holds a finished trajectory; choose another --out or remove it")
-    for key, wanted in plain(dict(plan)).items():
-        if kept.get(key) != wanted:
-            raise OutputError(
-                f"{root}: holds an unfinished trajectory that differs in {key} ({_told(kept.get(key))} there, "
-                f"{_told(wanted)} here); choose another --out"
-            )
-    return {label: runs.load_result(root / label) for label in plan["steps"] if (root / label / "facts.json").exists()}
-
-
-def _told(value: Any) -> str:
-    return ", ".join(value.values()) if isinstance(value, dict) else str(value)
 
 
 @contextmanager

@@ -80,7 +80,13 @@ _TYPICAL: Final[dict[str, tuple[str, dict[str, _Row]]]] = {
 LIKE: Final = tuple(_TYPICAL)
 # Within this factor of the size asked for, a published model is taken as it is.
 _NEAR: Final = 1.25
-_SMALLEST, _LARGEST = 1e6, 1e14
+_SMALLEST, _LARGEST = 10**6, 10**14
+SIZES: Final = "expected a number of parameters between 1M and 100T, such as 70B, 7e9 or 135M"
+
+
+def is_size(n_parameters: float) -> bool:
+    """Whether a model may have so many parameters: 1M to 100T; NaN is no number of them."""
+    return _SMALLEST <= n_parameters <= _LARGEST
 
 
 def published(like: str) -> dict[str, dict[str, Any]]:
@@ -97,10 +103,10 @@ def typical_shape(n_parameters: float, like: str = "llama") -> ModelShape:
 
     Where that is more than a factor of 1.25 away it is scaled: width and depth alike, its heads' width, the ratio of
     query to key/value heads, of the MLP's width to the hidden size and the vocabulary kept; `source` says so.
-    Raises `ProbeError` for an unknown family, and for a size outside 1e6 to 1e14 or that no such model has.
+    Raises `ProbeError` for an unknown family, and for a size outside 1M to 100T or that no such model has.
     """
-    if not _SMALLEST <= n_parameters <= _LARGEST:  # NaN too
-        raise ProbeError(f"{n_parameters:g} parameters: expected between {_SMALLEST:g} and {_LARGEST:g}")
+    if not is_size(n_parameters):
+        raise ProbeError(f"{n_parameters:g}: {SIZES}")
     shapes = {name: family_shape(config) for name, config in published(like).items()}
     name = min(shapes, key=lambda name: abs(math.log(shapes[name].n_parameters / n_parameters)))
     nearest = shapes[name]
@@ -110,11 +116,17 @@ def typical_shape(n_parameters: float, like: str = "llama") -> ModelShape:
     if scaled is None:
         sizes = [shape.n_parameters for shape in shapes.values()]
         raise ProbeError(
-            f"{n_parameters:g} parameters: no typical {like} is that small, its vocabulary of {nearest.vocab} alone "
-            f"takes more; published ones have {min(sizes):.3g} to {max(sizes):.3g}"
+            f"{_short(n_parameters)} parameters: no typical {like} is that small, its vocabulary of {nearest.vocab:,} "
+            f"alone takes more; published ones have {_short(min(sizes))} to {_short(max(sizes))}"
         )
     how = f"{name} scaled to {scaled.n_layers} layers of {scaled.hidden}"
     return replace(scaled, source=f"typical {like} of that size: {how} (none published is near)")
+
+
+def _short(n: float) -> str:
+    """2M, 135M, 8.03B: three digits and a unit, as --params takes it."""
+    unit, scale = next((one for one in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if n >= one[1]), ("", 1))
+    return f"{n / scale:.3g}{unit}"
 
 
 def _scaled(near: ModelShape, n_parameters: float) -> ModelShape | None:

@@ -1,101 +1,160 @@
-"""What an extraction has finished so far: one small file a matrix, durable at once, so that a killed run goes on.
+"""What a run has finished so far: kept at once, matrix by matrix, so that one that was killed goes on where it was.
 
-`<out>/.unfinished/` holds run.json (what is being extracted, how) and per matrix a safetensors file of its spectrum or
-its factors. A file is written aside and renamed: what is there is whole.
+`<out>/.unfinished/` holds the log (`record_log`), whose first record says what the run is, every other one what was
+found for a matrix, and the number of the process at work. It is removed when the run's files are all in place.
 """
 
 import json
-import os
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lowrank_probe import outputs
-from lowrank_probe.checkpoints import Checkpoint
-from lowrank_probe.errors import CheckpointError, OutputError
+from lowrank_probe.errors import OutputError
 from lowrank_probe.narrowing import CODES
+from lowrank_probe.outputs import LOG, UNFINISHED
+from lowrank_probe.record_log import Record, RecordLog
 from lowrank_probe.runs import plain
-from lowrank_probe.safetensors_files import write_file
-from lowrank_probe.safetensors_headers import read_header
+from lowrank_probe.torch_dtypes import DTYPES
 
-FOLDER: Final = ".unfinished"
+
+@dataclass(frozen=True)
+class _Held:
+    """Where one tensor lies in the log."""
+
+    at: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class Unfinished:
-    """The folder of one extraction's finished matrices.
+    """The log of one run's finished matrices.
 
-    identity: what a run that goes on must share with the one that began. Raises `OutputError` where the output
-    directory holds anything else, or another run's work, or another process is at work there.
+    identity: what a run that goes on must share with the one that began. resumed: how many matrices were found, and how
+    many damaged places that cost some; empty at a beginning. Raises `OutputError` where the output directory holds
+    anything else, or another run's work, or another process is at work there.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
-        self.folder = out / FOLDER
-        told = json.dumps(plain(dict(identity)), indent=1, sort_keys=True)
-        outputs.check_name(out)
-        outputs.check_writable(out)
-        found = sorted(path.name for path in out.iterdir()) if out.exists() else []
-        if (self.folder / "run.json").exists():  # what else is there, this run was about to put in place
-            if (self.folder / "run.json").read_text(encoding="utf-8") != told:
-                raise OutputError(
-                    f"{out}: holds the unfinished work of other files, options or another version; choose another "
-                    f"--out, or remove {self.folder}"
-                )
-        elif found and found != [FOLDER]:
-            raise OutputError(f"{out}: is not empty; {outputs.ANOTHER_OUT}")
-        outputs.own(out, f"{FOLDER}/owner")
-        if not (self.folder / "run.json").exists():
-            self._write("run.json", lambda path: path.write_text(told, encoding="utf-8"))
+        outputs.check_free(out)
+        outputs.own(out, f"{UNFINISHED}/owner")
+        self.folder = out / UNFINISHED
+        told = json.loads(json.dumps(plain(dict(identity))))
+        self._held: dict[str, tuple[Record, dict[str, _Held]]] = {}
+        try:
+            self._log = RecordLog(self.folder / LOG)
+        except OSError as error:
+            raise OutputError(f"{self.folder}: cannot write {LOG}: {outputs.why(error)}") from None
+        if not self._log.records:
+            self._append({"identity": told})
+        else:
+            self._check(told)
+        for record in self._log.records[1:]:
+            self._note(record, self._head(record))
+        for name in outputs.LAST:  # of a process killed in its last moment: these files are written again
+            (out / name).unlink(missing_ok=True)
+        self.resumed: dict[str, int] = {}
+        if self._held or self._log.n_damaged:
+            self.resumed = {"n_finished": len(self._held), "n_damaged": self._log.n_damaged}
 
     def has(self, key: str) -> bool:
-        """Whether it is there, and whole: a machine that lost power may leave an empty file of that name."""
-        file = self.folder / f"{key}.safetensors"
-        try:
-            return file.exists() and read_header(file) is not None
-        except CheckpointError:
-            return False
+        return key in self._held
 
     def put(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Keep the tensors and facts of one matrix under a key, such as "factors-00012-003"."""
-        infos = [(name, CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-        told = {"facts": json.dumps(plain(dict(facts)))}
-        self._write(f"{key}.safetensors", lambda path: write_file(path, infos, iter(tensors.values()), told))
+        """Keep the tensors and facts of one matrix under a key, such as "factors-00012-003"; the last ones count."""
+        flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        infos = [(name, CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in flat.items()]
+        head = {"key": key, "facts": dict(facts), "tensors": infos}
+        body = [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in flat.values() if tensor.numel()]
+        self._note(self._append(head, body), head)
 
     def facts(self, key: str) -> dict[str, Any]:
-        """The facts kept under a key; NaN comes back as None."""
-        with open(self.folder / f"{key}.safetensors", "rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        facts: dict[str, Any] = json.loads(header["__metadata__"]["facts"])
+        """The facts kept under a key."""
+        facts: dict[str, Any] = self._head(self._held[key][0])["facts"]
         return facts
 
     def names(self, key: str) -> list[str]:
         """The tensors kept under a key."""
-        return list(read_header(self.folder / f"{key}.safetensors"))
+        return list(self._held[key][1])
 
     def get(self, key: str, name: str, first: int = 0, count: int | None = None) -> Tensor:
         """One tensor kept under a key; first, count: only so many of its rows."""
-        file = self.folder / f"{key}.safetensors"
-        side = Checkpoint(file, read_header(file))
-        info = side.tensors[name]
-        if len(info.shape) < 2 or count is None:
-            return side.read(name)
-        return side.read(name, span=(first * info.shape[1], count * info.shape[1])).reshape(count, info.shape[1])
+        held = self._held[key][1][name]
+        shape, at = held.shape, held.at
+        if len(shape) > 1 and count is not None:
+            at += first * math.prod(shape[1:]) * held.dtype.itemsize
+            shape = (count, *shape[1:])
+        n_bytes = math.prod(shape) * held.dtype.itemsize
+        return (
+            torch.frombuffer(self._log.read(at, n_bytes) or bytearray(1), dtype=torch.uint8)[:n_bytes]
+            .view(held.dtype)
+            .reshape(shape)
+        )
 
     def remove(self) -> None:
-        """Remove it, and the output directory where nothing else is in it."""
+        """Remove it, the log first (without it the rest is nothing), and the output directory if that is all in it."""
+        (self.folder / LOG).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             self.folder.parent.rmdir()
 
-    def _write(self, name: str, write: Any) -> None:
-        aside = self.folder / f".part-{os.getpid()}-{name}"
+    def _check(self, told: Mapping[str, Any]) -> None:
+        there = self._head(self._log.records[0]).get("identity")
+        out = self.folder.parent
+        if there is None:
+            raise OutputError(f"{out}: the beginning of its unfinished work is damaged; remove {self.folder}")
+        if there != told:
+            raise OutputError(
+                f"{out}: holds the unfinished work of another run ({_difference(there, told)}); "
+                f"{outputs.ANOTHER_OUT}, or remove {self.folder}"
+            )
+
+    def _append(self, head: Mapping[str, Any], body: Sequence[memoryview] = ()) -> Record:
+        text = json.dumps(head, ensure_ascii=False, separators=(",", ":"), default=_scalar)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write(aside)
-            os.replace(aside, self.folder / name)
+            return self._log.append(text.encode(), body)
         except OSError as error:
-            aside.unlink(missing_ok=True)
-            raise OutputError(f"{self.folder}: cannot write {name}: {outputs.why(error)}") from None
+            raise OutputError(f"{self.folder}: cannot write {LOG}: {outputs.why(error)}") from None
+
+    def _head(self, record: Record) -> dict[str, Any]:
+        head: dict[str, Any] = json.loads(self._log.read(record.at, record.head_bytes))
+        return head
+
+    def _note(self, record: Record, head: Mapping[str, Any]) -> None:
+        at, held = record.body_at, {}
+        for name, code, shape in head["tensors"]:
+            held[name] = _Held(at, DTYPES[code], tuple(shape))
+            at += math.prod(shape) * DTYPES[code].itemsize
+        self._held[head["key"]] = record, held
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} cannot be kept")
+
+
+def _difference(there: Any, here: Any, where: str = "") -> str:
+    """The first thing in which two identities differ, in words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        key = next(key for key in {**there, **here} if there.get(key) != here.get(key))
+        return _difference(there.get(key), here.get(key), f"{where}.{key}" if where else key)
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        i = next(i for i, pair in enumerate(zip(there, here, strict=True)) if pair[0] != pair[1])
+        return _difference(there[i], here[i], f"{where}.{i}")
+    return f"{where}: {_short(there)} there, {_short(here)} here"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

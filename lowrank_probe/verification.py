@@ -16,6 +16,7 @@ import torch
 
 from lowrank_probe.extraction_runs import FOLDER
 from lowrank_probe.outputs import write_directory
+from lowrank_probe.remote_files import refuse_addresses
 from lowrank_probe.runs import SCHEMA_VERSION, plain
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def verify(
     Raises `ProbeError` where peft cannot load the adapter, where no text gives a token, and for NaN outputs.
     """
     adapters = [(Path(adapter), 1.0)]
+    refuse_addresses(base, tuned, adapter)
     return _verify(Path(base), Path(tuned), adapters, texts, torch.device(device), expected)
 
 
@@ -104,6 +106,7 @@ def verify_merge(
     As `verify`, and a problem too where base+adapter is farther from it than the tolerance.
     """
     weighted = [(Path(adapter), float(weight)) for adapter, weight in adapters]
+    refuse_addresses(base, merged)
     return _verify(Path(base), Path(merged), weighted, texts, torch.device(device), None, equal=True)
 
 

@@ -53,11 +53,18 @@ def test_an_unknown_name_lists_its_neighbours():
     assert "RTX 4090" in str(refused.value)
     with pytest.raises(ProbeError, match="nearest: H100"):
         find_accelerator("")
+    for said, nearest in (("rtx", "RTX PRO 6000"), ("TPU", "TPU v4"), ("amd", "MI355X"), ("h10", "H100")):
+        with pytest.raises(ProbeError, match=f"nearest: {nearest}"):
+            find_accelerator(said)
+    with pytest.raises(ProbeError, match="'0GB' has no memory"):
+        find_accelerator("0GB")
 
 
 def test_a_size_is_a_card_too_and_says_that_it_is_an_estimate():
     card = find_accelerator("48 GB")
     assert card.label == "48 GB card"
+    assert (card.plural, card.cards) == ("48 GB cards", "48 GB cards")
+    assert find_accelerator("H100").cards == "H100 (80 GB) cards"
     assert card.is_estimate
     assert card.usable_bytes < find_accelerator("RTX A6000").usable_bytes < 48 * 2**30
     with pytest.raises(ProbeError):

@@ -1,8 +1,10 @@
 """A budget's page in real headless Chromium, from file://: it draws, sorts, filters, and stays silent."""
 
+from itertools import combinations
+
 import pytest
 from browsers import needs_chromium
-from test_browser import arrives, button, choose, column, drawn, driver, find, fits, press, turns_dark, visit  # noqa: F401
+from test_browser import arrives, button, choose, column, drawn, driver, find, fits, press, turns_dark, visit, wait  # noqa: F401
 from test_budgets import LLAMA_8B
 
 from lowrank_probe import budget_reports
@@ -76,6 +78,26 @@ def test_a_deep_link_arrives(driver, path, section):  # noqa: F811
 def test_a_narrow_dark_page_fits(page):
     assert turns_dark(page)
     assert fits(page)
+
+
+def test_bars_have_the_width_of_a_narrow_screen_and_names_do_not_meet(page):
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        page.refresh()
+        wait(page, lambda d: d.execute_script("return document.body.dataset.drawn") == "yes")
+        assert page.execute_script("return document.querySelector('#bars .plot')._fullLayout._size.w") > 280
+        box = "(e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; })"
+        left, _, right, _ = page.execute_script(f"return {box}(document.querySelector('#bars .xtitle'))")
+        assert 0 < left < right < 400
+        texts = page.execute_script(f"return [...document.querySelectorAll('#bars .annotation-text')].map({box})")
+        assert len(texts) > 10
+        assert all(one[0] >= 0 and one[2] <= 400 for one in texts)
+        for a, b in combinations(texts, 2):
+            assert min(a[2], b[2]) - max(a[0], b[0]) < 2 or min(a[3], b[3]) - max(a[1], b[1]) < 2
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_every_control_is_named(page):

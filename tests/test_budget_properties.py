@@ -100,9 +100,11 @@ def test_cards_mends_and_storage_agree_with_the_sums(found):
             assert n == 2 or not found.over(n - 1, stage).fits(card)
     for one in mends(found):
         assert 0 < one.saved_bytes == found.total_bytes - one.total_bytes
-    full, adapters = storage(found, 3)
-    assert full == 3 * found.checkpoint_bytes
-    assert adapters == found.checkpoint_bytes + 3 * found.adapter_file_bytes
+    (stored,) = storage([found], 3)
+    (kept,) = stored.budgets
+    assert kept == (found if found.counts.adapter else found.changed(method="lora"))
+    assert stored.full_bytes == 3 * kept.checkpoint_bytes
+    assert stored.adapter_bytes == kept.checkpoint_bytes + 3 * kept.adapter_file_bytes
     small = smallest_card(found)
     assert small is None or found.fits(small)
     assert [one for one in accelerators() if found.fits(one)] == [

@@ -10,8 +10,9 @@ from test_reports import HOSTILE, data, without_scripts
 import lowrank_probe as lp
 from lowrank_probe import budget_reports, columns
 from lowrank_probe.accelerators import accelerators, find_accelerator
-from lowrank_probe.budget_figures import PARTS, bars_spec, budget_specs, phases_spec, rank_spec, seq_spec
-from lowrank_probe.budget_words import run_names
+from lowrank_probe.budget_figures import PARTS, bars_spec, budget_specs, chosen, phases_spec, rank_spec, seq_spec
+from lowrank_probe.budget_fits import least_cards
+from lowrank_probe.budget_words import Price, run_names
 from lowrank_probe.budgets import compare, sweep
 from lowrank_probe.errors import OutputError
 
@@ -41,6 +42,7 @@ def test_a_bar_is_the_runs_peak(budgets):
     figure = bars_spec(budgets)
     names = [one.label for one in budgets]
     assert figure["data"][0]["y"] == names[::-1]
+    assert [note["text"] for note in figure["layout"]["annotations"] if note.get("xref") == "paper"] == names[::-1]
     for i, found in enumerate(budgets[::-1]):
         drawn = sum(trace["x"][i] for trace in figure["data"])
         assert drawn == pytest.approx(found.total_bytes / 2**30, rel=1e-4)
@@ -90,7 +92,15 @@ def test_a_model_of_few_positions_has_its_own_lengths():
 
 
 def test_the_tables_are_documented_and_complete(budgets):
-    assert list(budget_reports.runs_table(budgets)) == list(columns.BUDGET)
+    runs = budget_reports.runs_table(budgets, Price(find_accelerator("A100 40GB"), 2.5))
+    assert list(runs) == list(columns.BUDGET)
+    assert set(runs["priced_card"]) == {"A100 40GB"}
+    assert list(runs["n_cards_priced"].fillna(0)) == [least_cards(one, find_accelerator("A100 40GB")) or 0
+                                                      for one in budgets]  # fmt: skip
+    assert (runs["price_per_hour"] == 2.5 * runs["n_cards_priced"]).fillna(True).all()
+    assert set(columns.BUDGET) - set(budget_reports.runs_table(budgets)) == {
+        "priced_card", "n_cards_priced", "price_per_hour",
+    }  # fmt: skip
     parts = budget_reports.components_table(budgets)
     assert set(parts) < set(columns.BUDGET_COMPONENTS)
     assert len(parts) == sum(len(one.components) for one in budgets)
@@ -106,13 +116,63 @@ def test_the_page_has_the_tables_and_the_words(page, budgets):
     text = re.sub(r"\s+", " ", without_scripts(page))
     assert "8,030,261,248 parameters" in text
     assert "with DDP each holds everything" in text
-    assert "On disk, 50 tuned variants" in text
+    assert "What 50 tuned variants take" in text
+    assert "one base and 50 adapters, lora, qlora r=16" in text
+    assert text.count("a second one only takes another batch") == 1
+    assert "price an hour" not in text
+    assert "at the run's peak" in text or "at the run&#39;s peak" in text
     assert page.count("* plotly.js v") == 1
     plain = without_scripts(page)
     assert not re.findall(
         r"""(?:src|href|action|data)\s*=\s*["']?(?!#)[^"'\s>]""", re.sub(r'data-\w+="[^"]*"', "", plain)
     )
     assert "default-src 'none'" in plain
+
+
+def test_of_many_runs_the_baseline_stays_and_the_rest_is_said():
+    shape = lp.budget(TINY).shape
+    many = sweep(shape, ["lora", "dora", "full"], [1, 2, 3, 4, 5, 6, 7, 8, 9], [16, 32, 64])
+    names, full = run_names(many), [i for i, one in enumerate(many) if one.step.method == "full"]
+    for most in (5, 12, 48):
+        picked = chosen(many, most)
+        assert len(set(picked)) == most
+        assert set(full) <= set(picked)
+        assert picked == sorted(picked)
+    picked = [many[i].step for i in chosen(many, 12)]
+    assert {(step.method, step.seq) for step in picked} == {
+        (a, b) for a in ("lora", "dora", "full") for b in (16, 32, 64)
+    }
+    assert chosen(many[:7], 12) == list(range(7))
+    assert len(chosen([many[i] for i in full] * 9, 4)) == 4
+    page = budget_reports.render(many, price=Price(find_accelerator("H100"), 2.5))
+    text = re.sub(r"\s+", " ", without_scripts(page))
+    assert text.count("12 of the 57 runs are shown here, every full fine-tune, and others from everywhere") == 2
+    assert text.count("48 of the 57 runs are shown here") == 2
+    assert all(f"<h3>{names[i]}</h3>" in text and f"<summary>{names[i]}</summary>" in text for i in full)
+    assert f"{names[0]}: LoRA trains" in text or f"{names[0]}: With checkpointing" in text
+    assert "The table has the answer of each of the 57 runs" in text
+    assert text.count("1 × 2.5 = 2.50") == 12
+    assert "Price: an hour of the least number of H100 (80 GB) cards" in text
+    assert len(data(page, "runs")["rows"]) == 57
+    assert "price_per_hour" in [one["key"] for one in data(page, "runs")["columns"] if one["main"]]
+
+
+def test_without_activations_the_page_says_so_at_the_bars():
+    text = without_scripts(budget_reports.render(compare(params="70B")))
+    assert "one card&#39;s memory, without activations and logits" in text or "one card's memory, without acti" in text
+    assert "at the run" not in text
+
+
+def test_a_tiny_model_is_drawn_in_its_own_unit():
+    found = lp.budget(TINY, seq=32)
+    figure = bars_spec([found])
+    assert figure["layout"]["xaxis"]["title"]["text"] == "MiB on one card"
+    assert sum(trace["x"][0] for trace in figure["data"]) == pytest.approx(found.total_bytes / 2**20, rel=1e-4)
+    assert phases_spec([found])["layout"]["yaxis"]["title"]["text"] == "MiB on one card"
+    assert seq_spec([found])["layout"]["yaxis"]["title"]["text"] == "peak on one card, MiB"
+    text = without_scripts(budget_reports.render([found]))
+    assert "saves MiB" in text
+    assert "0.00 GiB" not in text
 
 
 def test_hostile_names_stay_text(budgets):

@@ -20,7 +20,7 @@ def saved(tmp_path_factory):
     """(the run, its directory)."""
     found = (lp.budget(TINY, targets=["q", "v"], seq=64, batch=2),)
     measured = measure_fake(TINY, Step(batch=2, seq=64, targets=["q", "v"]))
-    run = lp.BudgetRun(found, measured, 5)
+    run = lp.BudgetRun(found, measured, 5, 2.5, "48GB")
     return run, run.save(tmp_path_factory.mktemp("runs") / "one")
 
 
@@ -31,12 +31,16 @@ def test_what_is_read_back_is_what_was_saved(saved):
     assert again == run
     assert again.budgets[0].changed(batch=4).total_bytes == run.budgets[0].changed(batch=4).total_bytes
     assert again.to_json() == run.to_json()
+    assert again.price == 2.5
+    assert set(again.table["priced_card"]) == {"48 GB card"}
     assert again.table.equals(run.table)
     assert set(again.figures) == {"bars", "phases", "ranks", "seqs"}
     assert "GiB on one card" in repr(again)
     told = json.loads((directory / "budget.json").read_text())
     assert told["measured"]["peaks"] == dict(run.measured.peaks)
     assert told["storage"]["n"] == 5
+    assert told["price"] == {"card": "48 GB card", "one_card_an_hour": 2.5}
+    assert told["budgets"][0]["price_per_hour"] == 2.5 * told["budgets"][0]["n_cards_priced"]
 
 
 def test_every_kind_of_run_is_read_back(tmp_path):

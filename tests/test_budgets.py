@@ -15,11 +15,24 @@ from lowrank_probe.accelerators import find_accelerator
 from lowrank_probe.budget_components import CONTEXT
 from lowrank_probe.budget_counts import parse_params
 from lowrank_probe.budget_fits import cards_by_stage, largest, mends, smallest_card, storage
-from lowrank_probe.budget_words import lora_against_full, on_cards, peak, qlora_against_lora, unlike_checkpointing
+from lowrank_probe.budget_words import (
+    both,
+    file_size,
+    lora_against_full,
+    on_cards,
+    on_cards_of_all,
+    peak,
+    qlora_against_lora,
+    unit_of,
+    unlike_checkpointing,
+)
 from lowrank_probe.budgets import COMPARED, Budget, compare, sweep
 from lowrank_probe.errors import ProbeError
+from lowrank_probe.measuring import measure_fake
+from lowrank_probe.model_shapes import typical_shape
 from lowrank_probe.recipes import EIGHT_BIT
 from lowrank_probe.sharding import Sharding
+from lowrank_probe.training_steps import Step
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -259,7 +272,8 @@ def test_what_would_save_memory_is_what_it_saves():
 OPTIONS = {
     "--checkpointing": ("checkpointing", None), "--flash": ("flash", None), "--seq": ("seq", int),
     "--batch": ("batch", int), "--rank": ("rank", int), "--loss": ("chunked_loss", "chunked".__eq__),
-    "--optimizer": ("optimizer", str), "--dtype": ("adapter_dtype", str), "--method": ("method", str),
+    "--optimizer": ("optimizer", str), "--precision": ("precision", str),
+    "--dtype": ("adapter_dtype", str), "--method": ("method", str),
 }  # fmt: skip
 
 
@@ -277,6 +291,7 @@ def arguments(option):
         {"method": "lora", "seq": 2048}, {"method": "lora", "seq": 2048, "batch": 2, "checkpointing": True},
         {"method": "lora"}, {"method": "rslora", "seq": 512, "flash": False, "gpus": 4, "zero": 3},
         {"method": "full", "seq": 1024, "optimizer": "adamw-foreach", "precision": "mixed"},
+        {"method": "lora", "seq": 256, "precision": "fp32"},
         {"method": "qlora", "seq": 512, "checkpointing": False, "optimizer": "adamw-foreach"},
     ],
     ids=str,
@@ -293,9 +308,13 @@ def test_every_mend_is_the_budget_with_its_option(run):
 
 def test_variants_on_disk():
     found = lp.budget(LLAMA_8B)
-    full, adapters = storage(found, 100)
-    assert full == 100 * 2 * found.counts.total
-    assert adapters == 2 * found.counts.total + 100 * found.adapter_file_bytes
+    (stored,) = storage([found], 100)
+    assert stored.full_bytes == 100 * 2 * found.counts.total
+    assert stored.adapter_bytes == 2 * found.counts.total + 100 * found.adapter_file_bytes
+    several = sweep(found.shape, ["full", "lora", "rslora", "dora"], [4, 8], [32, 64])
+    assert [(row.budgets[0].step.rank, {one.step.method for one in row.budgets}) for row in storage(several, 2)] == [
+        (4, {"lora", "rslora"}), (8, {"lora", "rslora"}), (4, {"dora"}), (8, {"dora"}),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -343,6 +362,10 @@ def test_per_card_or_in_total_is_answered_in_words():
     assert "fits. That is on one card" in on_cards(lp.budget(TINY), find_accelerator("T4"))
     spread = lp.budget(LLAMA_70B, seq=512, checkpointing=True, gpus=8, zero=3)
     assert on_cards(spread, find_accelerator("H100")).startswith("Each of the cards needs")
+    *each, all_of_them = on_cards_of_all([found, lp.budget(TINY)], ["a", "b"], find_accelerator("RTX A6000"))
+    assert [one[:2] for one in each] == ["a:", "b:"]
+    assert not any("second one" in one or "add up" in one for one in each)
+    assert "with DDP each holds everything, and where one fits, a second one only takes another batch" in all_of_them
 
 
 def test_why_lora_is_not_always_smaller_is_answered_in_words():
@@ -350,7 +373,7 @@ def test_why_lora_is_not_always_smaller_is_answered_in_words():
     said, full = lora_against_full(found), lp.budget(LLAMA_8B, method="full", seq=2048)
     assert found.activations.saved > full.activations.saved
     assert f"{found.activations.saved / 2**30:.1f} GiB of activations" in said
-    assert f"{full.activations.saved / 2**30:.1f}:" in said
+    assert f"{full.activations.saved / 2**30:.1f} GiB:" in said
     assert "gradients and optimizer states" in lora_against_full(found.changed(checkpointing=True))
     assert "QLoRA saves" in qlora_against_lora(found.changed(method="qlora"))
     assert qlora_against_lora(found) == ""
@@ -362,6 +385,64 @@ def test_why_lora_is_not_always_smaller_is_answered_in_words():
 @pytest.mark.parametrize("text", ["70B", "70b", "70e9", "7e10", 70e9, "70_000_000_000", "70,000,000,000", "0.07T"])
 def test_a_size_however_it_is_written(text):
     assert parse_params(text) == 70_000_000_000
+
+
+def test_one_limit_of_sizes():
+    for text in ("100K", "999_999", "101T"):
+        with pytest.raises(ProbeError, match="between 1M and 100T") as parsed:
+            parse_params(text)
+        with pytest.raises(ProbeError) as typical:
+            typical_shape(float(text.replace("K", "e3").replace("T", "e12").replace("_", "")))
+        assert str(parsed.value).split(": ")[1:] == str(typical.value).split(": ")[1:]
+    assert parse_params("1M") == 10**6
+    with pytest.raises(ProbeError, match="published ones have 135M to 406B"):
+        typical_shape(1e6)
+
+
+@pytest.mark.parametrize(
+    "run", [{"method": "full"}, {"method": "lora"}, {"method": "full", "checkpointing": True}], ids=str
+)
+def test_grouped_queries_in_float32_are_told_to_have_no_fused_kernel(run):
+    found = lp.budget(TINY, seq=256, precision="fp32", **run)
+    assert found.unfused
+    assert any("math kernel" in said and "--precision bf16" in said for said in found.cautions)
+    assert "not to be had in float32" in " ".join(found.assumptions)
+    assert any("math attention" in one.source for one in found.components)
+    (mend,) = [one for one in mends(found) if one.option == "--precision bf16"]
+    assert "fused attention" in mend.name
+    assert mend.total_bytes == found.changed(precision="bf16").total_bytes
+    alone = {**TINY, "num_key_value_heads": 4}  # each head has its own keys
+    for config, other in ((alone, {}), (TINY, {"precision": "bf16"}), (TINY, {"precision": "mixed"}),
+                          (TINY, {"flash": False}), (TINY, {"seq": None})):  # fmt: skip
+        fused = lp.budget(config, **{"seq": 256, "precision": "fp32"} | run | other)
+        assert not fused.unfused
+        assert fused.cautions == ()
+    assert not lp.budget(TINY, seq=256, precision="fp32", method="qlora").unfused  # under autocast
+
+
+def test_that_math_kernel_is_what_a_real_step_has():
+    config, step = {**TINY, "num_hidden_layers": 2}, Step(method="full", precision="fp32", seq=256)
+    with_scores = measure_fake(config, step).peak
+    found = lp.budget(config, method="full", precision="fp32", seq=256)
+    assert found.allocated_bytes == pytest.approx(with_scores, rel=0.02)
+    fused = lp.budget({**config, "num_key_value_heads": 4}, method="full", precision="fp32", seq=256)
+    assert with_scores > 1.3 * fused.allocated_bytes
+
+
+def test_a_rank_above_the_smallest_matrix_is_noted():
+    found = lp.budget(TINY, rank=100_000)
+    assert "ranks above 32 are more than model.layers.*.self_attn.k_proj (32, 64) can have" in found.cautions[0]
+    assert lp.budget(TINY, rank=32).cautions == lp.budget(TINY, method="full").cautions == ()
+    assert lp.budget(TINY, rank=64, targets="q").cautions == ()
+
+
+def test_small_sizes_have_small_units():
+    assert both(68e9) == "68.0 GB (63.3 GiB)"
+    assert both(3 * 2**20) == "3.15 MB (3.00 MiB)"
+    assert both(2048) == "2.05 kB (2.00 KiB)"
+    assert file_size(285_600) == "285.6 kB"
+    assert unit_of([lp.budget(TINY)]).binary == "MiB"
+    assert unit_of([lp.budget(TINY), lp.budget(LLAMA_8B)]).binary == "GiB"
 
 
 @pytest.mark.parametrize("text", ["0", "-7B", "nan", "inf", "7GB", "", "7e99", "seven", "1e-3", "B", "12"])

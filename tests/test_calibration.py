@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers as hf
+from logs import heads, kept
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_cli import fails, probe
@@ -232,14 +234,12 @@ def test_what_a_killed_run_has_finished_is_taken(trained, text, tmp_path, monkey
     monkeypatch.setattr("lowrank_probe.calibration.compare", stop)
     with pytest.raises(KeyboardInterrupt):
         extract(*trained, tmp_path / "a", ranks=4, calibration=Calibration(text))
-    unfinished = tmp_path / "a" / ".unfinished"
-    kept = {file.name: file.stat().st_mtime_ns for file in unfinished.glob("*.safetensors")}
-    assert any(name.startswith("moments-") for name in kept)
+    before = heads(tmp_path / "a")
+    assert kept(tmp_path / "a", "moments-")
     monkeypatch.undo()
 
     def look(*args, **more):
-        now = {file.name: file.stat().st_mtime_ns for file in unfinished.glob("*.safetensors")}
-        assert now == kept
+        assert heads(tmp_path / "a") == before
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lowrank_probe.calibration.compare", look)
@@ -249,14 +249,14 @@ def test_what_a_killed_run_has_finished_is_taken(trained, text, tmp_path, monkey
 
 KILLED = """
 import os, signal, sys
-from pathlib import Path
+from logs import kept
 from lowrank_probe.calibration import Calibration
 from lowrank_probe.extraction import extract
 
 base, tuned, out, text = sys.argv[1:]
 
 def die(what, done, total):
-    if what == "second moments" and len(list(Path(out, ".unfinished").glob("moments-*"))) >= 4:
+    if what == "second moments" and len(kept(out, "moments-")) >= 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
 extract(base, tuned, out, ranks=4, calibration=Calibration(text, ((True, 1.0),), limit_bytes=400_000), on_progress=die)
@@ -267,8 +267,9 @@ def test_a_run_killed_between_two_passes_ends_in_the_same_files(trained, text, t
     asked = {"ranks": 4, "calibration": Calibration(text, ((True, 1.0),), limit_bytes=400_000)}
     whole = extract(*trained, tmp_path / "a", **asked)
     command = [sys.executable, "-c", KILLED, *trained, tmp_path / "b", text]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    n_left = len(list((tmp_path / "b" / ".unfinished").glob("moments-*")))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(command, check=False, env=environment).returncode == -signal.SIGKILL
+    n_left = len(kept(tmp_path / "b", "moments-"))
     again = extract(*trained, tmp_path / "b", **asked)
     assert 4 <= n_left < len(again.ledger[again.ledger["status"] == "adapted"])
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("a", "b")]

@@ -27,12 +27,12 @@ COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.a
 OPTIONS = {
     "spectrum": [
         "--out", "--include", "--exclude", "--layers", "--top", "--exact-tail", "--base-rounded", "--fail-on",
-        "--device", "--seed", "--json", "--open", "--quiet",
+        "--device", "--ray", "--seed", "--json", "--open", "--quiet",
     ],
     "extract": [
         "--out", "--rank", "--energy", "--budget", "--denoised", "--max-rank", "--rank-multiple", "--targets",
         "--servable", "--tied-lora", "--dtype", "--include", "--exclude", "--layers", "--verify", "--data",
-        "--calibration", "--device", "--seed", "--json", "--quiet",
+        "--calibration", "--device", "--ray", "--seed", "--json", "--quiet",
     ],
     "eval": [
         "--data", "--out", "--rank", "--targets", "--no-leave-out", "--tolerance", "--sequences", "--length",
@@ -327,14 +327,16 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "CheckpointError" in stderr
 
 
-def test_nan_and_inf_are_named_with_their_file_and_nothing_is_written(tmp_path):
+def test_nan_and_inf_are_named_with_their_file_and_only_what_is_finished_is_kept(tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     base, tuned = llama_tensors(), add_update(llama_tensors())
     tuned[name][2, 3], tuned[name][4, 5] = math.nan, math.inf
     paths = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned)
     words = [name, tmp_path / "tuned" / "model.safetensors", "1 NaN and 1 Inf", "--exclude"]
     fails("spectrum", *paths, "--out", tmp_path / "run", words=words)
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".unfinished"]
+    _, stderr = probe("spectrum", *paths, "--out", tmp_path / "run", "--exclude", name)
+    assert "resumed the interrupted run" in stderr
 
 
 def test_a_text_file_of_the_right_name(planted, tmp_path):
@@ -361,7 +363,8 @@ def test_no_space_for_the_output(planted, tmp_path):
 
     words = [tmp_path / "a" / "run", "cannot write", "larger than a file may be here", "ulimit -f"]
     fails("spectrum", *planted, "--out", tmp_path / "a" / "run", words=words, preexec_fn=limit)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in (tmp_path / "a" / "run").iterdir()] == [".unfinished"]
+    assert "resumed the interrupted run" in probe("spectrum", *planted, "--out", tmp_path / "a" / "run")[1]
 
 
 def test_report_of_a_truncated_run(planted, tmp_path):
@@ -451,7 +454,16 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_resumes(long_pair, t
     assert 0 < len(part.table) < 40
     assert part.facts["counts"] == {"analysed": len(part.table), "pending": 40 - len(part.table)}
 
-    fails("spectrum", *long_pair, "--out", out, "--seed", "1", "--quiet", words=["other files, used other options"])
+    fails(
+        "spectrum",
+        *long_pair,
+        "--out",
+        out,
+        "--seed",
+        "1",
+        "--quiet",
+        words=["the unfinished work of another run (options.seed: 0 there, 1 here)"],
+    )
     assert lp.load(out).facts["status"] == "interrupted"
 
     stdout, stderr = probe("spectrum", *long_pair, "--out", out)

@@ -139,9 +139,10 @@ def test_a_directory_holds_the_page_and_the_tables(models, tmp_path):
 
 def test_what_n_variants_take_on_disk(models):
     stdout, _ = probe("budget", models / "8b", "--storage", "100")
-    assert re.search(
-        r"100 tuned variants are 1,606 GB .* as full checkpoints \(16.1 GB each\), 32.8 GB ", " ".join(stdout.split())
-    )
+    assert re.search(r"100 full checkpoints +16.1 GB +1,606 GB ", stdout)
+    assert re.search(r"one base and 100 adapters, lora, qlora r=16 +167.8 MB +32.8 GB .* 48.9 ×", stdout)
+    stdout, _ = probe("budget", models / "8b", "--rank", "4,256", "--storage", "100")
+    assert len(re.findall(r"one base and 100 adapters, lora r=(?:4|256) ", stdout)) == 2
 
 
 def test_measured_beside_the_formula(models):
@@ -191,23 +192,9 @@ def test_an_estimate_is_marked(models, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--params", "0"], ["--params 0", "such as 70B"]), (["--params", "7GB"], ["7GB"]),
-        (["--params", "nan"], ["nan"]),
-        (["--params", "1e40"], ["between 100K and 100T"]), ([], ["give a model", "--params"]),
-        (["--params", "7B", "--like", "mamba"], ["mamba", "llama"]), (["{}/8b", "--params", "7B"], ["one of the two"]),
         (["{}/nothing"], ["no such file or directory"]),
         (["{}/8b", "--targets", "foo"], ["foo", "q_proj", "all-linear"]),
-        (["{}/8b", "--rank", "0"], ["rank", "found 0"]), (["{}/8b", "--rank", "9" * 20], ["at most 1,000,000"]),
-        (["{}/8b", "--seq", "9" * 20], ["seq", "at most"]),
-        (["{}/8b", "--gpu", "H10"], ["'H10' is not known; nearest: ", "H100"]),
-        (["{}/8b", "--zero", "3"], ["--zero 3", "--gpus"]),
-        (["{}/8b", "--zero", "1", "--fsdp", "2", "--gpus", "2"], ["one of"]),
-        (["{}/8b", "--method", "lora", "--optimizer", "lion"], ["'lion'", "adamw-8bit"]),
-        (["{}/8b", "--method", "lora", "--precision", "int8"], ["int8", "fp32, bf16, mixed"]),
-        (["{}/8b", "--method", "lora", "--dtype", "float16"], ["float16"]),
-        (["{}/8b", "--method", "lora", "--measure"], ["--measure needs --seq"]),
         (["{}/mamba", "--method", "full", "--seq", "64"], ["mamba: no formula for its activations", "--measure"]),
-        (["--params", "7B", "--method", "lora", "--seq", "8", "--measure"], ["--measure needs a model"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
@@ -222,11 +209,41 @@ def test_bad_input_is_one_line(models, options, words):
                                      ["--method", "full", "--dtype", "bfloat16"],
                                      ["--method", "lora", "--no-double-quant"], ["--rank", ""],
                                      ["--like", "llama"], ["--price", "inf"], ["--price", "nan"],
-                                     ["--method", "qlora", "--precision", "fp32"]])  # fmt: skip
+                                     ["--method", "qlora", "--precision", "fp32"],
+                                     ["--method", "lora", "--seq", "8", "--gpus", "2", "--measure"]])  # fmt: skip
 def test_wrong_usage_is_exit_2(models, options):
     stdout, stderr = probe("budget", models / "8b", *options, code=2)
     assert stdout == ""
     assert "Invalid value" in stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--params", "0"], ["--params: 0:", "such as 70B"]), (["--params", "7GB"], ["7GB"]),
+        (["--params", "nan"], ["nan"]), (["--params", "100K"], ["--params: 100K: expected", "between 1M and 100T"]),
+        (["--params", "1e40"], ["between 1M and 100T"]), ([], ["give a model", "--params"]),
+        (["--params", "7B", "--like", "mamba"], ["--like: 'mamba'", "llama"]),
+        (["{}/8b", "--params", "7B"], ["one of the two"]),
+        (["{}/8b", "--rank", "0"], ["--rank", "found 0"]), (["{}/8b", "--rank", "9" * 20], ["at most 1,000,000"]),
+        (["{}/8b", "--seq", "9" * 20], ["--seq", "at most"]), (["{}/8b", "--seq", "4,0"], ["--seq", "found 0"]),
+        (["{}/8b", "--gpu", "H10"], ["--gpu: GPU 'H10' is not known; nearest: H100"]),
+        (["{}/8b", "--zero", "3"], ["--zero: 3 on 1 GPU spreads nothing", "--gpus"]),
+        (["{}/8b", "--zero", "1", "--fsdp", "2", "--gpus", "2"], ["one of the two"]),
+        (["{}/8b", "--method", "lora", "--optimizer", "lion"], ["--optimizer: 'lion'", "adamw-8bit"]),
+        (["{}/8b", "--method", "lora", "--precision", "int8"], ["--precision: 'int8': expected fp32, bf16 or mixed"]),
+        (["{}/8b", "--method", "lora", "--dtype", "float16"], ["'float16': expected float32 or bfloat16"]),
+        (["{}/8b", "--method", "lora", "--measure"], ["--measure: needs --seq"]),
+        (["--params", "7B", "--method", "lora", "--seq", "8", "--measure"], ["--measure: needs a model"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_a_bad_value_of_an_option_is_wrong_usage(models, options, words):
+    stdout, stderr = probe("budget", *(option.format(models) for option in options), code=2)
+    assert stdout == ""
+    said = " ".join(stderr.replace("│", " ").split())
+    for word in words:
+        assert word in said
 
 
 def test_cards_without_bf16_or_bitsandbytes_are_marked_everywhere(models, tmp_path):
@@ -262,10 +279,48 @@ def test_what_only_activations_need_is_told_without_a_sequence(models):
 
 def test_a_price_is_told_of_every_run(models):
     stdout, _ = probe("budget", models / "tiny", "--price", "2.5")
-    assert stdout.count("1 × 2.5 = 2.50") == 7
-    assert (
-        "lora, bf16 base, r=8 1 × 2.5 = 2.50" in probe("budget", models / "tiny", "--rank", "4,8", "--price", "2.5")[0]
-    )
+    assert len(re.findall(r" 1 +2\.50 *$", stdout, re.MULTILINE)) == 7
+    assert "price: an hour of the least number of H100 (80 GB) cards" in " ".join(stdout.split())
+    wide, _ = probe("budget", "--params", "70e9", "--price", "12.5", "--gpu", "48GB", code=3)
+    assert "…" not in wide
+    assert "cards: how many 48 GB cards hold it" in " ".join(wide.split())
+    run = ("budget", models / "tiny", "--rank", "4,8", "--price", "2.5", "--gpu", "T4")
+    stdout, _ = probe(*run)
+    assert len(re.findall(r"lora .* fits +1 +2\.50 *$", stdout, re.MULTILINE)) == 2
+    told = json.loads(probe(*run, "--json")[0])
+    assert told["price"] == {"card": "T4", "one_card_an_hour": 2.5}
+    assert [(one["n_cards_priced"], one["price_per_hour"]) for one in told["budgets"]] == [(1, 2.5)] * 2
+
+
+def test_what_stands_for_a_size_is_named_in_json(models):
+    model = json.loads(probe("budget", "--params", "8e9", "--json")[0])["model"]
+    assert (model["n_parameters"], model["n_active"], model["by_type"]) == (8 * 10**9, None, None)
+    assert model["typical"]["n_parameters"] == sum(model["typical"]["by_type"].values()) == 8_030_261_248
+    model = json.loads(probe("budget", models / "tiny", "--json")[0])["model"]
+    assert model["typical"] is None
+    assert model["n_parameters"] == sum(model["by_type"].values()) == model["n_active"]
+
+
+def test_tiny_models_are_told_in_units_of_theirs(models):
+    for options in ([], ["--method", "lora", "--seq", "32"]):
+        stdout, _ = probe("budget", models / "tiny", *options)
+        assert "MiB" in stdout
+        assert "GiB on one card" not in stdout
+        assert "saves GiB" not in stdout
+
+
+def test_a_rank_that_no_matrix_has_is_noted(models):
+    for options in (["--method", "lora"], ["--method", "lora,full"], []):
+        stdout, _ = probe("budget", models / "tiny", "--rank", "100000", *options)
+        assert "note: ranks above 32 are more than model.layers.*.self_attn.k_proj" in stdout
+    stdout, _ = probe("budget", models / "tiny", "--method", "full", "--precision", "fp32", "--seq", "64")
+    assert "note: PyTorch has no fused attention for grouped queries in float32" in stdout
+
+
+def test_an_unknown_model_type_is_one_short_line(models, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "lama"}))
+    stderr = fails("budget", tmp_path, words=["nearest: llama"])
+    assert len(stderr) < 400
 
 
 def test_more_tokens_than_positions_are_told(models, tmp_path):

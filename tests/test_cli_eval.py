@@ -8,6 +8,7 @@ import time
 import pandas as pd
 import pytest
 from evaluated import fine_tuned, saved, texts
+from logs import kept
 from test_cli import ENVIRONMENT, PROBE, fails, probe
 
 import lowrank_probe as lp
@@ -92,7 +93,7 @@ def test_ctrl_c_keeps_what_is_finished(sides, tmp_path):
         list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        while process.poll() is None and not (out / ".unfinished" / "state-00002.safetensors").exists():
+        while process.poll() is None and "state-00002" not in kept(out):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
@@ -102,4 +103,4 @@ def test_ctrl_c_keeps_what_is_finished(sides, tmp_path):
     assert stdout == ""
     assert f"finished states are kept in {out}; the same command with --out {out} resumes" in stderr
     assert "Traceback" not in stderr
-    assert len(list((out / ".unfinished").glob("state-*"))) >= 3
+    assert len(kept(out, "state-")) >= 3

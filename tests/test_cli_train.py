@@ -93,7 +93,7 @@ def test_ctrl_c_keeps_finished_runs_and_the_same_command_goes_on(given, tmp_path
         process.kill()
     assert process.returncode == 130
     assert stdout == ""
-    assert f"finished runs are kept in {out}; the same command goes on" in stderr
+    assert f"finished runs are kept in {out}; the same command with --out {out} resumes" in stderr
     assert "Traceback" not in stderr
     assert not (out / "facts.json").exists()
     finished = (out / "runs/full-s0/facts.json").stat().st_mtime_ns

@@ -1,6 +1,7 @@
 """The functional rank end to end, on real small models: full rank is tuned, rank 0 base, planted rank found, resume."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from evaluated import (
     t5,
     texts,
 )
+from logs import kept
 from peft import LoraConfig, get_peft_model
 from tokenizers_in_tests import tokenizer
 
@@ -276,13 +278,13 @@ def test_a_run_is_read_back(found, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from pathlib import Path
 import lowrank_probe as lp
+from logs import kept
 
 base, tuned, text, out = sys.argv[1:]
 
 def die(what, done, total):
-    if len(list(Path(out, ".unfinished").glob("state-*"))) >= 7:
+    if len(kept(out, "state-")) >= 7:
         os.kill(os.getpid(), signal.SIGKILL)
 
 lp.evaluate(base, tuned, text, out=out, ranks=[0, 1, 4, "full"], length=32, sequences=8, device="cpu", on_progress=die)
@@ -293,10 +295,11 @@ def test_a_killed_run_goes_on_and_gives_the_same_files(trained, text, tmp_path, 
     asked = FAST | {"ranks": [0, 1, 4, "full"]}
     lp.evaluate(*trained, text, out=tmp_path / "a", **asked)
     command = [sys.executable, "-c", KILLED, *map(str, (*trained, text, tmp_path / "b"))]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    kept = sorted(path.name for path in (tmp_path / "b" / ".unfinished").glob("*.safetensors"))
-    assert kept == ["base.safetensors", *(f"state-{i:05d}.safetensors" for i in range(7)), "tuned.safetensors"]
-    with pytest.raises(lp.OutputError, match="unfinished work of other files, options"):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(command, check=False, env=environment).returncode == -signal.SIGKILL
+    there = sorted(kept(tmp_path / "b"))
+    assert there == ["base", *(f"state-{i:05d}" for i in range(7)), "tuned"]
+    with pytest.raises(lp.OutputError, match=r"unfinished work of another run \(options.ranks"):
         lp.evaluate(*trained, text, out=tmp_path / "b", **asked | {"ranks": [0, 1]})
     scored = []
     score = scoring.Scorer.score
@@ -305,7 +308,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_files(trained, text, tmp_path, 
     )
     found = lp.evaluate(*trained, text, out=tmp_path / "b", **asked)
     assert scored[0] == "state-00007"
-    assert len(scored) == found.facts["n_states"] - len(kept)
+    assert len(scored) == found.facts["n_states"] - len(there)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {path.name for path in (tmp_path / "b").iterdir()}
     assert ".unfinished" not in names

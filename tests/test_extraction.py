@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
-import time
 
 import numpy as np
 import pandas as pd
@@ -13,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from logs import kept, killed_when
 from pairs import llama_tensors, pair, planted, sides
 from safetensors.torch import load_file
 from test_cli import ENVIRONMENT, PROBE, fails, probe
@@ -259,29 +258,31 @@ def test_a_killed_run_goes_on_and_gives_the_same_files(decaying, tmp_path):
     probe("extract", *decaying, "--rank", "3", "--out", tmp_path / "whole")
     command = [PROBE, "extract", *map(str, decaying), "--rank", "3", "--out", str(tmp_path / "killed")]
     for _ in range(20):
-        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        unfinished, deadline = tmp_path / "killed" / ".unfinished", time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            if unfinished.exists() and len(list(unfinished.glob("factors-*.safetensors"))) >= 2:
-                process.send_signal(signal.SIGKILL)
-                break
-        process.wait()
-        if unfinished.exists():
+        killed_when(command, lambda: len(kept(tmp_path / "killed", "factors-")) >= 2, ENVIRONMENT)
+        if kept(tmp_path / "killed"):
             break
-        subprocess.run(["rm", "-r", tmp_path / "killed"], check=True)
+        shutil.rmtree(tmp_path / "killed")
     else:
         pytest.fail("was never killed in the middle")
     assert not (tmp_path / "killed" / "adapter_config.json").exists()
-    kept = {path.name: os.stat(path).st_mtime_ns for path in unfinished.glob("factors-*.safetensors")}
-    assert kept
+    n_kept = len(kept(tmp_path / "killed"))
     # Killed once more, while the finished adapter was put in place.
     (tmp_path / "killed" / "adapter_model.safetensors").write_bytes(b"half")
     (tmp_path / "killed" / "adapter_config.json").write_text("{}")
-    fails("extract", *decaying, "--dtype", "bfloat16", "--out", tmp_path / "killed", words=["unfinished work of other"])
-    probe("extract", *decaying, "--rank", "3", "--out", tmp_path / "killed")
+    fails(
+        "extract",
+        *decaying,
+        "--dtype",
+        "bfloat16",
+        "--out",
+        tmp_path / "killed",
+        words=["unfinished work of another run (dtype: float32 there, bfloat16 here)"],
+    )
+    _, stderr = probe("extract", *decaying, "--rank", "3", "--out", tmp_path / "killed")
+    assert f"resumed the interrupted run in {tmp_path / 'killed'}: {n_kept} matrices were finished" in stderr
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not unfinished.exists()
+    assert not (tmp_path / "killed" / ".unfinished").exists()
 
 
 def test_a_missing_side_is_one_line(decaying, tmp_path):

@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -66,7 +67,8 @@ def test_a_snapshot_in_the_hubs_cache_is_used_and_said(tmp_path, monkeypatch):
 
 @contextmanager
 def serving(files, fault=""):
-    """A hub with one repository, org/name, of these files (name → bytes); yields (its address, the files asked for).
+    """A hub with one repository, org/name, of these files (name → bytes); yields (its address, the files asked for,
+    each with the range of bytes where one was given).
 
     fault: "refuse" answers 403 for weights, "break" closes the connection inside them.
     """
@@ -88,10 +90,13 @@ def serving(files, fault=""):
             elif path.startswith("/org/name/resolve/"):
                 name = path.rpartition("/")[2]
                 weights = "." in name and not name.endswith(".json")
+                span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
                 if self.command == "GET":
-                    asked.append(name)
+                    asked.append(f"{name} {span[0]}" if span else name)
+                content = files[name][int(span[1]) : int(span[2]) + 1] if span else files[name]
                 broken = weights and self.command == "GET" and fault
-                self.answer(403 if broken == "refuse" else 200, files[name], half=broken == "break")
+                status = 403 if broken == "refuse" else 206 if span else 200
+                self.answer(status, content, half=broken == "break")
             else:
                 self.answer(404, b"")
 
@@ -120,12 +125,13 @@ def digest(content):
     return hashlib.sha1(content).hexdigest()
 
 
-def opened(address, home, cwd):
-    """What opening org/name says, in a process of its own."""
+def opened(address, home, cwd, source="org/name", then=""):
+    """What opening org/name says, in a process of its own; `then` is done with the `side`."""
     code = (
         "import lowrank_probe as lp\n"
         "from lowrank_probe.checkpoints import open_checkpoint\n"
-        "try: side = open_checkpoint('org/name'); print(len(side.tensors), sorted({f.name for f in side.files}))\n"
+        f"try: side = open_checkpoint({source!r}); print(len(side.tensors), sorted({{f.name for f in side.files}}))"
+        f"{then}\n"
         "except lp.CheckpointError as error: print(error)"
     )
     environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
@@ -185,6 +191,20 @@ def test_a_cache_that_cannot_be_written(tmp_path, content):
     assert "offline" not in said
 
 
+def test_an_hf_address_reads_headers_and_single_tensors(tmp_path):
+    tensors = llama_tensors()
+    directory = write(tmp_path / "m", tensors, {"model_type": "llama"})
+    with serving({file.name: file.read_bytes() for file in directory.iterdir()}) as (address, asked):
+        name = "model.norm.weight"
+        then = f"; side.check_unchanged(); print(side.path, len(side.read({name!r})))"
+        said = opened(address, tmp_path / "hub", tmp_path, "hf://org/name@main", then)
+    assert said == f"{len(tensors)} ['model.safetensors']\nhf://org/name@main 48"
+    info = open_checkpoint(directory).tensors[name]
+    header = 8 + int.from_bytes((directory / "model.safetensors").read_bytes()[:8], "little")
+    spans = ["0-7", f"8-{header - 1}", f"{info.start}-{info.stop - 1}"]
+    assert asked == ["config.json", *(f"model.safetensors bytes={span}" for span in spans)]
+
+
 # ---------------------------------------------------------------------------------------------- what is no hub id
 
 
@@ -194,7 +214,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, content):
         ("", ("'' is no path", "empty variable")),
         ("https://huggingface.co/org/name", ("https://huggingface.co/org/name: ", "give the hub id, org/name")),
         ("https://huggingface.co/org/name/tree/v2", ("give the hub id, org/name@v2",)),
-        ("https://example.org/model.bin", ("download it",)),
+        ("https://example.org/model.bin", ("over a network only safetensors", "download it")),
         ("no_such_model", ("no such file or directory", "owner/name")),
     ],
 )

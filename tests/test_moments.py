@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from logs import kept
 from test_verification import IDS, SMALL, bert_config, gpt2, llama, t5
 
 from lowrank_probe import moments as module
@@ -168,9 +169,7 @@ def test_matrices_that_read_the_same_rows_share_one_file(tmp_path):
     assert sorted(map(sorted, shared.values())) == [
         ["down_proj"], ["gate_proj", "up_proj"], ["k_proj", "q_proj", "v_proj"], ["o_proj"],
     ]  # fmt: skip
-    held = [
-        file for file in (tmp_path / "out" / ".unfinished").glob("moments-*") if "C" in found.store.names(file.stem)
-    ]
+    held = [key for key in kept(tmp_path / "out", "moments-") if "C" in found.store.names(key)]
     assert len(held) == 4 * 2 + 1  # and the output head
 
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import platform
+import subprocess
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ import pytest
 from builders import build
 from mounts import mounted
 
-from lowrank_probe import OutputError, outputs, runs, trajectory_runs
+from lowrank_probe import OutputError, outputs
 from lowrank_probe.unfinished import Unfinished
 
 # ---------------------------------------------------------------------------------------------- whose directory
@@ -101,32 +103,29 @@ def test_a_link_is_filled_and_stays_a_link(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
 
 
-@pytest.mark.parametrize("ask", [runs.unfinished, lambda out: Unfinished(out, {}), outputs.check_writable])
+@pytest.mark.parametrize("ask", [outputs.check_free, lambda out: Unfinished(out, {}), outputs.check_writable])
 def test_a_link_to_nothing_is_called_that(tmp_path, ask):
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(OutputError, match=r"link: is a link to nowhere, which is not there; choose another --out$"):
         ask(tmp_path / "link")
 
 
-@pytest.mark.parametrize("ask", [runs.unfinished, lambda out: Unfinished(out, {}), outputs.check_name])
+@pytest.mark.parametrize("ask", [outputs.check_free, lambda out: Unfinished(out, {}), outputs.check_name])
 def test_a_name_that_is_no_text_is_refused_in_one_line(tmp_path, ask):
     with pytest.raises(OutputError, match=r"r\\xff: its name is not UTF-8 .*; rename it, or give a link to it$"):
         ask(tmp_path / os.fsdecode(b"r\xff"))
     assert not any(tmp_path.iterdir())
 
 
-def test_a_first_step_that_cannot_be_written_leaves_no_trajectory(tmp_path):
-    result = build(layers=1, types=("q",))
-    (tmp_path / "trajectory" / "steps").mkdir(parents=True)
-    root = tmp_path / "trajectory" / "steps" / "of"
-    long = "x" * 300  # no file system takes this name
-    with pytest.raises(OutputError, match="File name too long"):
-        trajectory_runs.save_step(root, long, result)
-    assert list((tmp_path / "trajectory" / "steps").iterdir()) == []
-    trajectory_runs.save_step(root, "one", result)
-    with pytest.raises(OutputError, match="File name too long"):
-        trajectory_runs.save_step(root, long, result)
-    assert sorted(path.name for path in root.iterdir()) == ["one", "trajectory.json"]
+def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for number in (gone.pid, os.getppid()):
+        (tmp_path / f".part-{platform.node()}-{number}-xyz").mkdir()
+    outputs.check_free(tmp_path)
+    outputs.write_directory(tmp_path, {"file": lambda path: path.write_text("here")})
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"file", f".part-{platform.node()}-{os.getppid()}-xyz"}
 
 
 # ---------------------------------------------------------------------------------------------- said in own words
@@ -171,7 +170,7 @@ def locked():
 def refusals(directory):
     """What the check before the work and the write after it say, without the path."""
     result = build(layers=1, types=("q",))
-    for act in (runs.unfinished, result.save):
+    for act in (outputs.check_free, result.save):
         for path in (directory, directory / "a" / "run"):
             with pytest.raises(OutputError) as caught:
                 act(path)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from builders import build
 from mounts import mounted
-from pairs import llama_tensors, pair, write
+from pairs import llama_tensors, write
 
 import lowrank_probe as lp
-from lowrank_probe import CheckpointError, OutputError, runs
+from lowrank_probe import CheckpointError, OutputError, outputs, runs
 
 FILES = {
     "table.parquet", "table.csv", "summary.csv", "ledger.csv", "singular_values.parquet", "report.html", "facts.json",
@@ -199,14 +199,6 @@ def test_load_of_a_file_edited_to_the_same_length(everything, tmp_path):
         lp.load(tmp_path)
 
 
-def test_an_interrupted_run_that_was_truncated_does_not_resume(tmp_path):
-    result = build(layers=1, types=("q",))
-    replace(result, facts=result.facts | {"status": "interrupted"}).save(tmp_path)
-    (tmp_path / "ledger.csv").write_bytes((tmp_path / "ledger.csv").read_bytes()[:-30])
-    with pytest.raises(CheckpointError, match=r"ledger\.csv is not as it was written"):
-        runs.unfinished(tmp_path)
-
-
 def test_a_run_without_checksums_is_read(everything, tmp_path):
     everything.save(tmp_path)
     facts = json.loads((tmp_path / "facts.json").read_text(encoding="utf-8"))
@@ -226,41 +218,34 @@ def test_load_of_a_newer_schema(tmp_path):
 
 
 def test_an_absent_or_empty_directory_is_free(tmp_path):
-    assert runs.unfinished(tmp_path / "new") is None
-    assert runs.unfinished(tmp_path) is None
+    outputs.check_free(tmp_path / "new")
+    outputs.check_free(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path):
     build(layers=1, types=("q",)).save(tmp_path)
     with pytest.raises(OutputError, match="already holds a finished run"):
-        runs.unfinished(tmp_path)
-
-
-def test_an_interrupted_run_is_handed_back(tmp_path):
-    result = build(layers=1, types=("q",))
-    replace(result, facts=result.facts | {"status": "interrupted"}).save(tmp_path)
-    found = runs.unfinished(tmp_path)
-    assert found is not None
-    pd.testing.assert_frame_equal(found.table, result.table)
+        outputs.check_free(tmp_path)
 
 
 def test_a_directory_of_something_else_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="is not empty"):
-        runs.unfinished(tmp_path)
+        outputs.check_free(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 def test_an_output_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=r"is a file \(expected a directory\); choose another --out"):
-        runs.unfinished(tmp_path / "file")
+        outputs.check_free(tmp_path / "file")
 
 
 def test_an_output_below_a_file_is_found_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="file"):
-        runs.unfinished(tmp_path / "file" / "run")
+        outputs.check_free(tmp_path / "file" / "run")
 
 
 # ---------------------------------------------------------------------------------------------- writing fails
@@ -323,66 +308,3 @@ def test_saving_twice_replaces(tmp_path):
     result = build(layers=1, types=("q",))
     result.save(tmp_path)
     pd.testing.assert_frame_equal(lp.load(tmp_path).table, result.table)
-
-
-# ---------------------------------------------------------------------------------------------- resuming in Python
-
-
-def stop_after(n):
-    def on_progress(name, done, total):
-        nonlocal n
-        n -= 1
-        if n == 0:
-            raise KeyboardInterrupt
-
-    return on_progress
-
-
-@pytest.mark.parametrize("n", [1, 4, 11])
-def test_an_interrupted_run_resumes_to_the_same_answer(tmp_path, n):
-    from lowrank_probe.spectra import Interrupted
-
-    paths = pair(tmp_path, dtype=torch.bfloat16)
-    whole = lp.spectrum(*paths)
-    with pytest.raises(Interrupted) as caught:
-        lp.spectrum(*paths, on_progress=stop_after(n))
-    part = caught.value.result
-    assert part.facts["status"] == "interrupted"
-    assert set(part.ledger["name"]) == set(whole.ledger["name"])
-    assert (part.ledger["status"] == "pending").sum() == len(whole.ledger) - n
-    part.save(tmp_path / "run")
-    seen = []
-    resumed = lp.spectrum(
-        *paths, resume=runs.unfinished(tmp_path / "run"), on_progress=lambda *step: seen.append(step[0])
-    )
-    assert len(seen) == len(whole.ledger) - n
-    pd.testing.assert_frame_equal(resumed.table.drop(columns="seconds"), whole.table.drop(columns="seconds"))
-    pd.testing.assert_frame_equal(resumed.ledger, whole.ledger)
-    pd.testing.assert_frame_equal(resumed.summary, whole.summary)
-    for name, s in whole.singular_values.items():
-        np.testing.assert_array_equal(resumed.singular_values[name], s)
-    for name, s in whole.denoised_values.items():
-        np.testing.assert_array_equal(resumed.denoised_values[name], s)
-    assert resumed.facts["status"] == "complete"
-
-
-@pytest.mark.parametrize("options", [{"top": 3}, {"seed": 1}, {"exclude": ["q_proj"]}, {"exact_tail": True}], ids=str)
-def test_other_options_do_not_resume(tmp_path, options):
-    from lowrank_probe.spectra import Interrupted
-
-    paths = pair(tmp_path)
-    with pytest.raises(Interrupted) as caught:
-        lp.spectrum(*paths, on_progress=stop_after(2))
-    with pytest.raises(OutputError, match="other options"):
-        lp.spectrum(*paths, resume=caught.value.result, **options)
-
-
-def test_other_files_do_not_resume(tmp_path):
-    from lowrank_probe.spectra import Interrupted
-
-    base, tuned = pair(tmp_path)
-    with pytest.raises(Interrupted) as caught:
-        lp.spectrum(base, tuned, on_progress=stop_after(2))
-    os.utime(tuned / "model.safetensors", (1, 1))
-    with pytest.raises(OutputError, match="other files"):
-        lp.spectrum(base, tuned, resume=caught.value.result)

@@ -3,9 +3,7 @@
 import dataclasses
 import inspect
 import json
-import os
 import re
-import signal
 
 import numpy as np
 import pandas as pd
@@ -16,7 +14,7 @@ from pairs import llama_tensors, write
 from steps import Q, same
 
 import lowrank_probe as lp
-from lowrank_probe import trajectories, trajectory_runs
+from lowrank_probe import trajectories
 from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.columns import AMPLIFICATION, SIMILARITY
 from lowrank_probe.options import Keywords, Options
@@ -175,23 +173,10 @@ def test_an_adapter_beside_a_full_model_keeps_fused_matrices_whole_in_both(tmp_p
     np.testing.assert_allclose(same_space[["phi_left", "phi_right"]], 1, atol=1e-6)
 
 
-def test_ctrl_c_waits_until_a_step_is_written(growing, tmp_path):
-    def slow(label, result):
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGINT)
-        trajectory_runs.save_step(tmp_path / "run", label, result)
-
-    with pytest.raises(KeyboardInterrupt):
-        lp.trajectory(*growing, on_step=slow)
-    assert lp.load(tmp_path / "run" / "checkpoint-100").facts["status"] == "complete"
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-100", "trajectory.json"]
-
-
 def test_errors_name_the_step_and_come_before_any_work(growing, tmp_path):
-    finished = []
     with pytest.raises(lp.CheckpointError, match=r"step gone: .*no such file"):
-        lp.trajectory(growing[0], [growing[1][0], tmp_path / "gone"], on_step=lambda *step: finished.append(step))
-    assert finished == []
+        lp.trajectory(growing[0], [growing[1][0], tmp_path / "gone"], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     with pytest.raises(lp.ProbeError, match="rank 0"):
         lp.trajectory(*growing, rank=0)
 
@@ -199,7 +184,7 @@ def test_errors_name_the_step_and_come_before_any_work(growing, tmp_path):
 def test_the_options_of_both_verbs_are_those_of_options():
     defaults = {field.name: field.default for field in dataclasses.fields(Options)}
     parameters = inspect.signature(lp.spectrum).parameters.values()
-    own = {"base", "tuned", "resume", "on_progress"}
+    own = {"base", "tuned", "out", "on_progress"}
     assert {p.name: p.default for p in parameters if p.name not in own} == defaults
     assert list(Keywords.__annotations__) == list(defaults)
 

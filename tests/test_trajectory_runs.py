@@ -75,8 +75,6 @@ def test_a_damaged_step_is_named(run, damage):
         ({"steps": [{"label": "../run/checkpoint-100", "path": "x"}]}, "no usable labels"),
         ({"steps": [{"label": 1, "path": "x"}]}, "no usable labels"),
         ({"steps": [{"label": f"checkpoint-{i}00", "path": "x"} for i in (1, 3)]}, "step 'checkpoint-200' that"),
-        ({"status": "interrupted"}, "is an unfinished trajectory"),
-        ({"status": None}, "is an unfinished trajectory"),
         ({"schema_version": runs.SCHEMA_VERSION + 1}, "newer lowrank_probe"),
         ({"schema_version": "1"}, "schema_version"),
         ({"files": ["similarity.parquet"]}, "sizes and checksums"),

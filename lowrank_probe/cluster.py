@@ -1,0 +1,151 @@
+"""Per-matrix jobs on a Ray cluster (`--ray`): what `scheduling.run_jobs` does on one machine, as Ray tasks.
+
+A task takes one GPU where the cluster has any, one core otherwise; Ray does it again elsewhere where its worker or its
+node dies. Inputs and --out lie where every node sees them. `pip install lowrank_probe[ray]`, the same version on every
+node.
+"""
+
+import logging
+import math
+import socket
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Final, TypeVar
+
+import torch
+
+from lowrank_probe.devices import Choice
+from lowrank_probe.errors import ProbeError
+from lowrank_probe.running_models import first_line
+
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
+Done = TypeVar("Done")
+
+# Times that a task is started again after its worker or its node died.
+RETRIES: Final = 5
+# Tasks that wait in Ray for each that can run: the next is there when one ends, and no more results than these wait.
+AHEAD: Final = 2
+# Bytes that a task asks Ray for, an entry of its matrix: both sides, ΔW and scratch in float32.
+BYTES_PER_ENTRY: Final = 20
+
+
+def join(address: str, asked: str) -> Choice:
+    """Join the cluster at an address ("auto": that of this machine); the device that its tasks compute on.
+
+    asked: "auto" is a GPU where the cluster has any; "cpu"; "cuda". Raises `ProbeError` where there is no cluster, or
+    none with such a device.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ProbeError("--ray: Ray is not installed (pip install 'lowrank_probe[ray]')") from None
+    if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if address not in ("auto", here) and not address.startswith("ray://"):
+            raise ProbeError(
+                f"--ray {address}: this process is in the cluster at {here} already; ray.shutdown() leaves it"
+            )
+    else:
+        try:
+            _knock(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # OSError, ValueError, RuntimeError, and what gRPC raises
+            raise ProbeError(
+                f"--ray {address}: no cluster answers ({first_line(error)}); start one with ray start --head"
+            ) from None
+    has_gpu = ray.cluster_resources().get("GPU", 0) >= 1
+    if asked not in ("auto", "cpu", "cuda") or (asked == "cuda" and not has_gpu):
+        expected = "auto, cpu or cuda" if has_gpu else "auto or cpu (the cluster has no GPU)"
+        raise ProbeError(f"--device {asked} with --ray: expected {expected}")
+    return Choice(torch.device("cuda" if has_gpu and asked != "cpu" else "cpu"), cluster=True)
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT: Ray itself would wait for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def cluster_jobs(
+    items: Sequence[Item], entries: Callable[[Item], int], load: Callable[[Item], Loaded],
+    compute: Callable[[Item, Loaded], Done], device: torch.device,
+) -> Generator[Done, None, None]:  # fmt: skip
+    """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
+
+    load, compute: as for `run_jobs`; they are pickled once, with what they hold. Closing the iterator cancels what is
+    under way. Raises what a job raised, and `ProbeError` for a job whose worker died again and again.
+    """
+    import ray
+
+    on_gpu = device.type == "cuda"
+    job = [ray.put((load, compute))]  # in a list, so that a worker gets it once and not with every task
+    run = ray.remote(_run)
+    asked = {"num_cpus": 0 if on_gpu else 1, "num_gpus": 1 if on_gpu else 0, "max_retries": RETRIES}
+    most = _memory_of_a_node()
+    todo = sorted(items, key=entries)
+    running: dict[Any, Item] = {}
+    try:
+        while todo or running:
+            while todo and len(running) < AHEAD * _slots(on_gpu):
+                item = todo.pop()
+                memory = min(BYTES_PER_ENTRY * entries(item), most)
+                task = run.options(**asked, memory=memory, scheduling_strategy="SPREAD").remote(job, item)
+                running[task] = item
+            ready, _ = ray.wait(list(running), num_returns=1)
+            for one in ready:
+                item = running.pop(one)
+                yield _result(one, item)
+                del one
+    finally:
+        for one in running:
+            ray.cancel(one, force=True)
+
+
+_jobs: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {}
+
+
+def _run(job: list[Any], item: Any) -> Any:
+    """One task, in a worker: one thread, so that as many as there are cores run beside each other."""
+    import ray
+    from threadpoolctl import threadpool_limits
+
+    key = job[0].hex()
+    if key not in _jobs:
+        _jobs.clear()
+        _jobs[key] = ray.get(job[0])
+    load, compute = _jobs[key]
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        return compute(item, load(item))
+
+
+def _result(reference: Any, item: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise (cause if isinstance(cause, Exception) else error) from None
+    except ray.exceptions.RayError as error:
+        name = getattr(item, "name", item)
+        raise ProbeError(
+            f"{name}: its worker died {RETRIES + 1} times ({type(error).__name__}: {first_line(error)}); more memory "
+            "for a worker, or fewer of them on a node?"
+        ) from None
+
+
+def _slots(on_gpu: bool) -> int:
+    """Tasks that can run at once; nodes come and go."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1)))
+
+
+def _memory_of_a_node() -> float:
+    """Bytes that the largest node gives to tasks; ∞ where Ray does not say."""
+    import ray
+
+    found = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    return max(found, default=0.0) or math.inf

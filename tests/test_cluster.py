@@ -1,0 +1,205 @@
+"""A real Ray cluster of two nodes on this machine: the same tables, and workers, nodes and drivers that die."""
+
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from pairs import add_update, llama_tensors, write
+from test_cli import ENVIRONMENT, PROBE, fails
+
+import lowrank_probe as lp
+from lowrank_probe import cluster
+from lowrank_probe.errors import ProbeError
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
+
+# Of what the clock and the machine put in.
+CLOCKED = ["seconds"]
+
+
+@contextmanager
+def nodes(*cpus):
+    """A cluster with a node each, so many cores; this process is its driver."""
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()  # from the cluster of another test
+    made = Cluster()
+    try:
+        for number in cpus:
+            made.add_node(num_cpus=number, object_store_memory=80 << 20)
+        made.wait_for_nodes()
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def two():
+    with nodes(1, 1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sides")
+    base = llama_tensors()
+    tuned = add_update(base)
+    return write(root / "base", base), write(root / "tuned", tuned)
+
+
+def same(found, expected):
+    a, b = (one.table.drop(columns=CLOCKED) for one in (found, expected))
+    assert a.drop(columns="compute_dtype").equals(b.drop(columns="compute_dtype"))
+    assert found.ledger.equals(expected.ledger)
+    for name, values in expected.singular_values.items():
+        assert np.array_equal(found.singular_values[name], values)
+
+
+def test_a_spectrum_is_that_of_one_machine(two, sides):
+    found = lp.spectrum(*sides, ray=two.address)
+    torch.set_num_threads(1)
+    same(found, lp.spectrum(*sides, device="cpu"))
+    assert found.facts["device"] == {"type": "cpu", "name": "Ray cluster", "n_threads": 1}
+    phases = found.timeline
+    assert (phases["stop_s"] >= phases["start_s"]).all()
+    assert phases["start_s"].min() >= 0
+
+
+def test_an_adapter_is_that_of_one_machine(two, sides, tmp_path):
+    options = lp.Options(ray=two.address)
+    lp.extract(*sides, tmp_path / "a", ranks=[2, 4], options=options)
+    torch.set_num_threads(1)
+    lp.extract(*sides, tmp_path / "b", ranks=[2, 4], options=lp.Options(device="cpu"))
+    for name in ("r2", "r4"):
+        file = f"{name}/adapter_model.safetensors"
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_trajectory_is_that_of_one_machine(two, sides):
+    found = lp.trajectory(sides[0], [sides[1]], ray=two.address)
+    same(found.results["tuned"], lp.spectrum(*sides, device="cpu"))
+    assert len(found.amplification)
+
+
+def test_what_a_job_raises_is_raised_here(two, sides, tmp_path):
+    broken = {name: tensor.clone() for name, tensor in add_update(llama_tensors()).items()}
+    broken["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    with pytest.raises(ProbeError, match=r"layers\.1\.mlp\.up_proj\.weight .*: contains 1 NaN"):
+        lp.spectrum(sides[0], write(tmp_path / "broken", broken), ray=two.address)
+
+
+class Waiting:
+    """Four jobs that say where they run, and wait there until they are let go; run by a thread."""
+
+    def __init__(self, folder):
+        self.go = folder / "go"
+        self.folder = folder
+
+        # A function of its own, which is pickled as it is: the workers cannot import this file.
+        def compute(item, _):
+            node = ray.get_runtime_context().get_node_id()
+            (folder / f"began-{item}-{os.getpid()}-{node}").touch()
+            deadline = time.monotonic() + 120
+            while not (folder / "go").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            return item, node
+
+        def work():
+            return sorted(cluster.cluster_jobs(range(4), lambda i: 1 + i, lambda i: i, compute, torch.device("cpu")))
+
+        self.found = ThreadPoolExecutor(1).submit(work)
+
+    def begun(self, count):
+        """(item, process, node) of each that began, once there are so many."""
+        deadline = time.monotonic() + 120
+        while len(begun := sorted(self.folder.glob("began-*"))) < count:
+            assert time.monotonic() < deadline
+            assert not self.found.done(), self.found.result()
+            time.sleep(0.01)
+        return [path.name.split("-")[1:] for path in begun]
+
+
+def test_a_worker_that_is_killed_is_replaced(two, tmp_path):
+    cluster.join(two.address, "auto")
+    jobs = Waiting(tmp_path)
+    os.kill(int(jobs.begun(2)[0][1]), signal.SIGKILL)
+    jobs.begun(3)
+    jobs.go.touch()
+    assert [item for item, _ in jobs.found.result(timeout=120)] == [0, 1, 2, 3]
+    assert len(list(tmp_path.glob("began-*"))) == 5  # one of them twice
+
+
+def test_a_job_whose_worker_always_dies_is_named(two, monkeypatch):
+    monkeypatch.setattr(cluster, "RETRIES", 1)
+    cluster.join(two.address, "auto")
+
+    def compute(item, _):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ProbeError, match="its worker died 2 times"):
+        list(cluster.cluster_jobs(["lm_head.weight"], len, str, compute, torch.device("cpu")))
+
+
+def test_a_killed_driver_goes_on_where_it_was(two, tmp_path):
+    base = llama_tensors(n_layers=16)
+    sides = write(tmp_path / "base", base), write(tmp_path / "tuned", add_update(base))
+    out = tmp_path / "run"
+    command = [PROBE, "spectrum", *map(str, sides), "--ray", two.address, "--out", str(out), "--json"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = out / ".unfinished" / "log"
+    while process.poll() is None and not (log.exists() and log.stat().st_size > 20_000):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "facts.json").exists()
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stderr
+    torch.set_num_threads(1)
+    same(lp.load(out), lp.spectrum(*sides, device="cpu"))
+
+
+def test_what_cannot_be_is_one_line(two, sides, tmp_path):
+    fails("spectrum", *sides, "--ray", "127.0.0.1:1", "--out", tmp_path / "a", words=["--ray 127.0.0.1:1", "ray start"])
+    fails(
+        "extract", *sides, "--rank", 2, "--ray", two.address, "--device", "cuda", "--out", tmp_path / "a",
+        words=["--device cuda with --ray", "no GPU"],
+    )  # fmt: skip
+    text = tmp_path / "text.txt"
+    text.write_text("a\n", encoding="utf-8")
+    fails(
+        "extract", *sides, "--rank", 2, "--ray", two.address, "--calibration", text, "--out", tmp_path / "a",
+        words=["--calibration", "leave --ray out"],
+    )  # fmt: skip
+    assert not (tmp_path / "a").exists()
+    cluster.join(two.address, "auto")
+    with pytest.raises(ProbeError, match=r"--ray 127.0.0.1:2: this process is in the cluster at "):
+        cluster.join("127.0.0.1:2", "auto")
+
+
+def test_a_node_that_goes_leaves_its_work_to_the_others(tmp_path):
+    with nodes(1, 1) as made:
+        cluster.join(made.address, "auto")
+        jobs = Waiting(tmp_path)
+        workers = {node: int(process) for _, process, node in jobs.begun(2)}
+        assert len(workers) == 2
+        gone = made.list_all_nodes()[-1]
+        made.remove_node(gone, allow_graceful=False)
+        deadline = time.monotonic() + 60
+        while psutil.pid_exists(workers[gone.node_id]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        jobs.go.touch()
+        results = jobs.found.result(timeout=180)
+        assert [item for item, _ in results] == [0, 1, 2, 3]
+        assert gone.node_id not in {node for _, node in results}
