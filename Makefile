@@ -1,4 +1,5 @@
 # The two set-up commands: `make demo` and `make test`. Each makes the environment first where there is none.
+# `make slow`: the tests of more than ten seconds each, and those that download a model.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -6,15 +7,18 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check lint types clean bench
+.PHONY: demo test slow check lint types clean bench
 
 demo: $(STAMP)
 	$(BIN)/probe demo
 
 test: $(STAMP) lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
 
-check: test
+slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope -m slow
+
+check: test slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

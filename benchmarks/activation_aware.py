@@ -105,7 +105,7 @@ def compare(name: str, folder: Path) -> tuple[list[tuple[Any, ...]], list[tuple[
     root, text = cached(name), folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": one}) + "\n" for one in halves()[1]), encoding="utf-8")
     sides = root / "base", root / "finetuned"
-    found = lp.extract(*sides, folder / "ranks", ranks=RANKS, calibration=Calibration(text))
+    found = lp.extract(*sides, folder / "ranks", ranks=RANKS, targets=("everything",), calibration=Calibration(text))
     told = found.facts["calibration"]
     rows, single = [], {}
     for rank in RANKS:
@@ -122,7 +122,9 @@ def compare(name: str, folder: Path) -> tuple[list[tuple[Any, ...]], list[tuple[
     for rank in BUDGETS:
         n = int(found.facts["adapters"][f"r{rank}"]["n_parameters"])
         choice = RankChoice(budget={"parameters": n})
-        spent = lp.extract(*sides, folder / f"budget{rank}", ranks=choice, calibration=Calibration(text))
+        spent = lp.extract(
+            *sides, folder / f"budget{rank}", ranks=choice, targets=("everything",), calibration=Calibration(text)
+        )
         best = next(one for one in spent.facts["calibration"]["tried"] if one["chosen"])
         budgets.append((
             name, f"{n:,}", f"{single[rank]:.4f}", f"{best['report']:.4f}",

@@ -92,6 +92,7 @@ def by_way(found, label):
     return {(one["weighted_by"], one["ridge"]): one for one in told if one["adapter"] == label}
 
 
+@pytest.mark.slow
 def test_better_than_plain_on_text_that_decided_nothing(trained, text, tmp_path):
     found = extract(*trained, tmp_path / "a", ranks=[4, 8, 16], calibration=Calibration(text))
     for label in ("r4", "r8", "r16"):
@@ -263,6 +264,7 @@ extract(base, tuned, out, ranks=4, calibration=Calibration(text, ((True, 1.0),),
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_two_passes_ends_in_the_same_files(trained, text, tmp_path):
     asked = {"ranks": 4, "calibration": Calibration(text, ((True, 1.0),), limit_bytes=400_000)}
     whole = extract(*trained, tmp_path / "a", **asked)
@@ -332,6 +334,7 @@ def test_ridges_are_finite_and_positive(ways):
         Calibration("text.txt", ways=ways)
 
 
+@pytest.mark.slow
 def test_the_command(trained, text, tmp_path):
     stdout, _ = probe("extract", *trained, "--rank", "8", "--calibration", text, "--out", tmp_path / "a")
     lines = [line.split() for line in stdout.splitlines()]

@@ -440,6 +440,7 @@ def long_pair(tmp_path_factory):
     return write(directory / "base", base), write(directory / "tuned", tuned)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_resumes(long_pair, tmp_path):
     out = tmp_path / "run"
     code, stdout, shown = interrupted("spectrum", *long_pair, "--out", out, at=r"layers\.\d+\.mlp.*%")

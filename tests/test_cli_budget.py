@@ -145,6 +145,7 @@ def test_what_n_variants_take_on_disk(models):
     assert len(re.findall(r"one base and 100 adapters, lora r=(?:4|256) ", stdout)) == 2
 
 
+@pytest.mark.slow
 def test_measured_beside_the_formula(models):
     stdout, _ = probe("budget", models / "tiny", "--method", "lora", "--seq", "64", "--measure", "--json")
     told = json.loads(stdout)
@@ -165,6 +166,7 @@ def test_measured_beside_the_formula(models):
     assert all(abs(float(off)) < 1 for off in offs)
 
 
+@pytest.mark.slow
 def test_without_a_formula_the_measurement_stands_alone(models):
     run = ("budget", models / "mamba", "--method", "full", "--seq", "8", "--measure")
     stdout, stderr = probe(*run, "--gpu", "T4")

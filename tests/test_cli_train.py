@@ -61,6 +61,7 @@ def test_json_is_one_object_and_the_report_is_made_again(given, done):
     assert (out / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_wrong_usage_exits_2_and_bad_input_1_and_nothing_stays(given, tmp_path):
     out = tmp_path / "run"
     told = {
@@ -78,6 +79,7 @@ def test_wrong_usage_exits_2_and_bad_input_1_and_nothing_stays(given, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_runs_and_the_same_command_goes_on(given, tmp_path):
     out = tmp_path / "run"
     command = [PROBE, "train", *given, *FAST, "--out", out]

@@ -14,8 +14,6 @@ import pytest
 import torch
 from pairs import write
 
-import lowrank_probe as lp
-
 PROBE = [sys.executable, "-m", "lowrank_probe"]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "FORCE_COLOR"} | {
     "COLUMNS": "160", "TERM": "xterm", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
@@ -142,7 +140,7 @@ def test_again_and_again_while_it_stops(long_pair, tmp_path, every_s, threads):
     assert line.startswith("interrupted")
     assert code in (130, -signal.SIGINT)  # killed once there was nothing left to lose
     if "kept in" in line:
-        assert lp.load(out).facts["status"] == "interrupted"
+        assert (out / ".unfinished" / "log").stat().st_size > 0
 
 
 # ---------------------------------------------------------------------------------------------- one_line itself

@@ -345,18 +345,36 @@ def test_a_filesystem_is_asked_again_when_all_is_read(tmp_path, memory):
     refused(addresses[1], "found none of")
 
 
+def stop_after(count):
+    """Progress that fails once so many matrices are finished."""
+    told = []
+
+    def on_progress(*one):
+        told.append(one)
+        if len(told) == count:
+            raise RuntimeError("in the middle")
+
+    return on_progress
+
+
 def test_a_resumed_run_wants_the_same_files(tmp_path):
     pair(tmp_path)
     with serving(tmp_path) as server:
         sides = f"{server.address}/base", f"{server.address}/tuned"
-        earlier = lp.spectrum(*sides, device="cpu")
+        expected = lp.spectrum(*sides, device="cpu")
+        with pytest.raises(RuntimeError, match="in the middle"):
+            lp.spectrum(*sides, device="cpu", out=tmp_path / "run", on_progress=stop_after(4))
         before = server.sent
-        same_tables(lp.spectrum(*sides, device="cpu", resume=earlier), earlier)
-        assert server.sent - before < 5000  # headers only
         write(tmp_path / "other", add_update(llama_tensors(), seed=9), {"model_type": "llama"})
+        whole = server.files["/tuned/model.safetensors"]
         server.files["/tuned/model.safetensors"] = (tmp_path / "other" / "model.safetensors").read_bytes()
-        with pytest.raises(OutputError, match="compared other files"):
-            lp.spectrum(*sides, device="cpu", resume=earlier)
+        with pytest.raises(OutputError, match=r"another run \(tuned\.files"):
+            lp.spectrum(*sides, device="cpu", out=tmp_path / "run")
+        assert server.sent - before < 5000  # headers only
+        server.files["/tuned/model.safetensors"] = whole
+        before = server.sent
+        same_tables(lp.spectrum(*sides, device="cpu", out=tmp_path / "run"), expected)
+        assert server.sent - before < before / 2
 
 
 # ---------------------------------------------------------------------------------------------- addresses

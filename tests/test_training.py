@@ -255,6 +255,7 @@ COMMAND = (
 )
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_where_it_was_and_ends_the_same(sides, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = [sys.executable, "-c", COMMAND, *map(str, sides)]
@@ -276,6 +277,7 @@ def test_a_killed_training_goes_on_where_it_was_and_ends_the_same(sides, tmp_pat
         np.testing.assert_allclose(second.losses[label], losses, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(sides, tmp_path):
     """torchrun on two CPUs: one directory, the first process's; each sees its own half of the batches."""
     script = tmp_path / "train.py"
@@ -332,9 +334,10 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(sides, tmp_path):
     assert "has no tokenizer" in said
     said, kind = refused((tmp_path / "none", sides[1]), tmp_path)
     assert kind is CheckpointError
-    assert "no such file or directory (expected a checkpoint directory, file or hub id, owner/name)" in said
+    assert "no such file or directory (expected a checkpoint directory, file, address or hub id, owner/name)" in said
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_its_snapshot_in_the_cache_or_told_to_be_out_of_reach(sides, tmp_path):
     """In a process of its own: the hub's client reads its variables when it is imported."""
     snapshot = tmp_path / "hub/hub/models--org--tiny/snapshots" / ("0" * 40)

@@ -73,6 +73,7 @@ def test_a_finished_trajectory_and_a_foreign_directory_are_refused(saved, growin
     fails("spectrum", growing[0], growing[1][0], tmp_path / "no", words=["step no: ", "no such file"], cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_bad_tensor_names_its_step_and_the_finished_steps_serve_the_next_try(growing, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(growing[1][1], broken)
@@ -130,6 +131,7 @@ def test_fail_on_reads_the_verdicts_of_every_step(growing, tmp_path):
     assert "--fail-on low-rank" in stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_steps_and_the_same_command_resumes(tmp_path):
     generator = torch.Generator().manual_seed(0)
     base, steps = {}, [{}, {}]

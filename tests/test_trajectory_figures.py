@@ -78,6 +78,7 @@ def test_names_of_any_length_are_drawn_short_and_apart(tmp_path):
     assert max(map(len, heat.y)) < 50
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_figures_of_the_trajectory_and_of_every_step_are_written(run, tmp_path):
     probe("report", run, "--figures", tmp_path / "figures")

@@ -412,6 +412,7 @@ def test_a_failed_run_leaves_its_work_in_out_and_nothing_in_a_default_directory(
 # ---------------------------------------------------------------------------------------------- several steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "n_kept"), [("computing", 5), ("renaming3", 12), ("comparing", 36 + 5), ("renaming30", 36 + 9)]
 )
