@@ -133,9 +133,9 @@ def test_of_many_runs_the_baseline_stays_and_the_rest_is_said(monkeypatch):
     monkeypatch.setattr(budget_figures, "MAX_BARS", 8)
     monkeypatch.setattr(budget_reports, "MAX_CARDS", 5)
     shape = lp.budget(TINY).shape
-    many = sweep(shape, ["lora", "dora", "full"], [1, 2], [16, 32, 64])
-    names, full = run_names(many), [i for i, one in enumerate(many) if one.step.method == "full"]
-    for most in (5, 12):
+    many = sweep(shape, ["lora", "dora", "full"], [1, 2, 3, 4, 5, 6, 7, 8, 9], [16, 32, 64])
+    full = [i for i, one in enumerate(many) if one.step.method == "full"]
+    for most in (5, 12, 48):
         picked = chosen(many, most)
         assert len(set(picked)) == most
         assert set(full) <= set(picked)
@@ -146,7 +146,9 @@ def test_of_many_runs_the_baseline_stays_and_the_rest_is_said(monkeypatch):
     }
     assert chosen(many[:7], 12) == list(range(7))
     assert len(chosen([many[i] for i in full] * 9, 4)) == 4
-    page = budget_reports.render(many, price=Price(find_accelerator("H100"), 2.5))
+    few = sweep(shape, ["lora", "dora", "full"], [1, 2], [16, 32, 64])
+    names, full = run_names(few), [i for i, one in enumerate(few) if one.step.method == "full"]
+    page = budget_reports.render(few, price=Price(find_accelerator("H100"), 2.5))
     text = re.sub(r"\s+", " ", without_scripts(page))
     assert text.count("5 of the 15 runs are shown here, every full fine-tune, and others from everywhere") == 2
     assert text.count("8 of the 15 runs are shown here") == 2
