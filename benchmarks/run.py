@@ -42,6 +42,7 @@ SCRIPTS = (
     Script("Spectrum", "traps", ("benchmarks-traps",)),
     Script("Spectrum", "calibration", ("calibration",)),
     Script("Spectrum", "smollm2_truth", ("smollm2-truth",), gpu=True, arguments=("runs",)),
+    Script("Spectrum, Extract", "chaos", ("benchmarks-chaos",)),
     Script("Breadth", "against_weightwatcher", ("benchmarks-weightwatcher",)),
     Script("Breadth", "report", ("benchmarks-report",)),
     Script("Breadth, Extract", "gpu", ("benchmarks-gpu", "benchmarks-gpu-16-layers"), gpu=True),
