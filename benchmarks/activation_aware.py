@@ -155,7 +155,7 @@ def main() -> int:
     publish(
         "activation_aware", "Activation-aware extraction", NOTE,
         [("KL from the fine-tune, nats a row", HEADS, rows), ("A budget against one rank", BUDGET_HEADS, budgets)],
-        verdicts, write=len(only) == len(PAIRS),
+        verdicts, write=len(only) == len(PAIRS), page="benchmarks-activation-aware",
     )  # fmt: skip
     return 0 if all(ok for _, ok in verdicts) else 1
 
