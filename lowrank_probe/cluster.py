@@ -9,17 +9,14 @@ import logging
 import math
 import socket
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 
 from lowrank_probe.devices import Choice
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.running_models import first_line
-
-Item = TypeVar("Item")
-Loaded = TypeVar("Loaded")
-Done = TypeVar("Done")
+from lowrank_probe.scheduling import Done, Item, Loaded
 
 # Times that a task is started again after its worker or its node died.
 RETRIES: Final = 5

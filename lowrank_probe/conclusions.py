@@ -4,7 +4,6 @@ Each part is kept in the training directory as it is finished, so that a killed 
 """
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -33,7 +32,6 @@ from lowrank_probe.training_memory import predicted_bytes
 from lowrank_probe.training_plan import FULL, Fit, Plan
 from lowrank_probe.training_runs import EVALUATION, HISTORIES, SPECTRUM, SUBSPACES, Training
 from lowrank_probe.trajectories import trajectory
-from lowrank_probe.trajectory_runs import FACTS as TRAJECTORY_FACTS
 from lowrank_probe.trajectory_runs import load_trajectory
 
 if TYPE_CHECKING:
@@ -148,12 +146,9 @@ def _histories(folder: Path, fits: Sequence[Fit]) -> pd.DataFrame:
 
 def _spectrum(root: Path, setting: Setting, tuned: Path, on_progress: Progress | None) -> Result:
     """The spectra of the full run's update."""
-    if (root / "facts.json").exists():
+    if is_finished(root):
         return load_result(root)
-    found = spectrum(setting.model, tuned, device=str(setting.device), on_progress=on_progress)
-    shutil.rmtree(root, ignore_errors=True)
-    found.save(root)
-    return found
+    return spectrum(setting.model, tuned, device=str(setting.device), out=root, on_progress=on_progress)
 
 
 def _evaluation(
@@ -183,7 +178,7 @@ def _subspaces(
     Those of `COMPARED` ranks where they were trained, else of the smallest above 1 and the largest, on all-linear or
     the first targets.
     """
-    if (root / TRAJECTORY_FACTS).exists():
+    if is_finished(root):
         return load_trajectory(root)
     variant = next((one for one in plan.variants if one != "dora"), None)  # whose update is no product of factors
     group = "all-linear" if "all-linear" in plan.targets else plan.targets[0]
@@ -201,10 +196,7 @@ def _subspaces(
     ]  # fmt: skip
     if len(picked) < 2:
         return None
-    found = trajectory(
+    return trajectory(
         setting.model, [folder / fit.label / ADAPTER for fit in picked], labels=[fit.label for fit in picked],
-        rank=min(max(ranks), max(COMPARED)), device=str(setting.device), on_progress=on_progress,
+        rank=min(max(ranks), max(COMPARED)), device=str(setting.device), out=root, on_progress=on_progress,
     )  # fmt: skip
-    shutil.rmtree(root, ignore_errors=True)
-    found.save(root)
-    return found

@@ -41,6 +41,11 @@ class Piece:
     target: Target
     copy: int
 
+    @property
+    def name(self) -> str:
+        """Of its target."""
+        return self.target.name
+
     def key(self, what: str) -> str:
         """Where it is kept: by name, so that what is finished holds for other --exclude and --targets too."""
         return f"{what}-{hashlib.sha256(self.target.name.encode()).hexdigest()[:16]}-{self.copy:03d}"

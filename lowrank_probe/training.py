@@ -279,7 +279,7 @@ def _blocks(
             ) from None
     notes = [f"{name}: {note}" for name, one in zip(("training", "held out"), found, strict=True) for note in one.notes]
     if dropped := len(documents) - sum(map(len, sides)):
-        notes.append(f"{count(dropped, 'document')} that {'was' if dropped == 1 else 'were'} there twice left out")
+        notes.append(f"left out as duplicates: {count(dropped, 'document')}")
     epochs = recipe.sequences * processes.count() / len(found[0])
     if epochs > 1:
         notes.append(f"{recipe.steps} steps go {epochs:.1f} times through the {len(found[0])} training sequences")

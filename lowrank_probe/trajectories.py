@@ -122,9 +122,9 @@ def probe_steps(
     }  # fmt: skip
     if store is not None and store.resumed:
         facts["resumed"] = store.resumed
-    comparison = _Comparison(
-        base_side, sides, matched, results, rank, facts["grid_matrix"], choice.device, options.seed, store
-    )
+    # Here also with a cluster, whose devices this machine may not have: it is small beside the spectra.
+    where = torch.device("cpu") if choice.cluster else choice.device
+    comparison = _Comparison(base_side, sides, matched, results, rank, facts["grid_matrix"], where, options.seed, store)
     similarity, amplification = comparison.run(_told(on_progress, "subspaces"))
     trajectory = Trajectory(results, similarity, amplification, facts)
     if out is not None and store is not None:

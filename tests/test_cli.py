@@ -74,6 +74,23 @@ def probe(*arguments, cwd=None, code=0, **options):
     return done.stdout, done.stderr
 
 
+def stopped(*arguments, once):
+    """(stdout, stderr) of a command that gets Ctrl-C once `once()` is true, and tells so in a line."""
+    process = subprocess.Popen(
+        [str(PROBE), *map(str, arguments)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while process.poll() is None and not once():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    return stdout, stderr
+
+
 def fails(*arguments, words=(), code=1, **options):
     """A `ProbeError` in a process: one line on stderr, nothing on stdout, no traceback."""
     stdout, stderr = probe(*arguments, code=code, **options)

@@ -1,15 +1,12 @@
 """`probe eval` as a process: what it prints, writes, refuses and exits with."""
 
 import json
-import signal
-import subprocess
-import time
 
 import pandas as pd
 import pytest
 from evaluated import fine_tuned, saved, texts
 from logs import kept
-from test_cli import ENVIRONMENT, PROBE, fails, probe
+from test_cli import fails, probe, stopped
 
 import lowrank_probe as lp
 
@@ -88,19 +85,7 @@ def test_bad_input_exits_1_and_leaves_nothing(sides, tmp_path):
 
 def test_ctrl_c_keeps_what_is_finished(sides, tmp_path):
     out = tmp_path / "run"
-    command = [PROBE, "eval", *sides, *FAST, "--batch", 1, "--out", out]
-    process = subprocess.Popen(
-        list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        while process.poll() is None and "state-00002" not in kept(out):
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
+    stdout, stderr = stopped("eval", *sides, *FAST, "--batch", 1, "--out", out, once=lambda: "state-00002" in kept(out))
     assert stdout == ""
     assert f"finished states are kept in {out}; the same command with --out {out} resumes" in stderr
-    assert "Traceback" not in stderr
     assert len(kept(out, "state-")) >= 3

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browsers import needs_chromium
-from test_browser import HOSTILE, arrives, button, column, drawn, driver, find, fits, press, turns_dark, visit  # noqa: F401
+from test_browser import HOSTILE, button, column, drawn, driver, find, fits, page, press, turns_dark  # noqa: F401
 
 from lowrank_probe import evaluation_figures, evaluation_reports
 from lowrank_probe.columns import EVALUATION, FUNCTIONAL
@@ -91,10 +91,10 @@ def test_kl_is_drawn_below_full_rank_and_only_where_there_is_a_head():
 
 
 def test_names_are_escaped_and_the_page_is_one_file():
-    page = evaluation_reports.render(build())
-    assert HOSTILE not in page
-    assert "need rank 16 to be within 0.05 (5 % of the 1 gained) of the tuned model&#39;s loss." in page
-    assert "http://" not in page.partition("plotly.js v")[0].replace("http://www.w3.org", "")
+    text = evaluation_reports.render(build())
+    assert HOSTILE not in text
+    assert "need rank 16 to be within 0.05 (5 % of the 1 gained) of the tuned model&#39;s loss." in text
+    assert "http://" not in text.partition("plotly.js v")[0].replace("http://www.w3.org", "")
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +107,7 @@ def path(tmp_path_factory):
 @pytest.mark.browser
 @needs_chromium
 class TestPage:
-    @pytest.fixture
-    def page(self, driver, path):  # noqa: F811
-        visit(driver, path.as_uri())
-        yield driver
-        driver.execute_script("localStorage.clear()")
-        assert [entry["message"] for entry in driver.get_log("browser")] == []
-
-    def test_every_plot_is_drawn_and_nothing_is_fetched(self, page):
+    def test_every_plot_is_drawn_and_nothing_is_fetched(self, page):  # noqa: F811
         for name in ("loss", "ranks", "leave_out", "kl"):
             assert page.execute_script("return document.querySelectorAll(arguments[0]).length", f"#{name} svg path") > 3
         assert page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
@@ -128,12 +121,12 @@ class TestPage:
             "all together",
         ]
 
-    def test_the_tables_sort(self, page):
+    def test_the_tables_sort(self, page):  # noqa: F811
         press(page, button(page, "#states", "loss"))
         up = [float(x) for x in column(page, "states", "loss") if x != "–"]
         assert up == sorted(up)
         assert len(column(page, "functional", "group")) == 9
 
-    def test_both_themes_and_a_narrow_screen(self, page):
+    def test_both_themes_and_a_narrow_screen(self, page):  # noqa: F811
         assert turns_dark(page)
         assert fits(page)

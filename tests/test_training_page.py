@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browsers import needs_chromium
-from test_browser import HOSTILE, arrives, button, choose, column, drawn, driver, find, fits, press, turns_dark, visit  # noqa: F401
+from test_browser import HOSTILE, button, choose, column, drawn, driver, find, fits, page, press, turns_dark  # noqa: F401
 from test_training import model, words
 
 import lowrank_probe as lp
@@ -144,9 +144,9 @@ def test_the_terminal_has_every_loss_and_verdict(found, capsys):
 
 
 def test_names_are_escaped_and_nothing_is_fetched(found):
-    page = training_reports.render(found)
-    assert HOSTILE not in page
-    assert "http://" not in page.partition("plotly.js v")[0].replace("http://www.w3.org", "")
+    text = training_reports.render(found)
+    assert HOSTILE not in text
+    assert "http://" not in text.partition("plotly.js v")[0].replace("http://www.w3.org", "")
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +159,7 @@ def path(found, tmp_path_factory):
 @pytest.mark.browser
 @needs_chromium
 class TestPage:
-    @pytest.fixture
-    def page(self, driver, path):  # noqa: F811
-        visit(driver, path.as_uri())
-        yield driver
-        driver.execute_script("localStorage.clear()")
-        assert [entry["message"] for entry in driver.get_log("browser")] == []
-
-    def test_every_plot_is_drawn_and_nothing_is_fetched(self, page, found):
+    def test_every_plot_is_drawn_and_nothing_is_fetched(self, page, found):  # noqa: F811
         for name in FIGURES:
             assert page.execute_script("return document.querySelectorAll(arguments[0]).length", f"#{name} svg path") > 3
         assert len(drawn(page, "curves", "data")) == 2 * (found.runs["seed"] == 0).sum()
@@ -177,7 +170,7 @@ class TestPage:
         assert page.title != "hacked"
         assert not find(page, "img")
 
-    def test_a_card_a_group_says_verdict_ranks_and_what_decided(self, page, found):
+    def test_a_card_a_group_says_verdict_ranks_and_what_decided(self, page, found):  # noqa: F811
         cards = [card.text for card in find(page, ".card")]
         assert [card.split("\n")[0] for card in cards] == list(found.verdict["layer_type"])
         for card, row in zip(cards, found.verdict.itertuples(), strict=True):
@@ -188,7 +181,7 @@ class TestPage:
         assert find(page, "#recommendation pre")[0].text == found.facts["recommendation"]["lora_config"]
         assert "train longer" in find(page, "#health")[0].text
 
-    def test_the_runs_sort_and_filter(self, page, found):
+    def test_the_runs_sort_and_filter(self, page, found):  # noqa: F811
         press(page, button(page, "#runs", "loss"))
         shown = [float(x) for x in column(page, "runs", "loss")]
         assert shown == sorted(shown)
@@ -198,7 +191,7 @@ class TestPage:
         assert len(labels) == 4
         assert all("attention" in label for label in labels)
 
-    def test_both_themes_and_a_narrow_screen(self, page):
+    def test_both_themes_and_a_narrow_screen(self, page):  # noqa: F811
         assert turns_dark(page)
         assert fits(page)
 
@@ -215,5 +208,5 @@ def test_a_training_without_adapters_that_compare_has_no_such_figures(found):
 
 
 def test_without_findings_the_page_says_that_all_is_well(found):
-    page = training_reports.render(replace(found, facts=found.facts | {"health": []}))
-    assert "Nothing was found: no NaN or Inf" in page
+    text = training_reports.render(replace(found, facts=found.facts | {"health": []}))
+    assert "Nothing was found: no NaN or Inf" in text
