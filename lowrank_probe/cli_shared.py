@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -30,6 +30,9 @@ Exclude = Annotated[
 Layers = Annotated[str | None, typer.Option("--layers", help="Only these layers: 0-3 or 7.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Text or jsonl for --verify. Default: built-in prompts.")]
 Figures = Annotated[Path | None, typer.Option("--figures", help="Also write every figure there, as SVG and PNG.")]
+
+# Between two lines of progress where stderr is no terminal.
+EVERY_S: Final = 60.0
 
 
 def _device(text: str) -> str:
@@ -67,9 +70,21 @@ def tell(text: str, quiet: bool) -> None:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress | None]:
-    """A callback for (what is finished, done, total) that moves a bar on a terminal; None where there is none."""
-    if quiet or not sys.stderr.isatty():
+    """A callback for (what is finished, done, total): it moves a bar on a terminal, elsewhere it writes a line every
+    `EVERY_S` seconds; None if quiet."""
+    if quiet:
         yield None
+        return
+    if not sys.stderr.isatty():
+        last = time.monotonic()
+
+        def write(name: str, done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= EVERY_S:
+                last = time.monotonic()
+                tell(f"{name}: {100 * done // max(1, total)} %", False)
+
+        yield write
         return
     from rich import progress
     from rich.console import Console

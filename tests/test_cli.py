@@ -410,6 +410,19 @@ def test_a_reader_that_goes_away_is_no_traceback(planted, tmp_path):
     assert lp.load(tmp_path / "run").facts["status"] == "complete"
 
 
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    from lowrank_probe import cli_shared
+
+    clock = iter([0.0, 30.0, 61.0, 61.0, 90.0, 130.0, 130.0])
+    monkeypatch.setattr(cli_shared.time, "monotonic", lambda: next(clock))
+    with cli_shared.progress_bar(False) as on_progress:
+        for done in (10, 20, 30, 40):
+            on_progress("pre-training", done, 50)
+    with cli_shared.progress_bar(True) as on_progress:
+        assert on_progress is None
+    assert capsys.readouterr().err == "pre-training: 40 %\npre-training: 80 %\n"
+
+
 # ---------------------------------------------------------------------------------------------- Ctrl-C
 
 
