@@ -33,7 +33,7 @@ def evaluate(
     data: Annotated[Path, typer.Option("--data", help="Held-out text: a file, .jsonl, .parquet, or a directory.")],
     out: Out = None,
     rank: Annotated[
-        str | None, typer.Option("--rank", "-r", help="The grid, such as 0,1,4,16,full. Default: 0,1,2,4,…,64,full.")
+        str | None, typer.Option("--rank", "-r", help="The grid, such as 0,1,4,16,full. Default: 0,1,2,4,8,…,full.")
     ] = None,
     targets: Annotated[
         list[str] | None,

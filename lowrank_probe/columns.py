@@ -400,8 +400,11 @@ FUNCTIONAL: Final[dict[str, Column]] = {
     "functional_rank": Column(
         "smallest r of the grid whose excess, and that of every larger one, is ≤ tolerance; missing: > largest_rank"
     ),
-    "low": Column("2.5 % point of the functional rank over resampled sequences; missing: > largest_rank"),
-    "high": Column("97.5 % point; missing: > largest_rank"),
+    "low": Column(
+        "lower end of the smallest r, 95 % of resampled sequences: 1 + the largest r of the grid that falls short; "
+        "missing: > largest_rank"
+    ),
+    "high": Column("upper end, an r of the grid; missing: > largest_rank"),
     "largest_rank": Column("the largest r of the grid"),
     "parameters": Column("Σ r·(m + n) at the functional rank; missing where it is not reached"),
     "tolerance_nats": Column("by how much the loss may exceed the tuned model's", "nats a token"),
@@ -438,15 +441,15 @@ HYPOTHESIS: Final[dict[str, Column]] = {
     "trained_rank": Column(
         "smallest r from which on LoRA on it alone is within the tolerance of full; missing: > trained_largest"
     ),
-    "trained_low": Column("2.5 % point of trained_rank over resampled seeds and sequences"),
-    "trained_high": Column("97.5 % point"),
+    "trained_low": Column("lower end of the smallest r, as `FUNCTIONAL`, over resampled seeds and sequences"),
+    "trained_high": Column("upper end"),
     "trained_largest": Column("the largest rank that was trained"),
     "own_rank": Column("smallest r from which on it is within the tolerance of its own largest rank"),
     "trained_excess": Column("mean loss above full at the largest rank", "nats a token"),
     "trained_spread": Column("largest standard deviation over seeds of a rank's loss", "nats a token"),
     "functional_rank": Column("as `FUNCTIONAL`, of the full run with this group truncated alone"),
-    "functional_low": Column("2.5 % point of functional_rank"),
-    "functional_high": Column("97.5 % point"),
+    "functional_low": Column("as `FUNCTIONAL`'s low"),
+    "functional_high": Column("as `FUNCTIONAL`'s high"),
     "functional_largest": Column("the largest rank to which it was truncated"),
     "r90_low": Column("lower end of the rank that holds 90 % of ‖ΔW‖² in the full run, median over its matrices"),
     "r90_high": Column("upper end"),

@@ -62,7 +62,7 @@ def evaluate(
 
     base, tuned: directories or hub ids that transformers loads (tuned may be a PEFT adapter), or two models in memory.
     data: held-out text (`evaluation_text.read_text`, which has length, sequences, held_out, packing, tokenizer).
-    ranks: the grid, None 0, 1, 2, 4, …, 64 and "full". groups: layer types or targets that are truncated
+    ranks: the grid, None 0, 1, 2, 4, 8, … and "full". groups: layer types or targets that are truncated
     (`evaluation_states.make_groups`), None each layer type that differs; leave_out: also all but each. Vectors (norms,
     biases) stay as tuned. tolerance: "5%" of what tuned gained over the base on this text, or nats. batch: sequences at
     once. dtype: of the forward pass; weights are computed in float32. out: the run directory, in which every finished
@@ -106,13 +106,13 @@ def evaluate(
     task = make_task(sides.model, sides.config, text.blocks, seed, text.mask_id, text.special)
     states, at = unique_states(made)
     asked = {
-        "ranks": list(grid), "groups": None if groups is None else list(groups), "leave_out": leave_out,
-        "tolerance": str(allowed), "batch": batch, "dtype": dtype, "seed": seed,
+        "ranks": None if ranks is None else list(grid), "groups": None if groups is None else list(groups),
+        "leave_out": leave_out, "tolerance": str(allowed), "batch": batch, "dtype": dtype, "seed": seed,
     }  # fmt: skip
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "status": "complete", **sides.facts, "text": text.facts,
         "merit": task.merit, "options": asked, "n_states": len(states) + 2,
-        "notes": _notes(sides, text, update, made, cut), **machine_facts(Choice(where)),
+        "notes": _notes(sides, text, update, made, cut if ranks is not None else []), **machine_facts(Choice(where)),
     }  # fmt: skip
     store = _store(out, facts)
     if store is not None and store.resumed:

@@ -16,7 +16,9 @@ How = Literal["alone", "all", "leave out"]
 ALL: Final = "all"
 FULL: Final = "full"
 EACH: Final = "each"
-RANKS: Final[tuple[int | str, ...]] = (0, 1, 2, 4, 8, 16, 32, 64, FULL)
+# Each twice the one before, up to what the matrices have: half the break-even rank, above which an update is not low,
+# lies among the larger ones.
+RANKS: Final[tuple[int | str, ...]] = (0, *(2**i for i in range(16)), FULL)
 
 
 @dataclass(frozen=True)

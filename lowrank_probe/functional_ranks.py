@@ -49,8 +49,13 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class FunctionalRank:
-    """rank: the smallest of the grid within the tolerance, with every larger one of the grid too. low, high: the 2.5
-    and 97.5 % points of its bootstrap. None: beyond the largest of the grid."""
+    """rank: the smallest of the grid within the tolerance, with every larger one of the grid too.
+
+    low, high: what the smallest rank of all lies between, 95 % of its bootstrap. A rank between two of the grid was not
+    looked at: low is one above the largest of the grid that falls short at the 2.5 % point (0 where none does and 0 was
+    tried, else at least 1), high the rank of the grid that is enough at the 97.5 % point. None: beyond the largest of
+    the grid.
+    """
 
     rank: int | None
     low: int | None
@@ -106,11 +111,12 @@ def functional_rank(
     """
     point = _smallest(excess[:, None] <= tolerance)[0]
     drawn = _smallest(excess_drawn <= tolerance_drawn)
-    # A rank between two of the grid was not looked at: the outer one of both is taken.
-    low = np.percentile(drawn, INTERVAL[0], method="lower")
-    high = np.percentile(drawn, INTERVAL[1], method="higher")
-    told = [ranks[int(at)] if at < len(ranks) else None for at in (point, low, high)]
-    return FunctionalRank(*told)
+    low = int(np.percentile(drawn, INTERVAL[0], method="lower"))
+    high = int(np.percentile(drawn, INTERVAL[1], method="higher"))
+    rank, above, enough = (ranks[int(at)] if at < len(ranks) else None for at in (point, low, high))
+    if above is not None:
+        above = ranks[low - 1] + 1 if low else min(above, 1)
+    return FunctionalRank(rank, above, enough)
 
 
 def _smallest(within: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -186,7 +186,8 @@ def _trained(found: "Trained | None", limit: float) -> Said:
         return Said(evidence=told, missing=(f"LoRA above rank {largest}",))
     if ends.low is not None and ends.low > limit:
         return Said("not low-rank", told)
-    return Said(evidence=told, missing=("more seeds or held-out text: the interval is wide",))
+    tried = f"LoRA at more ranks from {ends.low} to {ends.high}, more seeds or held-out text"
+    return Said(evidence=told, missing=(tried,))
 
 
 def _functional(row: Mapping[str, Any] | None, limit: float) -> Said:
@@ -202,9 +203,11 @@ def _functional(row: Mapping[str, Any] | None, limit: float) -> Said:
         return Said(evidence=f"{told}: this text {hardly}", missing=("text on which this update matters",))
     if not pd.isna(high) and high <= limit:
         return Said(f"low-rank at r={high}", told)
-    if pd.isna(low) or low > limit:
+    if (largest if pd.isna(low) else low) > limit:
         return Said("not low-rank", told)
-    return Said(evidence=told, missing=("more held-out text: the interval is wide",))
+    if pd.isna(high):
+        return Said(evidence=told, missing=(f"its loss at ranks above {largest}",))
+    return Said(evidence=told, missing=(f"its loss at more ranks from {low} to {high}, or more held-out text",))
 
 
 def _spectral(name: str, spectrum: Result | None) -> Said:

@@ -24,10 +24,15 @@ def dtype_word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or Inf, in one pass: the smallest and the largest entry are NaN where any is."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+
+
 def narrowed(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """The tensor rounded to dtype; NaN and Inf stay. Raises `beyond` where a finite entry gets infinite."""
     cast = tensor.to(dtype)
-    if not bool(torch.isfinite(cast).all()) and bool((torch.isinf(cast) & torch.isfinite(tensor)).any()):
+    if dtype != tensor.dtype and not all_finite(cast) and bool((torch.isinf(cast) & torch.isfinite(tensor)).any()):
         raise beyond(what, tensor, dtype)
     return cast
 

@@ -21,7 +21,7 @@ from lowrank_probe.adapters import read_modules
 from lowrank_probe.checkpoints import Checkpoint, open_checkpoint
 from lowrank_probe.errors import NumericsError, OutputError, ProbeError
 from lowrank_probe.layers import place, sort_key
-from lowrank_probe.narrowing import CODES, narrowed
+from lowrank_probe.narrowing import CODES, all_finite, narrowed
 from lowrank_probe.outputs import write_directory, write_json
 from lowrank_probe.safetensors_files import write_file
 from lowrank_probe.targets import Selection, Target, Whole
@@ -34,7 +34,7 @@ Factors = Callable[[Target], tuple[Tensor, Tensor]]
 
 def rounded(factor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The factor as it is stored. Raises `NumericsError` where an entry is not finite, or too large for the dtype."""
-    if not bool(torch.isfinite(factor).all()):
+    if not all_finite(factor):
         raise NumericsError(f"{name}: its LoRA factors contain NaN or Inf")
     return narrowed(factor, dtype, f"{name}: its LoRA factors reach")
 

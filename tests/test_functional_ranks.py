@@ -28,6 +28,15 @@ def test_the_smallest_rank_within_the_tolerance_and_all_after_it():
     assert judged([1, 1, 1, 1, 0.2]) == FunctionalRank(None, None, None)
 
 
+def test_a_rank_between_two_of_the_grid_was_not_looked_at():
+    assert judged([1, 1, 1, 1, 0]) == FunctionalRank(8, 5, 8)
+    assert judged([1, 1, 1, 0, 0]) == FunctionalRank(4, 3, 4)
+    assert judged([1, 0, 0, 0, 0]) == FunctionalRank(1, 1, 1)
+    enough = np.zeros((1, 10))
+    found = functional.functional_rank((16,), np.zeros(1), 0.1, enough, np.full(10, 0.1))
+    assert found == FunctionalRank(16, 1, 16)  # 0 was not tried
+
+
 def test_the_interval_widens_with_noise():
     found = judged([1, 0.5, 0.12, 0.09, 0], noise=0.2)
     assert found.low == 2
