@@ -19,19 +19,23 @@ from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.deltas import Delta, read_pair
 from lowrank_probe.errors import NumericsError
 from lowrank_probe.factorisation import factorise
+from lowrank_probe.float64 import DEVICE_ENTRIES
 from lowrank_probe.matching import Pair
 from lowrank_probe.metrics import Values
 from lowrank_probe.options import Options, Progress
 from lowrank_probe.rows import Settings, analyse
-from lowrank_probe.scheduling import interruptible, run_jobs
+from lowrank_probe.scheduling import Memory, interruptible, run_jobs
 from lowrank_probe.svd import full_spectrum
 from lowrank_probe.targets import Target, difference_norm
 from lowrank_probe.unfinished import Unfinished
 from lowrank_probe.weighting import Weighting
 
 Left = tuple[Pair | None, dict[str, Any]]
-# Matrices held on a GPU at once, in multiples of what the largest one takes.
-IN_FLIGHT: Final = 2.0
+# Bytes that are held on a GPU at once, in multiples of the largest matrix in float32; what cuBLAS and cuSOLVER keep for
+# each stream comes on top.
+IN_FLIGHT: Final = 5.2
+# Entries that are upcast at a time on a GPU, while a matrix is read and while its Gram matrix is formed.
+_READ_CHUNK, _GRAM_CHUNK = DEVICE_ENTRIES // 4, DEVICE_ENTRIES // 2
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,31 @@ class _Job:
     def compute(self, piece: Piece, delta: Delta | None) -> Found:
         raise NotImplementedError
 
+    # Bytes on a GPU. s: of an entry of ΔW, float64 where a side is stored in float32 or wider; both sides take as much.
+
+    def loading(self, piece: Piece) -> float:
+        """Both sides, ΔW, and a part of each upcast."""
+        size, s = math.prod(piece.target.shape), self._itemsize(piece)
+        return s * (2 * size + 3 * min(size, _READ_CHUNK))
+
+    def waiting(self, piece: Piece) -> float:
+        """ΔW, and both sides where they are kept."""
+        return self._itemsize(piece) * math.prod(piece.target.shape) * (2 if self.keep_sides else 1)
+
+    def computing(self, piece: Piece) -> float:
+        """ΔW, its float64 Gram matrix, and what the eigen-solver or a proof needs beside it."""
+        return self.waiting(piece) + self._grams(3, piece)
+
+    def _grams(self, count: int, piece: Piece) -> float:
+        """Bytes of so many Gram matrices, or of one and a part of ΔW upcast."""
+        size, gram = math.prod(piece.target.shape), min(piece.target.shape) ** 2
+        return 8.0 * max(count * gram, gram + min(size, _GRAM_CHUNK))
+
+    def _itemsize(self, piece: Piece) -> int:
+        names = [(self.base, pair.name) for pair in piece.target.pieces[piece.copy]]
+        names += [(self.tuned, pair.tuned_name) for pair in piece.target.pieces[piece.copy]]
+        return 8 if any(side.tensors[name].wide for side, name in names) else 4
+
 
 @dataclass(frozen=True)
 class _Spectrum(_Job):
@@ -117,6 +146,10 @@ class _Factors(_Job):
     dtype: torch.dtype
     seed: int
     weighting: Weighting | None
+
+    def computing(self, piece: Piece) -> float:
+        """The Gram matrix, and the same again for the proof of its top part; with a weighting its roots, too."""
+        return self.waiting(piece) + self._grams(2 if self.weighting is None else 6, piece)
 
     def compute(self, piece: Piece, delta: Delta | None) -> Found:
         if delta is None:
@@ -239,10 +272,6 @@ class Work:
         def size(piece: Piece) -> int:
             return math.prod(piece.target.shape)
 
-        def held(piece: Piece) -> int:
-            """The entries that it takes on a GPU: ΔW, and the float64 Gram matrix with what proves its top part."""
-            return size(piece) + 6 * min(piece.target.shape) ** 2
-
         def rank(piece: Piece) -> int:
             return 1 if ranks is None else min(ranks[piece.target.name], *piece.target.shape)
 
@@ -250,8 +279,8 @@ class Work:
         todo = [piece for piece in every if not self._has(piece, what, rank(piece))]
         total, done = sum(map(size, every)), sum(map(size, every)) - sum(map(size, todo))
         largest = max(math.prod(info.shape) for info in self.base.tensors.values())  # read for its norm at least
-        by = size if self.device.type == "cpu" else held
-        jobs = run_jobs(todo, by, job.load, job.compute, self.device, IN_FLIGHT, largest, self.cluster)
+        memory = Memory(IN_FLIGHT * 4 * max(map(size, every), default=0), job.loading, job.waiting, job.computing)
+        jobs = run_jobs(todo, size, job.load, job.compute, self.device, memory, largest, self.cluster)
         with interruptible() as asked_to_stop, closing(jobs):
             for piece, tensors, facts in jobs:
                 self.store.put(piece.key(what), tensors, facts)

@@ -6,16 +6,16 @@ than 72 % of its entries, so that it alone sets the memory needed.
 """
 
 import ctypes
-import math
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -33,22 +33,35 @@ SHARE_OF_LARGEST: Final = 0.72
 _glibc = ctypes.CDLL(None) if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt") else None
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What jobs hold on a GPU, in bytes. limit: of all together; one that needs more goes alone.
+
+    Of an item, loading: while its matrix is read; waiting: when it is; computing: in `compute`.
+    """
+
+    limit: float
+    loading: Callable[[Any], float]
+    waiting: Callable[[Any], float]
+    computing: Callable[[Any], float]
+
+
 def run_jobs(
     items: Sequence[Item],
     entries: Callable[[Item], int],
     load: Callable[[Item], Loaded],
     compute: Callable[[Item, Loaded], Done],
     device: torch.device,
-    in_flight: float = math.inf,
+    memory: Memory | None = None,
     largest: int = 0,
     cluster: bool = False,
 ) -> Generator[Done, None, None]:
     """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
-    entries: the size of an item's matrix. in_flight: on a GPU no more entries are held at once than this many times
-    those of the largest item. largest: entries of the largest matrix that the run reads at all, where that is none of
-    the items: on a CPU it sets how many go beside each other. cluster: as tasks of Ray (`cluster`). Closing the
-    iterator (Ctrl-C) waits for what is running and drops the rest.
+    entries: the size of an item's matrix. memory: what is held on a GPU, where that is bounded. largest: entries of the
+    largest matrix that the run reads at all, where that is none of the items: on a CPU it sets how many go beside each
+    other. cluster: as tasks of Ray (`cluster`). Closing the iterator (Ctrl-C) waits for what is running and drops the
+    rest.
     """
     if cluster:
         from lowrank_probe.cluster import cluster_jobs
@@ -63,7 +76,7 @@ def run_jobs(
     workers = _workers(sizes, largest, cores) if device.type == "cpu" else 1
     if device.type != "cpu":
         order = _small_ones_first(queue, entries)
-        yield from _read_ahead(order, load, compute, device, entries, in_flight * entries(queue[0]) if queue else 0)
+        yield from _read_ahead(order, load, compute, device, memory)
         return
 
     def job(item: Item) -> Done:
@@ -109,8 +122,7 @@ def _read_ahead(
     load: Callable[[Item], Loaded],
     compute: Callable[[Item, Loaded], Done],
     device: torch.device,
-    entries: Callable[[Item], int],
-    limit: float,
+    memory: Memory | None,
 ) -> Iterator[Done]:
     """READ_AHEAD threads read and copy the next items while COMPUTING others compute, each on a CUDA stream of its own.
 
@@ -136,32 +148,80 @@ def _read_ahead(
         return done
 
     todo = deque(queue)
-    coming: deque[tuple[Item, Future[Loaded]]] = deque()
+    coming: dict[Future[Loaded], Item] = {}
     running: dict[Future[Done], Item] = {}
-
-    def fits(item: Item) -> bool:
-        held = [*running.values(), *(item for item, _ in coming)]
-        return not held or (len(held) < READ_AHEAD + COMPUTING and sum(map(entries, held)) + entries(item) <= limit)
+    room = _Room(memory, coming, running)
 
     with ThreadPoolExecutor(READ_AHEAD) as readers, ThreadPoolExecutor(COMPUTING) as computers:
-        try:
-            while True:
-                while todo and fits(todo[0]):
-                    item = todo.popleft()
-                    coming.append((item, readers.submit(read, item)))
-                while coming and len(running) < COMPUTING:
-                    item, loaded = coming.popleft()
+
+        def refill() -> None:
+            """Compute what is read and read what comes next, as far as there is room; smaller ones fill the gaps."""
+            for loaded in [one for one in coming if one.done()]:
+                if len(running) < COMPUTING and room.to_compute(loaded):
+                    item = coming.pop(loaded)
                     running[computers.submit(job, item, loaded)] = item
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    del running[future]
-                    yield future.result()
+            for item in list(todo):
+                if len(coming) + len(running) == READ_AHEAD + COMPUTING:
+                    break
+                if room.to_read(item):
+                    todo.remove(item)
+                    coming[readers.submit(read, item)] = item
+
+        try:
+            refill()
+            while coming or running:
+                waited: list[Future[Any]] = [*running, *(one for one in coming if not one.done())]
+                finished = wait(waited, return_when=FIRST_COMPLETED).done
+                done = [one for one in running if one in finished]
+                for one in done:
+                    del running[one]
+                refill()  # before whoever consumes takes its time
+                for one in done:
+                    yield one.result()
         finally:
-            for _, loaded in coming:
-                loaded.cancel()
-            for future in running:
+            dropped: list[Future[Any]] = [*coming, *running]
+            for future in dropped:
                 future.cancel()
+
+
+class _Room:
+    """Whether another item fits on the device, beside what is coming and running there."""
+
+    def __init__(
+        self, memory: Memory | None, coming: Mapping[Future[Any], Any], running: Mapping[Future[Any], Any]
+    ) -> None:
+        self.memory, self.coming, self.running = memory, coming, running
+
+    def to_compute(self, loaded: Future[Any]) -> bool:
+        """Whether one that was read may be computed."""
+        if self.memory is None or not self.running:
+            return True
+        return self._computing() + self._after(loaded) + self._coming() <= self.memory.limit
+
+    def to_read(self, item: Any) -> bool:
+        """Whether one may be read, so that what is read already can still be computed."""
+        if self.memory is None or not (self.coming or self.running):
+            return True
+        first = next(iter(self.coming), None)
+        needed = max(self._computing(), 0.0 if first is None else self._after(first))
+        return needed + self._coming() + self.memory.loading(item) <= self.memory.limit
+
+    def _computing(self) -> float:
+        assert self.memory is not None
+        return sum(self.memory.computing(item) for item in self.running.values())
+
+    def _coming(self) -> float:
+        return sum(self._held(loaded) for loaded in self.coming)
+
+    def _held(self, loaded: Future[Any]) -> float:
+        assert self.memory is not None
+        item = self.coming[loaded]
+        return self.memory.waiting(item) if loaded.done() else self.memory.loading(item)
+
+    def _after(self, loaded: Future[Any]) -> float:
+        """What computing one adds to what it holds."""
+        assert self.memory is not None
+        return self.memory.computing(self.coming[loaded]) - self._held(loaded)
 
 
 def _small_ones_first(queue: Sequence[Item], entries: Callable[[Item], int]) -> list[Item]:

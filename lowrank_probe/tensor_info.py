@@ -37,6 +37,11 @@ class TensorInfo:
     def n_bytes(self) -> int:
         return self.stop - self.start
 
+    @property
+    def wide(self) -> bool:
+        """Whether its values are float32 or wider, so that differences are taken in float64."""
+        return self.quantized or self.dtype in ("F32", "F64")
+
     def check_dtype(self) -> None:
         """Raise `CheckpointError` for a dtype that is not a float of at least 16 bits, nor can be dequantized."""
         if self.dtype not in FLOATS and not self.quantized:

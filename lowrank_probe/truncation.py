@@ -3,6 +3,8 @@
 Legend: m out, n in, r rank, k = min(m, n).
 """
 
+import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +22,7 @@ from lowrank_probe.krylov import certified
 KRYLOV_FROM: Final = 384
 # By how much of the squared error a truncation may miss the optimum: (1 + 5e-5)² − 1, with a margin.
 TAIL_BAR: Final = 5e-5
+_one_at_a_time: Final = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,20 @@ def truncate(A: Tensor, r: int, *, seed: int = 0) -> Truncation:
     r = min(r, k)
     tall = A if A.shape[0] > A.shape[1] else A.T  # as `gram` chooses
     found = _leading(tall, r, seed) if k > KRYLOV_FROM and r <= k // 8 else None
-    upper, basis = found[:2] if found is not None else eigh(gram(A), r)
+    upper, basis = found[:2] if found is not None else _eigenvectors(A, r)
     upper = np.maximum(upper, 0.0) + eigenvalue_error(float(upper[0]), A.shape)
     Q, R = qr(found[2] if found is not None else product(tall, basis))
     W, s, Zh = small_svd(R)
     left, right = mm(Q, W), mm(basis, Zh.T)
     U, V = (left, right) if tall is A else (right, left)
     return Truncation(U, s, V.T, upper, "eigh" if found is None else "krylov")
+
+
+def _eigenvectors(A: Tensor, r: int) -> tuple[NDArray[np.float64], Tensor]:
+    """The r largest eigenvalues of the Gram matrix and their vectors; on a GPU one matrix at a time: the solver takes
+    several times the Gram matrix, and two of them beside each other are no faster."""
+    with nullcontext() if A.is_cpu else _one_at_a_time:
+        return eigh(gram(A), r)
 
 
 def _leading(tall: Tensor, r: int, seed: int) -> tuple[NDArray[np.float64], Tensor, Tensor] | None:

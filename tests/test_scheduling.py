@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from lowrank_probe.scheduling import COMPUTING, MAX_WORKERS, READ_AHEAD, SHARE_OF_LARGEST, run_jobs
+from lowrank_probe.scheduling import COMPUTING, MAX_WORKERS, READ_AHEAD, SHARE_OF_LARGEST, Memory, run_jobs
 
 CPU = torch.device("cpu")
 
@@ -158,23 +158,44 @@ def test_on_a_device_some_are_computed_beside_each_other_while_the_next_are_read
     assert sorted(run_jobs(items, identity, load, compute, ELSEWHERE)) == items
 
 
-def test_on_a_device_no_more_is_held_than_asked_for():
-    held, most, lock = [], [], threading.Lock()
+def held_at_most(sizes, memory):
+    """The most that was held at once, by the stages in which items were found."""
+    stages, most, lock = {}, [], threading.Lock()
+    cost = {"loading": memory.loading, "waiting": memory.waiting, "computing": memory.computing}
 
-    def load(item):
+    def now(name, stage):
         with lock:
-            held.append(item)
-            most.append(sum(held))
-        return item
+            stages[name] = stage
+            most.append(sum(cost[one](size) for (size, _), one in stages.items()))
 
-    def compute(item, loaded):
+    def load(name):
+        now(name, "loading")
+        time.sleep(0.002)
+        now(name, "waiting")
+        return name
+
+    def compute(name, loaded):
+        now(name, "computing")
+        time.sleep(0.002)
         with lock:
-            held.remove(item)
-        return item
+            del stages[name]
+        return name
 
-    sizes = [10, 10, 10, 10, 4, 3, 2, 1]
-    assert sorted(run_jobs(sizes, identity, load, compute, ELSEWHERE, in_flight=2.0)) == sorted(sizes)
-    assert 10 <= max(most) <= 20
+    names = list(zip(sizes, range(len(sizes)), strict=True))
+    by_size = Memory(memory.limit, *(lambda name, f=f: f(name[0]) for f in cost.values()))
+    done = list(run_jobs(names, lambda name: name[0], load, compute, ELSEWHERE, by_size))
+    assert sorted(done) == sorted(names)
+    return max(most)
+
+
+@pytest.mark.parametrize("sizes", [[10, 10, 10, 10, 4, 3, 2, 1], [10] * 12, [*range(1, 11)] * 3], ids=str)
+def test_on_a_device_no_more_is_held_than_asked_for(sizes):
+    memory = Memory(60.0, lambda size: 2.5 * size, lambda size: size, lambda size: 3.0 * size)
+    assert 30 <= held_at_most(sizes, memory) <= 60
+
+
+def test_on_a_device_one_that_needs_more_goes_alone():
+    assert held_at_most([10, 10, 10], Memory(5.0, identity, identity, identity)) == 10
 
 
 def test_on_a_device_an_error_of_reading_ends_the_run():
