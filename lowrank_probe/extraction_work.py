@@ -33,7 +33,7 @@ from lowrank_probe.weighting import Weighting
 Left = tuple[Pair | None, dict[str, Any]]
 # Bytes that are held on a GPU at once, in multiples of the largest matrix in float32; what cuBLAS and cuSOLVER keep for
 # each stream comes on top.
-IN_FLIGHT: Final = 5.2
+IN_FLIGHT: Final = 5.0
 # Entries that are upcast at a time on a GPU, while a matrix is read and while its Gram matrix is formed.
 _READ_CHUNK, _GRAM_CHUNK = DEVICE_ENTRIES // 4, DEVICE_ENTRIES // 2
 
@@ -85,9 +85,9 @@ class _Job:
     # Bytes on a GPU. s: of an entry of ΔW, float64 where a side is stored in float32 or wider; both sides take as much.
 
     def loading(self, piece: Piece) -> float:
-        """Both sides, ΔW, and a part of each upcast."""
+        """Both sides, ΔW, and a part of each upcast, for differences and norms."""
         size, s = math.prod(piece.target.shape), self._itemsize(piece)
-        return s * (2 * size + 3 * min(size, _READ_CHUNK))
+        return s * (2 * size + 6 * min(size, _READ_CHUNK))
 
     def waiting(self, piece: Piece) -> float:
         """ΔW, and both sides where they are kept."""
@@ -148,8 +148,11 @@ class _Factors(_Job):
     weighting: Weighting | None
 
     def computing(self, piece: Piece) -> float:
-        """The Gram matrix, and the same again for the proof of its top part; with a weighting its roots, too."""
-        return self.waiting(piece) + self._grams(2 if self.weighting is None else 6, piece)
+        """The Gram matrix, the same again for the proof of its top part, and the space that is searched in, several times;
+        with a weighting its roots, too."""
+        k, r = min(piece.target.shape), self.ranks[piece.target.name]
+        searched = 8.0 * 6 * k * min(k, 3 * (r + 32))
+        return self.waiting(piece) + self._grams(2 if self.weighting is None else 6, piece) + searched
 
     def compute(self, piece: Piece, delta: Delta | None) -> Found:
         if delta is None:

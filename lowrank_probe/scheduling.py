@@ -136,15 +136,20 @@ def _read_ahead(
             torch.cuda.current_stream(device).synchronize()
         return loaded
 
-    def job(item: Item, loaded: Future[Loaded]) -> Done:
+    def job(item: Item, loaded: list[Future[Loaded]]) -> Done:
+        # Taken out of the list, so that it is freed before anyone learns that it is done.
+        matrix = loaded.pop().result()
         if device.type != "cuda":
-            return compute(item, loaded.result())
+            done = compute(item, matrix)
+            del matrix
+            return done
         if not hasattr(own, "stream"):
             own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(own.stream):
-            done = compute(item, loaded.result())
+            done = compute(item, matrix)
             # What was read belongs to another stream: nothing may run on it any more when it is freed.
             own.stream.synchronize()
+        del matrix
         return done
 
     todo = deque(queue)
@@ -159,7 +164,7 @@ def _read_ahead(
             for loaded in [one for one in coming if one.done()]:
                 if len(running) < COMPUTING and room.to_compute(loaded):
                     item = coming.pop(loaded)
-                    running[computers.submit(job, item, loaded)] = item
+                    running[computers.submit(job, item, [loaded])] = item
             for item in list(todo):
                 if len(coming) + len(running) == READ_AHEAD + COMPUTING:
                     break
@@ -170,9 +175,10 @@ def _read_ahead(
         try:
             refill()
             while coming or running:
-                waited: list[Future[Any]] = [*running, *(one for one in coming if not one.done())]
-                finished = wait(waited, return_when=FIRST_COMPLETED).done
-                done = [one for one in running if one in finished]
+                pending: list[Future[Any]] = [*running, *(one for one in coming if not one.done())]
+                wait(pending, return_when=FIRST_COMPLETED)
+                del pending  # what it holds is to be freed
+                done = [one for one in running if one.done()]
                 for one in done:
                     del running[one]
                 refill()  # before whoever consumes takes its time

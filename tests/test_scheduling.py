@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -158,8 +159,12 @@ def test_on_a_device_some_are_computed_beside_each_other_while_the_next_are_read
     assert sorted(run_jobs(items, identity, load, compute, ELSEWHERE)) == items
 
 
+class Matrix:
+    """What was read; alive as long as anyone holds it."""
+
+
 def held_at_most(sizes, memory):
-    """The most that was held at once, by the stages in which items were found."""
+    """The most that was held at once, by the stages in which items were found until what was read of them was freed."""
     stages, most, lock = {}, [], threading.Lock()
     cost = {"loading": memory.loading, "waiting": memory.waiting, "computing": memory.computing}
 
@@ -172,13 +177,13 @@ def held_at_most(sizes, memory):
         now(name, "loading")
         time.sleep(0.002)
         now(name, "waiting")
-        return name
+        matrix = Matrix()
+        weakref.finalize(matrix, stages.pop, name)
+        return matrix
 
-    def compute(name, loaded):
+    def compute(name, matrix):
         now(name, "computing")
         time.sleep(0.002)
-        with lock:
-            del stages[name]
         return name
 
     names = list(zip(sizes, range(len(sizes)), strict=True))
