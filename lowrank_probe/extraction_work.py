@@ -148,7 +148,7 @@ class _Factors(_Job):
     weighting: Weighting | None
 
     def computing(self, piece: Piece) -> float:
-        """The Gram matrix, the same again for the proof of its top part, and the space that is searched in, several times;
+        """The Gram matrix, the same again for the proof of its top part, and the space that is searched, several times;
         with a weighting its roots, too."""
         k, r = min(piece.target.shape), self.ranks[piece.target.name]
         searched = 8.0 * 6 * k * min(k, 3 * (r + 32))
