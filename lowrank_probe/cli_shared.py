@@ -41,7 +41,7 @@ def _device(text: str) -> str:
     return text
 
 
-Device = Annotated[str, typer.Option("--device", callback=_device, help="auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[str, typer.Option("--device", callback=_device, help="auto (every GPU), cpu, cuda, cuda:N, mps.")]
 Ray = Annotated[str | None, typer.Option(help="Address of a Ray cluster that does the matrices; auto: this machine's.")]
 
 

@@ -9,7 +9,7 @@ import importlib
 import math
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
@@ -26,7 +26,8 @@ FAST_S: Final = 0.05
 
 @dataclass(frozen=True)
 class Choice:
-    """device: where spectra are computed. note: why that is not the device asked for, or "".
+    """device: where spectra are computed. note: why that is not the device asked for, or "". others: further cards of
+    the same kind, which take matrices from the same queue.
 
     float64_s: device → seconds of one float64 spectrum of a `PROBED` matrix there, ∞ where it has no float64; empty
     where there was nothing to compare. cluster: matrices are Ray's tasks, and the device is that of its workers.
@@ -36,6 +37,7 @@ class Choice:
     note: str = ""
     float64_s: dict[str, float] = field(default_factory=dict)
     cluster: bool = False
+    others: tuple[torch.device, ...] = ()
 
 
 _choices: dict[str, Choice] = {}
@@ -43,7 +45,7 @@ _choosing = threading.Lock()
 
 
 def choose_device(asked: str, ray: str | None = None) -> Choice:
-    """The device for "auto" (the first CUDA or MPS device, else the CPU), "cpu", "cuda", "cuda:1" or "mps".
+    """The device for "auto" (CUDA cards like the first one, or MPS, else the CPU), "cpu", "cuda", "cuda:1" or "mps".
 
     Once per process; raises `ProbeError` for a device that is not there. ray: the address of a cluster to join, whose
     devices count instead (`cluster.join`).
@@ -54,7 +56,8 @@ def choose_device(asked: str, ray: str | None = None) -> Choice:
         return join(ray, asked)
     with _choosing:
         if asked not in _choices:
-            _choices[asked] = _choose(find_device(asked))
+            found = _choose(find_device(asked))
+            _choices[asked] = replace(found, others=_cards_like(found.device)) if asked == "auto" else found
         return _choices[asked]
 
 
@@ -91,6 +94,14 @@ def find_device(asked: str) -> torch.device:
     if found.type == "mps" and not _has_mps():
         raise ProbeError(f"--device {asked}: found no Apple GPU (MPS); use --device cpu")
     return found
+
+
+def _cards_like(first: torch.device) -> tuple[torch.device, ...]:
+    """The other visible cards of the first one's name, so that results do not depend on which card a matrix went to."""
+    if first.type != "cuda":
+        return ()
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return tuple(torch.device("cuda", i) for i, name in enumerate(names) if i > 0 and name == names[0])
 
 
 def _has_mps() -> bool:

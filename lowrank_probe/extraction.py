@@ -113,11 +113,13 @@ def extract(
     if store.resumed:
         facts["resumed"] = store.resumed
     work = Work(
-        base_side, tuned_side, selection.chosen, store, where.device, options, choice.needs_noise, cluster=where.cluster
-    )
+        base_side, tuned_side, selection.chosen, store, where.device, options, choice.needs_noise,
+        cluster=where.cluster, others=where.others,
+    )  # fmt: skip
     started = time.perf_counter()
     if where.device.type == "cuda" and not where.cluster:
-        torch.cuda.reset_peak_memory_stats(where.device)
+        for card in (where.device, *where.others):
+            torch.cuda.reset_peak_memory_stats(card)
     norms = selection.weigh(base_side, tuned_side)
     other_bytes = sum(one.n_bytes(tuned_side) for one in selection.whole)
     allotted = _ranks(work, choice, stored, on_progress, other_bytes)
@@ -154,7 +156,7 @@ def extract(
         )  # fmt: skip
     facts["seconds"] = time.perf_counter() - started
     if where.device.type == "cuda" and not where.cluster:
-        facts["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(where.device)
+        facts["gpu_peak_bytes"] = max(map(torch.cuda.max_memory_allocated, (where.device, *where.others)))
     facts["adapters"] = {
         label: adapter_facts(ledger, label) | {"n_bytes": (path / WEIGHTS).stat().st_size}
         for label, path in adapters.items()

@@ -73,6 +73,10 @@ class _Job:
     device: torch.device
     keep_sides: bool
 
+    def on(self, device: torch.device) -> "_Job":
+        """The same on another card."""
+        return replace(self, device=device)
+
     def load(self, piece: Piece) -> Delta | None:
         """ΔW; None where it is 0."""
         delta = piece.target.delta(piece.copy, self.base, self.tuned, self.device)
@@ -114,6 +118,10 @@ class _Spectrum(_Job):
 
     settings: Settings
     weighting: Weighting | None
+
+    def on(self, device: torch.device) -> "_Job":
+        settings = replace(self.settings, device=device).with_turns()
+        return replace(self, device=device, settings=settings)
 
     def compute(self, piece: Piece, delta: Delta | None) -> Found:
         if delta is None:
@@ -177,6 +185,7 @@ class Work:
     """What every job needs. Everything a job finds goes to `store` at once.
 
     weighting: KᵀΔWL is what is approximated, and whose singular values ranks are chosen by. cluster: jobs are Ray's.
+    others: further cards of the same kind.
     """
 
     base: Checkpoint
@@ -188,6 +197,7 @@ class Work:
     noise: bool = False
     weighting: Weighting | None = None
     cluster: bool = False
+    others: Sequence[torch.device] = ()
 
     @property
     def spectrum(self) -> str:
@@ -283,7 +293,10 @@ class Work:
         total, done = sum(map(size, every)), sum(map(size, every)) - sum(map(size, todo))
         largest = max(math.prod(info.shape) for info in self.base.tensors.values())  # read for its norm at least
         memory = Memory(IN_FLIGHT * 4 * max(map(size, every), default=0), job.loading, job.waiting, job.computing)
-        jobs = run_jobs(todo, size, job.load, job.compute, self.device, memory, largest, self.cluster)
+        jobs = run_jobs(
+            todo, size, job.load, job.compute, self.device, memory, largest, self.cluster,
+            [(one.load, one.compute, one.device) for one in map(job.on, self.others)],
+        )  # fmt: skip
         with interruptible() as asked_to_stop, closing(jobs):
             for piece, tensors, facts in jobs:
                 self.store.put(piece.key(what), tensors, facts)

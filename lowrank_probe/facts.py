@@ -28,7 +28,8 @@ def machine_facts(choice: Choice) -> dict[str, Any]:
             "lowrank_probe": __version__, "python": platform.python_version(), "torch": torch.__version__,
             "numpy": version("numpy"), "pandas": version("pandas"),
         },
-        "device": {"type": str(device), "name": name, "n_threads": threads},
+        "device": {"type": str(device), "name": name, "n_threads": threads}
+        | ({"n_devices": 1 + len(choice.others)} if choice.others else {}),
         "float64_s": choice.float64_s,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
@@ -36,8 +37,8 @@ def machine_facts(choice: Choice) -> dict[str, Any]:
 
 def same_machine(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a run that goes on must share of the facts of the one that was killed: versions and device, but not its
-    number of threads, which moves no more than the last digits."""
-    device = {key: value for key, value in facts["device"].items() if key != "n_threads"}
+    number of threads, which moves no more than the last digits, nor of cards, which moves nothing."""
+    device = {key: value for key, value in facts["device"].items() if key not in ("n_threads", "n_devices")}
     return {"versions": facts["versions"], "device": device}
 
 

@@ -12,10 +12,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import FrameType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -55,12 +56,14 @@ def run_jobs(
     memory: Memory | None = None,
     largest: int = 0,
     cluster: bool = False,
+    others: Sequence[tuple[Callable[[Item], Loaded], Callable[[Item, Loaded], Done], torch.device]] = (),
 ) -> Generator[Done, None, None]:
     """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
     entries: the size of an item's matrix. memory: what is held on a GPU, where that is bounded. largest: entries of the
     largest matrix that the run reads at all, where that is none of the items: on a CPU it sets how many go beside each
-    other. cluster: as tasks of Ray (`cluster`). Closing the iterator (Ctrl-C) waits for what is running and drops the
+    other. cluster: as tasks of Ray (`cluster`). others: (load, compute, device) of further GPUs of the same kind, which
+    take items from the same queue. Closing the iterator (Ctrl-C) waits for what is running and drops the
     rest.
     """
     if cluster:
@@ -75,8 +78,9 @@ def run_jobs(
     largest = max([largest, *sizes[:1]])
     workers = _workers(sizes, largest, cores) if device.type == "cpu" else 1
     if device.type != "cpu":
-        order = _small_ones_first(queue, entries)
-        yield from _read_ahead(order, load, compute, device, memory)
+        todo = _Queue(_small_ones_first(queue, entries))
+        here = [_read_ahead(todo, *one, memory) for one in ((load, compute, device), *others)]
+        yield from here[0] if len(here) == 1 else _beside_each_other(here)
         return
 
     def job(item: Item) -> Done:
@@ -118,12 +122,12 @@ def run_jobs(
 
 
 def _read_ahead(
-    queue: Sequence[Item],
+    todo: "_Queue[Item]",
     load: Callable[[Item], Loaded],
     compute: Callable[[Item, Loaded], Done],
     device: torch.device,
     memory: Memory | None,
-) -> Iterator[Done]:
+) -> Generator[Done, None, None]:
     """READ_AHEAD threads read and copy the next items while COMPUTING others compute, each on a CUDA stream of its own.
 
     Several streams, because every matrix leaves the device waiting for the host (noise, deconvolution) for a while.
@@ -152,7 +156,6 @@ def _read_ahead(
         del matrix
         return done
 
-    todo = deque(queue)
     coming: dict[Future[Loaded], Item] = {}
     running: dict[Future[Done], Item] = {}
     room = _Room(memory, coming, running)
@@ -160,17 +163,16 @@ def _read_ahead(
     with ThreadPoolExecutor(READ_AHEAD) as readers, ThreadPoolExecutor(COMPUTING) as computers:
 
         def refill() -> None:
-            """Compute what is read and read what comes next, as far as there is room; smaller ones fill the gaps."""
+            """Compute what is read and read what comes next, as far as there is room; small ones fill the gaps."""
             for loaded in [one for one in coming if one.done()]:
                 if len(running) < COMPUTING and room.to_compute(loaded):
                     item = coming.pop(loaded)
                     running[computers.submit(job, item, [loaded])] = item
-            for item in list(todo):
-                if len(coming) + len(running) == READ_AHEAD + COMPUTING:
+            while len(coming) + len(running) < READ_AHEAD + COMPUTING:
+                taken = todo.take(room.to_read)
+                if taken is None:
                     break
-                if room.to_read(item):
-                    todo.remove(item)
-                    coming[readers.submit(read, item)] = item
+                coming[readers.submit(read, taken)] = taken
 
         try:
             refill()
@@ -188,6 +190,63 @@ def _read_ahead(
             dropped: list[Future[Any]] = [*coming, *running]
             for future in dropped:
                 future.cancel()
+
+
+class _Queue(Generic[Item]):
+    """What is still to do, for whoever takes it."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items, self.taking = deque(items), threading.Lock()
+
+    def take(self, fits: Callable[[Item], bool]) -> Item | None:
+        """The next one that fits; the last, which is the smallest, where the first does not. None without any."""
+        with self.taking:
+            if self.items and fits(self.items[0]):
+                return self.items.popleft()
+            if self.items and fits(self.items[-1]):
+                return self.items.pop()
+            return None
+
+
+def _beside_each_other(streams: Sequence[Generator[Done, None, None]]) -> Iterator[Done]:
+    """What several generators yield, each in a thread of its own; the first exception ends them all."""
+    found: SimpleQueue[tuple[Any, BaseException | None] | None] = SimpleQueue()
+    stop = threading.Event()
+
+    def run(stream: Generator[Done, None, None]) -> None:
+        try:
+            with closing(stream):
+                for done in stream:
+                    found.put((done, None))
+                    if stop.is_set():
+                        break
+        except BaseException as error:
+            found.put((None, error))
+        finally:
+            found.put(None)
+
+    threads = [
+        threading.Thread(target=run, args=(one,), name=f"device-{i}", daemon=True)
+        for i, one in enumerate(streams)
+        for i, stream in enumerate(streams)
+    ]
+    for thread in threads:
+        thread.start()
+    left = len(threads)
+    try:
+        while left:
+            told = found.get()
+            if told is None:
+                left -= 1
+                continue
+            done, error = told
+            if error is not None:
+                raise error
+            yield done
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 class _Room:

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -217,6 +217,10 @@ class _Job:
     settings: Settings
     started: float
 
+    def on(self, device: torch.device) -> "_Job":
+        """The same on another card."""
+        return replace(self, settings=replace(self.settings, device=device).with_turns())
+
     def load(self, pair: Pair) -> _Loaded:
         clock = time.time() - self.started
         if pair.key in self.tied:
@@ -268,7 +272,10 @@ class _Run:
         total = sum(size(pair) for pair in self.matching.pairs)
         done = sum(size(pair) for pair in self.matching.pairs if pair.key in self.done)
         todo = [pair for pair in self.matching.pairs if pair.key not in self.done]
-        running = run_jobs(todo, size, job.load, job.compute, choice.device, cluster=choice.cluster)
+        running = run_jobs(
+            todo, size, job.load, job.compute, choice.device, cluster=choice.cluster,
+            others=[(one.load, one.compute, one.settings.device) for one in map(job.on, choice.others)],
+        )  # fmt: skip
         # Closed here: left to the garbage collector, what a second Ctrl-C raises would be printed and ignored.
         with interruptible() as asked_to_stop, closing(running) as jobs:
             for result in jobs:

@@ -22,7 +22,7 @@ from lowrank_probe.krylov import certified
 KRYLOV_FROM: Final = 384
 # By how much of the squared error a truncation may miss the optimum: (1 + 5e-5)² − 1, with a margin.
 TAIL_BAR: Final = 5e-5
-_one_at_a_time: Final = threading.Lock()
+_turns: Final[dict[torch.device, threading.Lock]] = {}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def truncate(A: Tensor, r: int, *, seed: int = 0) -> Truncation:
 def _eigenvectors(A: Tensor, r: int) -> tuple[NDArray[np.float64], Tensor]:
     """The r largest eigenvalues of the Gram matrix and their vectors; on a GPU one matrix at a time: the solver takes
     several times the Gram matrix, and two of them beside each other are no faster."""
-    with nullcontext() if A.is_cpu else _one_at_a_time:
+    with nullcontext() if A.is_cpu else _turns.setdefault(A.device, threading.Lock()):
         return eigh(gram(A), r)
 
 

@@ -2,9 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from pairs import add_update, llama_tensors, write
 
+import lowrank_probe as lp
 from lowrank_probe.devices import choose_device, decide, float64_s, start
 from lowrank_probe.errors import ProbeError
 
@@ -56,3 +59,17 @@ def test_a_start_in_the_background_swallows_the_error_that_the_choice_raises():
     start("cuda:98", then="lowrank_probe.reports")
     with pytest.raises(ProbeError, match="cuda:98"):
         choose_device("cuda:98")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_several_cards_give_the_bits_of_one(tmp_path):
+    base = llama_tensors(dtype=torch.bfloat16)
+    sides = [write(tmp_path / "base", base), write(tmp_path / "tuned", add_update(base, relative=0.1))]
+    one, every = (lp.spectrum(*sides, device=device) for device in ("cuda:0", "auto"))
+    assert every.facts["device"]["n_devices"] == torch.cuda.device_count()
+    assert every.table.drop(columns="seconds").equals(one.table.drop(columns="seconds"))
+    assert all(np.array_equal(values, one.singular_values[name]) for name, values in every.singular_values.items())
+    for device in ("cuda:0", "auto"):
+        lp.extract(*sides, tmp_path / device.replace(":", ""), ranks=4, device=device)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("cuda0", "auto")]
+    assert files[0] == files[1]

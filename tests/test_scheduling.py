@@ -212,3 +212,59 @@ def test_on_a_device_an_error_of_reading_ends_the_run():
     stream = run_jobs([5, 4, 3, 2, 1], identity, load, lambda item, _: item, ELSEWHERE)
     with pytest.raises(ValueError, match="planted"):
         list(stream)
+
+
+def by_card(items, n_cards, work, **asked):
+    """`run_jobs` on several devices; `work(card, item)` is what each computes."""
+    cards = [(identity, lambda item, _, card=card: work(card, item), ELSEWHERE) for card in range(n_cards)]
+    return run_jobs(items, identity, *cards[0], others=cards[1:], **asked)
+
+
+@pytest.mark.parametrize("items", [[], [5], [3, 1, 2], [*range(40)]], ids=str)
+def test_on_several_devices_every_item_comes_back_once(items):
+    assert sorted(by_card(items, 3, lambda card, item: item)) == sorted(items)
+
+
+def test_on_several_devices_all_of_them_compute_at_once():
+    together = threading.Barrier(2, timeout=10)
+    seen = set()
+
+    def work(card, item):
+        if card not in seen:
+            seen.add(card)
+            together.wait()  # passed only where the other one computes, too
+        return item
+
+    assert sorted(by_card([1] * 20, 2, work)) == [1] * 20
+    assert seen == {0, 1}
+
+
+def test_on_several_devices_each_has_its_own_memory():
+    memory = Memory(10.0, identity, identity, identity)
+    both = threading.Barrier(2, timeout=10)
+    # One matrix fills a card: two at once are only possible on two cards.
+    done = list(by_card([10, 10], 2, lambda card, item: both.wait() + item - item, memory=memory))
+    assert sorted(done) == [0, 1]
+
+
+def test_on_several_devices_an_error_on_one_ends_the_run():
+    def work(card, item):
+        if item == 7:
+            raise ValueError("planted")
+        return item
+
+    with pytest.raises(ValueError, match="planted"):
+        list(by_card([*range(200)], 3, work))
+    assert not [one for one in threading.enumerate() if one.name.startswith("device-")]
+
+
+def test_on_several_devices_closing_stops_them_all():
+    started = []
+    stream = by_card([*range(500)], 2, lambda card, item: started.append(item) or item)
+    next(stream)
+    stream.close()
+    n = len(started)
+    assert n < 500
+    time.sleep(0.05)
+    assert len(started) == n
+    assert not [one for one in threading.enumerate() if one.name.startswith("device-")]
