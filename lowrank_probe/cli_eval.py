@@ -14,6 +14,7 @@ from lowrank_probe.cli_shared import (
     Open,
     Out,
     Quiet,
+    Ray,
     Seed,
     finish,
     progress_bar,
@@ -54,6 +55,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the forward pass: float32 or bfloat16.")] = "float32",
     device: Device = "auto",
+    ray: Ray = None,
     seed: Seed = 0,
     as_json: Json = False,
     open_report: Open = False,
@@ -68,7 +70,8 @@ def evaluate(
     with interrupts.ending_at_once():
         from lowrank_probe import cuda_driver
 
-        cuda_driver.wake(device)
+        if ray is None:
+            cuda_driver.wake(device)
         from lowrank_probe import evaluation
 
         if figures is not None:
@@ -79,7 +82,7 @@ def evaluate(
         found = evaluation.evaluate(
             base, tuned, data, ranks=ranks, groups=chosen, leave_out=leave_out, tolerance=tolerance,
             length=length, sequences=sequences, batch=batch, held_out=held_out, packing=packing, dtype=dtype,
-            device=device, seed=seed, out=directory, on_progress=on_progress,
+            device=device, ray=ray, seed=seed, out=directory, on_progress=on_progress,
         )  # fmt: skip
     tell_resumed(found.facts, directory, quiet, "states")
     _show(found, directory, as_json, quiet)

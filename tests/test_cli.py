@@ -36,7 +36,7 @@ OPTIONS = {
     ],
     "eval": [
         "--data", "--out", "--rank", "--targets", "--no-leave-out", "--tolerance", "--sequences", "--length",
-        "--held-out", "--no-packing", "--batch", "--dtype", "--device", "--seed", "--json", "--open",
+        "--held-out", "--no-packing", "--batch", "--dtype", "--device", "--ray", "--seed", "--json", "--open",
         "--figures", "--quiet",
     ],
     "train": [

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from evaluated import llama, moved, saved, texts
 from pairs import add_update, llama_tensors, write
 from test_cli import ENVIRONMENT, PROBE, fails
 
@@ -82,6 +83,18 @@ def test_an_adapter_is_that_of_one_machine(two, sides, tmp_path):
     for name in ("r2", "r4"):
         file = f"{name}/adapter_model.safetensors"
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_functional_ranks_are_those_of_one_machine(two, tmp_path):
+    pair = saved(tmp_path, *moved(llama, scale=0.2))
+    asked = {"ranks": [0, 2, "full"], "leave_out": False, "length": 32, "sequences": 8}
+    text = texts(tmp_path)
+    found = lp.evaluate(*pair, text, ray=two.address, out=tmp_path / "run", **asked)
+    torch.set_num_threads(1)
+    expected = lp.evaluate(*pair, text, device="cpu", **asked)
+    assert found.table.equals(expected.table)
+    assert found.functional.equals(expected.functional)
+    assert lp.load(tmp_path / "run").table.equals(expected.table)
 
 
 def test_a_trajectory_is_that_of_one_machine(two, sides):
@@ -183,6 +196,8 @@ def test_what_cannot_be_is_one_line(two, sides, tmp_path):
         words=["--calibration", "leave --ray out"],
     )  # fmt: skip
     assert not (tmp_path / "a").exists()
+    with pytest.raises(ProbeError, match="a model in memory is not where the nodes are"):
+        lp.evaluate(*moved(llama), texts(tmp_path), ray=two.address)
     cluster.join(two.address, "auto")
     with pytest.raises(ProbeError, match=r"--ray 127.0.0.1:2: this process is in the cluster at "):
         cluster.join("127.0.0.1:2", "auto")
