@@ -53,6 +53,7 @@ SCRIPTS = (
     Script("Budget", "budget_start", ("benchmarks-budget",)),
     Script("Budget", "budget_grid", ("budget-grid",)),
     Script("Budget", "budget_estimates", ("benchmarks-budget-estimates",)),
+    Script("Scale", "plan_405b", ("plan-405b", "plan-405b-cuda")),
     Script("Scale", "several_gpus", ("benchmarks-several-gpus",), gpu=True),
     Script("Budget", "budget_gpu", ("benchmarks-budget-gpu",), gpu=True),
     Script("Hypothesis", "training_whole", ("benchmarks-training-whole",)),
