@@ -226,9 +226,7 @@ def _beside_each_other(streams: Sequence[Generator[Done, None, None]]) -> Iterat
             found.put(None)
 
     threads = [
-        threading.Thread(target=run, args=(one,), name=f"device-{i}", daemon=True)
-        for i, one in enumerate(streams)
-        for i, stream in enumerate(streams)
+        threading.Thread(target=run, args=(one,), name=f"device-{i}", daemon=True) for i, one in enumerate(streams)
     ]
     for thread in threads:
         thread.start()
