@@ -162,30 +162,40 @@ def _read_ahead(
 
     with ThreadPoolExecutor(READ_AHEAD) as readers, ThreadPoolExecutor(COMPUTING) as computers:
 
-        def refill() -> None:
-            """Compute what is read and read what comes next, as far as there is room; small ones fill the gaps."""
+        def refill() -> set[Future[Loaded]]:
+            """Compute what is read and read what comes next, as far as there is room; small ones fill the gaps.
+
+            Returns what is read and has to wait.
+            """
+            waiting = set()
             for loaded in [one for one in coming if one.done()]:
                 if len(running) < COMPUTING and room.to_compute(loaded):
                     item = coming.pop(loaded)
                     running[computers.submit(job, item, [loaded])] = item
+                else:
+                    waiting.add(loaded)
             while len(coming) + len(running) < READ_AHEAD + COMPUTING:
                 taken = todo.take(room.to_read)
                 if taken is None:
                     break
                 coming[readers.submit(read, taken)] = taken
+            return waiting
 
         try:
-            refill()
+            waiting = refill()
             while coming or running:
-                pending: list[Future[Any]] = [*running, *(one for one in coming if not one.done())]
+                pending: list[Future[Any]] = [*running, *(one for one in coming if one not in waiting)]
+                waiting.clear()  # what they hold is to be freed
                 wait(pending, return_when=FIRST_COMPLETED)
-                del pending  # what it holds is to be freed
+                del pending
                 done = [one for one in running if one.done()]
                 for one in done:
                     del running[one]
-                refill()  # before whoever consumes takes its time
+                waiting = refill()  # before whoever consumes takes its time
                 for one in done:
                     yield one.result()
+                if done:
+                    waiting = refill()  # what was read meanwhile
         finally:
             dropped: list[Future[Any]] = [*coming, *running]
             for future in dropped:
@@ -256,18 +266,24 @@ class _Room:
         self.memory, self.coming, self.running = memory, coming, running
 
     def to_compute(self, loaded: Future[Any]) -> bool:
-        """Whether one that was read may be computed."""
-        if self.memory is None or not self.running:
+        """Whether one that was read may be computed: beside all else, or as the first of what was read, alone."""
+        if self.memory is None or (not self.running and loaded is next(iter(self.coming))):
             return True
-        return self._computing() + self._after(loaded) + self._coming() <= self.memory.limit
+        more = self.memory.computing(self.coming[loaded]) - self._held(loaded)
+        return self._computing() + more + self._coming() <= self.memory.limit
 
     def to_read(self, item: Any) -> bool:
-        """Whether one may be read, so that what is read already can still be computed."""
+        """Whether one may be read, so that all that was read can still be computed, one after the other."""
         if self.memory is None or not (self.coming or self.running):
             return True
-        first = next(iter(self.coming), None)
-        needed = max(self._computing(), 0.0 if first is None else self._after(first))
-        return needed + self._coming() + self.memory.loading(item) <= self.memory.limit
+        left = self.memory.limit - self.memory.loading(item)
+        if self._computing() + self._coming() > left:
+            return False
+        for loaded in reversed([*self.coming]):  # each beside those that were read after it
+            if self.memory.computing(self.coming[loaded]) > left:
+                return False
+            left -= self._held(loaded)
+        return True
 
     def _computing(self) -> float:
         assert self.memory is not None
@@ -280,11 +296,6 @@ class _Room:
         assert self.memory is not None
         item = self.coming[loaded]
         return self.memory.waiting(item) if loaded.done() else self.memory.loading(item)
-
-    def _after(self, loaded: Future[Any]) -> float:
-        """What computing one adds to what it holds."""
-        assert self.memory is not None
-        return self.memory.computing(self.coming[loaded]) - self._held(loaded)
 
 
 def _small_ones_first(queue: Sequence[Item], entries: Callable[[Item], int]) -> list[Item]:

@@ -199,6 +199,31 @@ def test_on_a_device_no_more_is_held_than_asked_for(sizes):
     assert 30 <= held_at_most(sizes, memory) <= 60
 
 
+@pytest.mark.parametrize("sizes", [[10] * 6 + [1], [7] * 5 + [10] * 5 + [1] * 3], ids=str)
+def test_on_a_device_what_waits_is_counted_with_the_largest_that_is_computed(sizes):
+    # Behind small ones more could be read than leaves room for the first large one.
+    memory = Memory(50.0, identity, identity, lambda size: 3.0 * size)
+    assert 30 <= held_at_most(sizes, memory) <= 50
+
+
+def test_on_a_device_what_is_read_while_the_consumer_takes_its_time_is_computed_at_once():
+    taken, third = threading.Event(), threading.Event()
+
+    def load(item):
+        return item != 3 or taken.wait(10)
+
+    def compute(item, loaded):
+        if item == 3:
+            third.set()
+        return item, loaded and (item != 2 or third.wait(2))
+
+    stream = run_jobs([3, 2, 1], identity, load, compute, ELSEWHERE)
+    assert next(stream) == (1, True)
+    taken.set()
+    time.sleep(0.1)
+    assert sorted(stream) == [(2, True), (3, True)]
+
+
 def test_on_a_device_one_that_needs_more_goes_alone():
     assert held_at_most([10, 10, 10], Memory(5.0, identity, identity, identity)) == 10
 
