@@ -83,9 +83,8 @@ def _merit(facts: Mapping[str, Any]) -> str:
 
 def _shown_ranks(found: "Evaluation") -> list[int]:
     """At most `MOST_RANKS` of the grid, evenly spaced."""
-    grid = [rank for rank in found.facts["options"]["ranks"] if isinstance(rank, int)]
-    whole = found.table.loc[found.table["full"] & (found.table["how"] != "tuned"), "rank"]
-    grid = [rank for rank in grid if rank < max(whole, default=1 << 30)]
+    rows = found.table[found.table["rank"].notna() & ~found.table["full"]]
+    grid = sorted({int(rank) for rank in rows["rank"]})
     if len(grid) <= MOST_RANKS:
         return grid
     return [grid[round(i * (len(grid) - 1) / (MOST_RANKS - 1))] for i in range(MOST_RANKS)]

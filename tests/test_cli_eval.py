@@ -44,6 +44,14 @@ def test_the_table_names_every_group_with_its_rank(done):
     assert "attention" not in stderr
 
 
+def test_without_a_grid_ranks_double_up_to_full(sides, tmp_path):
+    stdout, stderr = probe("eval", *sides, *FAST, "--targets", "q", "--no-leave-out", "--out", tmp_path / "run")
+    assert next(line for line in stdout.splitlines() if "truncated" in line).split()[-7:] == [
+        "r0", "r1", "r2", "r4", "r8", "r16", "full",
+    ]  # fmt: skip
+    assert "left out" not in stderr  # ranks that nobody asked for
+
+
 def test_the_files_are_those_of_the_library(done):
     out = done[0]
     names = ["facts.json", "functional.csv", "losses.npz", "report.html", "table.csv", "table.parquet"]
