@@ -7,8 +7,10 @@ node.
 
 import logging
 import math
+import os
 import socket
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import torch
@@ -24,6 +26,8 @@ RETRIES: Final = 5
 AHEAD: Final = 2
 # Bytes that a task asks Ray for, an entry of its matrix: both sides, ΔW and scratch in float32.
 BYTES_PER_ENTRY: Final = 20
+# Ray's own address of the cluster that this process is in → the one that was given for it.
+_joined: Final[dict[str, str]] = {}
 
 
 def join(address: str, asked: str) -> Choice:
@@ -38,7 +42,7 @@ def join(address: str, asked: str) -> Choice:
         raise ProbeError("--ray: Ray is not installed (pip install 'lowrank_probe[ray]')") from None
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
-        if address not in ("auto", here) and not address.startswith("ray://"):
+        if address not in ("auto", here, _joined.get(here)) and not address.startswith("ray://"):
             raise ProbeError(
                 f"--ray {address}: this process is in the cluster at {here} already; ray.shutdown() leaves it"
             )
@@ -50,6 +54,8 @@ def join(address: str, asked: str) -> Choice:
             raise ProbeError(
                 f"--ray {address}: no cluster answers ({first_line(error)}); start one with ray start --head"
             ) from None
+        if not address.startswith("ray://"):
+            _joined[ray.get_runtime_context().gcs_address] = address
     has_gpu = ray.cluster_resources().get("GPU", 0) >= 1
     if asked not in ("auto", "cpu", "cuda") or (asked == "cuda" and not has_gpu):
         expected = "auto, cpu or cuda" if has_gpu else "auto or cpu (the cluster has no GPU)"
@@ -70,13 +76,14 @@ def cluster_jobs(
 ) -> Generator[Done, None, None]:  # fmt: skip
     """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
-    load, compute: as for `run_jobs`; they are pickled once, with what they hold. Closing the iterator cancels what is
-    under way. Raises what a job raised, and `ProbeError` for a job whose worker died again and again.
+    load, compute: as for `run_jobs`; they are pickled once, with what they hold, and run in this process's directory.
+    Closing the iterator cancels what is under way. Raises what a job raised, and `ProbeError` for a job whose worker
+    died again and again.
     """
     import ray
 
     on_gpu = device.type == "cuda"
-    job = [ray.put((load, compute))]  # in a list, so that a worker gets it once and not with every task
+    job = [ray.put((load, compute, os.getcwd()))]  # in a list, so that a worker gets it once and not with every task
     run = ray.remote(_run)
     asked = {"num_cpus": 0 if on_gpu else 1, "num_gpus": 1 if on_gpu else 0, "max_retries": RETRIES}
     most = _memory_of_a_node()
@@ -110,7 +117,10 @@ def _run(job: list[Any], item: Any) -> Any:
     key = job[0].hex()
     if key not in _jobs:
         _jobs.clear()
-        _jobs[key] = ray.get(job[0])
+        load, compute, directory = ray.get(job[0])
+        _jobs[key] = load, compute
+        with suppress(OSError):  # relative paths are the driver's, where the node has that directory
+            os.chdir(directory)
     load, compute = _jobs[key]
     torch.set_num_threads(1)
     with threadpool_limits(1):

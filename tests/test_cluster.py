@@ -97,6 +97,17 @@ def test_functional_ranks_are_those_of_one_machine(two, tmp_path):
     assert lp.load(tmp_path / "run").table.equals(expected.table)
 
 
+def test_paths_are_relative_to_the_drivers_directory_and_a_name_is_an_address(tmp_path, monkeypatch):
+    sides = [path.name for path in saved(tmp_path, *moved(llama, scale=0.2))]
+    text = texts(tmp_path)
+    with nodes(1) as made:
+        monkeypatch.chdir(tmp_path)  # not the nodes'
+        address = f"localhost:{made.address.rpartition(':')[2]}"
+        assert len(lp.spectrum(*sides, ray=address).table)
+        lp.extract(*sides, "adapter", ranks=2, options=lp.Options(ray=address))
+        assert lp.evaluate(*sides, text, ranks=[0, "full"], leave_out=False, length=32, ray=address).facts["gain"]
+
+
 def test_a_trajectory_is_that_of_one_machine(two, sides):
     found = lp.trajectory(sides[0], [sides[1]], ray=two.address)
     same(found.results["tuned"], lp.spectrum(*sides, device="cpu"))

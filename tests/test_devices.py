@@ -70,6 +70,6 @@ def test_several_cards_give_the_bits_of_one(tmp_path):
     assert every.table.drop(columns="seconds").equals(one.table.drop(columns="seconds"))
     assert all(np.array_equal(values, one.singular_values[name]) for name, values in every.singular_values.items())
     for device in ("cuda:0", "auto"):
-        lp.extract(*sides, tmp_path / device.replace(":", ""), ranks=4, device=device)
+        lp.extract(*sides, tmp_path / device.replace(":", ""), ranks=4, options=lp.Options(device=device))
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("cuda0", "auto")]
     assert files[0] == files[1]
