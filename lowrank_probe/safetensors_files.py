@@ -93,11 +93,13 @@ def _fill_from_host(out: Tensor, handle: Span) -> None:
 
     Page-locking memory of the tensor's own size stops the whole device for as long as reading it takes.
     """
-    if not hasattr(_own, "stages"):
+    every = vars(_own).setdefault("stages", {})
+    if out.device not in every:
         stages = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        _own.stages = [(stage, torch.cuda.Event()) for stage in stages]  # type: ignore[no-untyped-call]
-    for piece, (stage, copied) in zip(torch.split(out, STAGE_BYTES), itertools.cycle(_own.stages), strict=False):
+        every[out.device] = [(stage, torch.cuda.Event()) for stage in stages]  # type: ignore[no-untyped-call]
+    stream = torch.cuda.current_stream(out.device)  # that of the copies; the thread's own device may be another
+    for piece, (stage, copied) in zip(torch.split(out, STAGE_BYTES), itertools.cycle(every[out.device]), strict=False):
         copied.synchronize()
         _fill(stage[: len(piece)], handle)
         piece.copy_(stage[: len(piece)], non_blocking=True)
-        copied.record()
+        copied.record(stream)

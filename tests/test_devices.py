@@ -8,8 +8,10 @@ import torch
 from pairs import add_update, llama_tensors, write
 
 import lowrank_probe as lp
+from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.devices import choose_device, decide, float64_s, start
 from lowrank_probe.errors import ProbeError
+from lowrank_probe.safetensors_files import STAGE_BYTES
 
 META = torch.device("meta")  # an accelerator that answers to nothing
 
@@ -73,3 +75,11 @@ def test_several_cards_give_the_bits_of_one(tmp_path):
         lp.extract(*sides, tmp_path / device.replace(":", ""), ranks=4, options=lp.Options(device=device))
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("cuda0", "auto")]
     assert files[0] == files[1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_buffer_is_filled_again_only_when_a_second_card_has_copied_it(tmp_path):
+    side = open_checkpoint(write(tmp_path, {"a.weight": torch.arange(STAGE_BYTES, dtype=torch.float32)}))
+    with torch.cuda.device(1):
+        torch.cuda._sleep(1 << 31)  # copies to it wait for about a second
+    assert torch.equal(side.read("a.weight", "cuda:1").cpu(), side.read("a.weight"))
