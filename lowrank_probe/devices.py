@@ -97,11 +97,18 @@ def find_device(asked: str) -> torch.device:
 
 
 def _cards_like(first: torch.device) -> tuple[torch.device, ...]:
-    """The other visible cards of the first one's name, so that results do not depend on which card a matrix went to."""
+    """The other visible cards of the first one's name, so that results do not depend on which card a matrix went to.
+
+    One that others use, so that less than half of it is free, is left to them.
+    """
     if first.type != "cuda":
         return ()
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return tuple(torch.device("cuda", i) for i, name in enumerate(names) if i > 0 and name == names[0])
+    found = []
+    for i in range(1, torch.cuda.device_count()):
+        if torch.cuda.get_device_name(i) == torch.cuda.get_device_name(first):
+            free, total = torch.cuda.mem_get_info(i)
+            found += [torch.device("cuda", i)] if 2 * free >= total else []
+    return tuple(found)
 
 
 def _has_mps() -> bool:
