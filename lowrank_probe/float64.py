@@ -16,7 +16,7 @@ EPS64: Final = 2.0**-53
 # Entries upcast to float64 at a time; bounds the working memory next to the matrix itself.
 CHUNK_ENTRIES: Final = 1 << 17
 # The same for the Gram matrix, where every block costs one more pass over G.
-GRAM_ENTRIES: Final = 1 << 19
+GRAM_ENTRIES: Final = 3 << 17
 # Rows of the Gram matrix computed at a time, at least, and parts of it at most.
 PANEL: Final = 256
 PANELS: Final = 4
