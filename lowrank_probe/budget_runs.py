@@ -25,8 +25,9 @@ from lowrank_probe.errors import CheckpointError, ProbeError
 from lowrank_probe.model_shapes import ModelShape, Weight
 from lowrank_probe.outputs import whole_directory, write_directory
 from lowrank_probe.recipes import Recipe
-from lowrank_probe.runs import facts_text, notebook_html, plain, read_facts, read_file
+from lowrank_probe.runs import facts_text, notebook_html, read_facts, read_file
 from lowrank_probe.sharding import Sharding
+from lowrank_probe.strict_json import plain
 from lowrank_probe.training_steps import Measured, Step
 
 FACTS: Final = "budget.json"

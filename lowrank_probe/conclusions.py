@@ -23,8 +23,9 @@ from lowrank_probe.functional_ranks import Tolerance, parse_tolerance
 from lowrank_probe.hypothesis import judge, recommend
 from lowrank_probe.options import Progress
 from lowrank_probe.outputs import is_finished
-from lowrank_probe.runs import SCHEMA_VERSION, Result, load_result
+from lowrank_probe.runs import Result, load_result
 from lowrank_probe.spectra import spectrum
+from lowrank_probe.strict_json import SCHEMA_VERSION
 from lowrank_probe.trained_ranks import Yardstick, equal_parameters, trained_ranks, yardstick
 from lowrank_probe.training_fits import ADAPTER, HISTORY, LOSSES, MODEL, Setting, diverged
 from lowrank_probe.training_fits import finished as finished_run

@@ -64,7 +64,8 @@ def choose_device(asked: str, ray: str | None = None) -> Choice:
 def start(asked: str, then: str) -> None:
     """Find, probe and warm up the device in the background, while the caller imports and reads headers.
 
-    then: the module that is wanted at the end (the report's); imported while the device computes, where it is no CPU.
+    then: the module that is wanted at the end (the report's, with pandas); imported while the device computes, on a CPU
+    beside the first matrix, which is alone there.
     """
 
     def quietly() -> None:
@@ -74,7 +75,7 @@ def start(asked: str, then: str) -> None:
                 from lowrank_probe.rows import warm_up
 
                 warm_up(device)
-                importlib.import_module(then)
+            importlib.import_module(then)
 
     threading.Thread(target=quietly, daemon=True).start()
 

@@ -25,8 +25,8 @@ from lowrank_probe.facts import machine_facts, same_machine
 from lowrank_probe.functional_ranks import parse_tolerance
 from lowrank_probe.options import Progress
 from lowrank_probe.outputs import check_free
-from lowrank_probe.runs import SCHEMA_VERSION
 from lowrank_probe.scoring import Scorer, make_task
+from lowrank_probe.strict_json import SCHEMA_VERSION
 from lowrank_probe.swapping import Update, find_update
 from lowrank_probe.words import count, some
 

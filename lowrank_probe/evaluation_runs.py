@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from lowrank_probe.columns import FUNCTIONAL
 from lowrank_probe.outputs import write_directory
-from lowrank_probe.runs import SCHEMA_VERSION, facts_text, notebook_html, plain, read_facts, read_file
+from lowrank_probe.runs import facts_text, notebook_html, read_facts, read_file
+from lowrank_probe.strict_json import SCHEMA_VERSION, plain
 
 LOSSES: Final = "losses.npz"  # what no other run's directory has
 _READ: Final = ("table.parquet", "functional.csv", LOSSES)

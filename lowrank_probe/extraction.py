@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
 from lowrank_probe.adapter_format import CONFIG, WEIGHTS
@@ -22,16 +21,14 @@ from lowrank_probe.columns import CURVES, EXTRACTION
 from lowrank_probe.devices import choose_device
 from lowrank_probe.errors import ProbeError, UnchangedError
 from lowrank_probe.extraction_ledger import curves, ledger_lines
-from lowrank_probe.extraction_runs import Extraction
-from lowrank_probe.extraction_summary import adapter_facts
 from lowrank_probe.extraction_work import Work
 from lowrank_probe.facts import machine_facts, same_machine, side_facts
 from lowrank_probe.narrowing import stored_dtype
 from lowrank_probe.options import Options, Progress
 from lowrank_probe.peft_files import write_adapter
 from lowrank_probe.rank_choice import RankChoice
-from lowrank_probe.runs import SCHEMA_VERSION
 from lowrank_probe.selection import select
+from lowrank_probe.strict_json import SCHEMA_VERSION
 from lowrank_probe.targets import Selection
 from lowrank_probe.torch_dtypes import DTYPES
 from lowrank_probe.unfinished import Unfinished
@@ -39,6 +36,7 @@ from lowrank_probe.words import some
 
 if TYPE_CHECKING:
     from lowrank_probe.calibration import Calibration
+    from lowrank_probe.extraction_runs import Extraction
 
 
 def extract(
@@ -54,7 +52,7 @@ def extract(
     options: Options = Options(),  # noqa: B008 - frozen
     calibration: "Calibration | None" = None,
     on_progress: Progress | None = None,
-) -> Extraction:
+) -> "Extraction":
     """Write the truncated-SVD LoRA of ΔW = W_tuned − W_base as PEFT adapters into `out`.
 
     ranks: a rank, several (one adapter each, `out/r4/`, `out/r8/`, …), "auto", or a `RankChoice`. targets: what is
@@ -143,6 +141,12 @@ def extract(
         raise UnchangedError(
             f"{base_side.path} and {tuned_side.path} are identical in every tensor: nothing to extract"
         )
+    # Imported while the matrices are computed, not before.
+    import pandas as pd
+
+    from lowrank_probe.extraction_runs import Extraction
+    from lowrank_probe.extraction_summary import adapter_facts
+
     ledger = pd.DataFrame(lines, columns=list(EXTRACTION))
     adapters = {}
     for earlier in (Path(out), *Path(out).glob("r[0-9]*")):  # of this run, killed when it was asked for other ranks

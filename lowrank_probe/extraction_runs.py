@@ -16,7 +16,8 @@ import pandas as pd
 
 from lowrank_probe.extraction_summary import summarise_extraction
 from lowrank_probe.outputs import write_directory
-from lowrank_probe.runs import SCHEMA_VERSION, facts_text, notebook_html, plain, read_facts, read_file
+from lowrank_probe.runs import facts_text, notebook_html, read_facts, read_file
+from lowrank_probe.strict_json import SCHEMA_VERSION, plain
 
 FOLDER: Final = "probe"
 _CURVES: Final = "curves.parquet"  # what no other run's directory has

@@ -16,7 +16,10 @@ EPS64: Final = 2.0**-53
 # Entries upcast to float64 at a time; bounds the working memory next to the matrix itself.
 CHUNK_ENTRIES: Final = 1 << 17
 # The same for the Gram matrix, where every block costs one more pass over G.
-GRAM_ENTRIES: Final = 1 << 19
+GRAM_ENTRIES: Final = 3 << 17
+# Rows of the Gram matrix computed at a time, at least, and parts of it at most.
+PANEL: Final = 256
+PANELS: Final = 4
 # On a GPU, where every chunk is a launch and many are a wait.
 DEVICE_ENTRIES: Final = 1 << 24
 
@@ -38,21 +41,42 @@ def fro_norm(A: Tensor) -> float:
 
 def gram(A: Tensor) -> Tensor:
     """The float64 Gram matrix of the short side, (k, k): A·Aᵀ for m ≤ n, else Aᵀ·A. Upcast chunk by chunk."""
-    if A.shape[0] <= A.shape[1]:
+    if A.shape[0] > A.shape[1]:
         A = A.T
-    k = A.shape[1]
+    k, long = A.shape
     G = torch.zeros(k, k, dtype=torch.float64, device=A.device)
-    product = torch.empty_like(G) if G.is_cpu else G
+    columns = max(1, (GRAM_ENTRIES if A.is_cpu else DEVICE_ENTRIES // 2) // max(1, k))
     buffer = torch.empty(0, dtype=torch.float64, device=A.device)
-    for chunk in row_chunks(A, GRAM_ENTRIES, DEVICE_ENTRIES // 2):
-        # One buffer for all blocks: glibc's heap grows when megabytes are allocated and freed over and over.
-        block = buffer.resize_(chunk.shape).copy_(chunk)
-        if G.is_cpu:  # numpy sees the symmetry and does half the work (syrk)
-            np.matmul(block.numpy().T, block.numpy(), out=product.numpy())
-            G += product
+    for start in range(0, long, columns):
+        chunk = A[:, start : start + columns]
+        # As it lies in memory, in one buffer for all blocks: glibc's heap grows when megabytes are allocated and freed.
+        if chunk.stride(1) == 1:
+            block = buffer.resize_(chunk.shape).copy_(chunk)
         else:
-            G.addmm_(block.T, block)
+            block = buffer.resize_(chunk.T.shape).copy_(chunk.T).T
+        if G.is_cpu:
+            _add_square(G.numpy(), block.numpy())
+        else:
+            G.addmm_(block, block.T)
+    if G.is_cpu:
+        for i, j in _panels(k):
+            G[:i, i:j] = G[i:j, :i].T
     return G
+
+
+def _panels(k: int) -> list[tuple[int, int]]:
+    step = max(PANEL, -(-k // PANELS))
+    return [(i, min(k, i + step)) for i in range(0, k, step)]
+
+
+def _add_square(G: NDArray[np.float64], X: NDArray[np.float64]) -> None:
+    """G += X·Xᵀ on and below the diagonal's blocks: half of the work, and no second matrix of G's size.
+
+    numpy sees the symmetry of one product, too (syrk), but takes as long again to mirror it entry by entry.
+    """
+    for i, j in _panels(len(G)):
+        G[i:j, :i] += X[i:j] @ X[:i].T
+        G[i:j, i:j] += X[i:j] @ X[i:j].T
 
 
 def product(A: Tensor, X: Tensor) -> Tensor:
@@ -68,7 +92,7 @@ def product(A: Tensor, X: Tensor) -> Tensor:
 
 
 def mm(A: Tensor, B: Tensor) -> Tensor:
-    """A·B in float64. On a CPU by numpy, as all heavy steps: its BLAS is the faster one, and the threads of two kinds
+    """A·B. On a CPU by numpy, as all heavy steps: its BLAS is the faster one, and the threads of two kinds
     of BLAS in turn wait for each other spinning."""
     return torch.from_numpy(np.matmul(A.numpy(), B.numpy())) if A.is_cpu else A @ B
 

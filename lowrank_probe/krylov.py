@@ -137,12 +137,12 @@ def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 
     U = torch.zeros(steps, E.shape[0], device=E.device, dtype=E.dtype)
     for j in range(steps):
         for _ in range(2):  # once is not enough in float32
-            v = v - V[:j].T @ (V[:j] @ v)
+            v = v - mm(V[:j].T, mm(V[:j], v))
         length = torch.linalg.vector_norm(v)
         if not float(length) > 0:
             break
         V[j] = v / length
-        U[j] = E @ V[j]
-        v = E.T @ U[j]
+        U[j] = mm(E, V[j])
+        v = mm(E.T, U[j])
     lam = torch.linalg.eigvalsh((U @ U.T).double()).cpu().numpy()
     return np.asarray(np.sqrt(np.maximum(lam[::-1], 0.0)), dtype=np.float64)

@@ -26,7 +26,8 @@ from lowrank_probe.figure_spectra import opening, points_for
 from lowrank_probe.figure_style import Spec
 from lowrank_probe.figures import specs, write
 from lowrank_probe.outputs import write_directory
-from lowrank_probe.runs import Result, load, plain
+from lowrank_probe.runs import Result, load
+from lowrank_probe.strict_json import plain
 from lowrank_probe.training_runs import Training
 from lowrank_probe.verdicts import verdict_alone
 

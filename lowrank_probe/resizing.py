@@ -31,8 +31,8 @@ from lowrank_probe.narrowing import narrowed, stored_dtype
 from lowrank_probe.options import Progress
 from lowrank_probe.outputs import copy_into, whole_directory, write_json
 from lowrank_probe.remote_files import refuse_addresses
-from lowrank_probe.runs import SCHEMA_VERSION, plain
 from lowrank_probe.safetensors_files import write_file
+from lowrank_probe.strict_json import SCHEMA_VERSION, plain
 from lowrank_probe.torch_dtypes import DTYPES
 
 

@@ -23,6 +23,7 @@ from lowrank_probe import words
 from lowrank_probe.columns import LEDGER
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.outputs import is_unfinished, write_directory
+from lowrank_probe.strict_json import SCHEMA_VERSION, plain
 from lowrank_probe.verdicts import summarise
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from lowrank_probe.training_runs import Training
     from lowrank_probe.trajectory_runs import Trajectory
 
-SCHEMA_VERSION: Final = 1
 LONG: Final = ("name", "index", "sigma", "sigma_denoised")
 TIMELINE: Final = ("name", "phase", "start_s", "stop_s")
 _READ: Final = ("table.parquet", "ledger.csv", "timeline.csv", "singular_values.parquet")
@@ -229,16 +229,3 @@ def _read_ledger(file: Path) -> pd.DataFrame:
         file, usecols=list(LEDGER), dtype={column: numbers.get(column, "str") for column in LEDGER},
         keep_default_na=False, na_values={column: [""] for column in numbers},
     )  # fmt: skip
-
-
-def plain(value: Any) -> Any:
-    """The value with numpy and pandas scalars as Python's own, and NaN, NA and ∞ as None: strict JSON."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
-        return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -31,6 +31,9 @@ READ_AHEAD: Final = 4
 # Computed beside each other there: one in the eigen-solver, the others in what follows it.
 COMPUTING: Final = 3
 SHARE_OF_LARGEST: Final = 0.72
+# glibc: bytes from which a block is mapped by itself, and its default for giving the top of a heap back.
+MAPPED_FROM: Final = 10_000_000
+TRIMMED_FROM: Final = 1 << 17
 _glibc = ctypes.CDLL(None) if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt") else None
 
 
@@ -71,13 +74,13 @@ def run_jobs(
 
         yield from cluster_jobs(items, entries, load, compute, device)
         return
-    _return_memory_at_once()
     queue = sorted(items, key=entries, reverse=True)
     cores = torch.get_num_threads()
     sizes = [entries(item) for item in queue]
     largest = max([largest, *sizes[:1]])
     workers = _workers(sizes, largest, cores) if device.type == "cpu" else 1
     if device.type != "cpu":
+        _set_malloc(TRIMMED_FROM)
         todo = _Queue(_small_ones_first(queue, entries))
         here = [_read_ahead(todo, *one, memory) for one in ((load, compute, device), *others)]
         yield from here[0] if len(here) == 1 else _beside_each_other(here)
@@ -89,21 +92,23 @@ def run_jobs(
     if workers == 1:
         torch.set_num_threads(1)  # numpy's BLAS has the cores; torch's threads would spin beside it
         try:
-            for item in queue:
-                yield job(item)
-                _trim()
+            with _freed_memory_kept():
+                for item in queue:
+                    yield job(item)
         finally:
             torch.set_num_threads(cores)
         return
     share = max(1, cores // workers)
     limit = SHARE_OF_LARGEST * largest
     running: dict[Future[Done], int] = {}
+    finished: set[Future[Done]] = set()
     with (
+        _freed_memory_kept(),
         threadpool_limits(share),
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool,
     ):
         try:
-            while queue or running:
+            while queue or running or finished:
                 # The largest that fits beside what is running.
                 for item in list(queue):
                     if len(running) == workers:
@@ -111,10 +116,13 @@ def run_jobs(
                     if not running or sum(running.values()) + entries(item) <= limit:
                         queue.remove(item)
                         running[pool.submit(job, item)] = entries(item)
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    del running[future]
+                if not queue:
+                    _set_malloc(TRIMMED_FROM)
+                for future in finished:  # while the next ones compute
                     yield future.result()
-                    _trim()
+                finished = wait(running, return_when=FIRST_COMPLETED).done
+                for future in finished:
+                    del running[future]
         finally:
             for future in running:
                 future.cancel()
@@ -332,16 +340,27 @@ def interruptible(patient: bool = False) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _trim() -> None:
-    """Give what the finished matrix freed back to the system: glibc's heaps would keep it."""
-    if _glibc is not None:
-        _glibc.malloc_trim(0)
+@contextmanager
+def _freed_memory_kept() -> Iterator[None]:
+    """Within it what a matrix frees serves the next one; at its end the system gets it back.
+
+    Every page that comes from the system is cleared first, which takes a tenth of the time of matrices of 1024 × 1024.
+    """
+    _set_malloc(1 << 30)
+    try:
+        yield
+    finally:
+        _set_malloc(TRIMMED_FROM)
+        if _glibc is not None:
+            _glibc.malloc_trim(0)  # all but the top of a thread's heap, which goes as the last matrices are freed
 
 
-def _return_memory_at_once() -> None:
-    """Have glibc map every matrix by itself and unmap it when freed; by default it keeps blocks of up to 32 MiB."""
+def _set_malloc(trimmed_from: int) -> None:
+    """Have glibc map large matrices by themselves and unmap them when freed, and give the top of a heap back to the
+    system when so many bytes of it are free."""
     if _glibc is not None:
-        _glibc.mallopt(-3, 6_000_000)  # M_MMAP_THRESHOLD
+        _glibc.mallopt(-1, trimmed_from)  # M_TRIM_THRESHOLD
+        _glibc.mallopt(-3, MAPPED_FROM)  # M_MMAP_THRESHOLD; by default up to 32 MiB, as it finds fit
         _glibc.mallopt(-8, 1)  # M_ARENA_MAX: worker threads share one heap
 
 

@@ -3,37 +3,35 @@
 Legend: m out, n in, k = min(m, n); one row of the table a matrix, its columns documented in `columns.TABLE`.
 """
 
-import math
 import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import pandas as pd
 import torch
 
 from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint
-from lowrank_probe.columns import LEDGER, TABLE
 from lowrank_probe.deltas import Delta, find_tied, read_pair
 from lowrank_probe.devices import Choice, choose_device
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.facts import machine_facts, same_machine, side_facts
-from lowrank_probe.kinds import UNRELATED, recognise
-from lowrank_probe.layers import sort_key
-from lowrank_probe.ledger import complete_ledger, join_parts, ledger_line
+from lowrank_probe.ledger import ledger_line
 from lowrank_probe.matching import Matching, Pair, match
 from lowrank_probe.metrics import Values
 from lowrank_probe.options import Options, Progress
 from lowrank_probe.outputs import check_free
 from lowrank_probe.rows import Settings, analyse
-from lowrank_probe.runs import SCHEMA_VERSION, TIMELINE, Result
 from lowrank_probe.scheduling import interruptible, run_jobs
+from lowrank_probe.strict_json import SCHEMA_VERSION
 from lowrank_probe.unfinished import Unfinished
+
+if TYPE_CHECKING:
+    from lowrank_probe.runs import Result
 
 # Options that say which matrices are looked at: what was found for one holds whatever they are.
 _SELECTION: Final = ("include", "exclude", "layers")
@@ -42,7 +40,7 @@ _SELECTION: Final = ("include", "exclude", "layers")
 class Interrupted(ProbeError):  # noqa: N818 - not a failure: it carries what was finished
     """Ctrl-C during a run; `result` holds what was finished."""
 
-    def __init__(self, result: Result) -> None:
+    def __init__(self, result: "Result") -> None:
         super().__init__("interrupted")
         self.result = result
 
@@ -63,7 +61,7 @@ def spectrum(
     ray: str | None = None,
     out: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
-) -> Result:
+) -> "Result":
     """Singular values, ranks and verdicts of ΔW = W_tuned − W_base for every matrix of two checkpoints.
 
     base, tuned: checkpoint directories or files, addresses, hub ids, models or state dicts in memory
@@ -95,7 +93,7 @@ def probe_pair(
     *,
     out: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
-) -> Result:
+) -> "Result":
     """`spectrum` with its options in one value."""
     started = time.perf_counter()
     if out is not None:
@@ -128,7 +126,7 @@ def identity(sides: Mapping[str, Checkpoint | None], options: Options, choice: C
 def compare(
     base_side: Checkpoint | None, tuned_side: Checkpoint, matching: Matching, options: Options, choice: Choice, *,
     store: Unfinished | None, started: float, prefix: str = "", on_progress: Progress | None = None,
-) -> Result:  # fmt: skip
+) -> "Result":  # fmt: skip
     """`spectrum` of opened checkpoints. store: where finished matrices are kept, their names behind `prefix`."""
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -157,7 +155,7 @@ def compare(
 
 
 @dataclass(frozen=True)
-class _Done:
+class Done:
     """One finished pair: its ledger line and, where it was a matrix that changed, its row and singular values.
 
     times: (phase, start, stop) of reading and computing it, in seconds since the work began.
@@ -187,7 +185,7 @@ class _Kept:
     store: Unfinished
     prefix: str
 
-    def take(self, pairs: Sequence[Pair]) -> Iterator[_Done]:
+    def take(self, pairs: Sequence[Pair]) -> Iterator[Done]:
         """Those that are there."""
         for pair in pairs:
             key = self.prefix + pair.key
@@ -197,9 +195,9 @@ class _Kept:
                     self.store.get(key, name).numpy() if name in held else None for name in ("values", "denoised")
                 )
                 times = [(phase, start, stop) for phase, start, stop in facts["times"]]
-                yield _Done(pair, facts["line"], facts["row"], values, denoised, times)
+                yield Done(pair, facts["line"], facts["row"], values, denoised, times)
 
-    def put(self, done: _Done) -> None:
+    def put(self, done: Done) -> None:
         arrays = {"values": done.values, "denoised": done.denoised}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items() if x is not None}
         self.store.put(
@@ -229,17 +227,17 @@ class _Job:
         delta = read_pair(pair, self.base, self.tuned, self.settings.device)
         return _Loaded(delta, clock, time.time() - self.started)
 
-    def compute(self, pair: Pair, loaded: _Loaded) -> _Done:
+    def compute(self, pair: Pair, loaded: _Loaded) -> Done:
         delta = loaded.delta
         times = [("read", loaded.start_s, loaded.stop_s)]
         if not isinstance(delta, Delta):
-            return _Done(pair, delta, times=times)
+            return Done(pair, delta, times=times)
         found = analyse(delta, self.settings)
         times += [(phase, start - self.started, stop - self.started) for phase, start, stop in found.times]
         row = found.row | {"seconds": sum(stop - start for _, start, stop in times)}
         note = f"both factors, with {pair.lora.name_B}" if pair.lora is not None else ""
         line = ledger_line(pair, "analysed", note, delta.fro_norm, delta.relative_update)
-        return _Done(pair, line, row, found.values, found.denoised, times)
+        return Done(pair, line, row, found.values, found.denoised, times)
 
 
 class _Run:
@@ -256,7 +254,7 @@ class _Run:
         self.kept = _Kept(store, prefix) if store is not None else None
         # What is tied depends on what else is looked at, so it is found anew.
         free = [pair for pair in matching.pairs if pair.key not in self.tied]
-        self.done = {done.pair.key: done for done in self.kept.take(free)} if self.kept else dict[str, _Done]()
+        self.done = {done.pair.key: done for done in self.kept.take(free)} if self.kept else dict[str, Done]()
         # The clock goes on where the killed run left it.
         self.earlier_s = max((stop for item in self.done.values() for _, _, stop in item.times), default=0.0)
 
@@ -288,70 +286,8 @@ class _Run:
                 if asked_to_stop():
                     raise KeyboardInterrupt
 
-    def _is_matrix(self, pair: Pair) -> bool:
-        info = self.base.tensors.get(pair.name) if self.base is not None else None
-        return info is not None and len(info.shape) == 2
-
-    def result(self, headers_s: float) -> Result:
+    def result(self, headers_s: float) -> "Result":
         """The table, ledger and facts of what is finished."""
-        done = [self.done[pair.key] for pair in self.matching.pairs if pair.key in self.done]
-        rows = [item.row for item in done if item.row is not None]
-        table = pd.DataFrame(sorted(rows, key=_position), columns=list(TABLE))
-        table["layer"] = table["layer"].astype("Int64")
-        for column in ("decidable_signal_rank", "decidable_r50", "decidable_r90"):
-            table[column] = table[column].astype(bool)
-        lines = [(item.pair, item.line) for item in done] + self.matching.excluded
-        lines += [
-            (pair, ledger_line(pair, "pending", "interrupted before it"))
-            for pair in self.matching.pairs
-            if pair.key not in self.done
-        ]
-        place_in_file = {
-            name: i for i, name in enumerate([*(self.base.tensors if self.base else ()), *self.tuned.tensors])
-        }
+        from lowrank_probe.pair_results import assemble  # with pandas: imported while the first matrix is computed
 
-        def position(line: dict[str, Any]) -> int:
-            return place_in_file[line["name"] if line["name"] in place_in_file else line["tuned_name"]]
-
-        ordered = sorted([*self.matching.ledger, *join_parts(lines)], key=position)
-        ledger = pd.DataFrame(complete_ledger(ordered, self.base, self.tuned), columns=list(LEDGER))
-        ledger["layer"] = pd.to_numeric(ledger["layer"]).astype("Int64")
-        facts = dict(self.facts)
-        facts["counts"] = {str(status): int(count) for status, count in ledger["status"].value_counts().items()}
-        # A frozen matrix has cosine 1: a new head on an untouched body is a fine-tune.
-        cosines = table["cosine"].dropna().to_list()
-        cosines += [1.0 for item in done if item.line["status"] == "unchanged" and self._is_matrix(item.pair)]
-        cosine = float(np.median(cosines)) if cosines else math.nan
-        facts["median_cosine"] = cosine
-        # −W has cosine −1 and is related.
-        facts["related"] = not cosines or float(np.median(np.abs(cosines))) >= UNRELATED
-        if not facts["related"]:
-            facts["warnings"] = [
-                f"unrelated checkpoints: the median cosine of their weights is {cosine:+.3f}, so that their difference "
-                "is no fine-tuning update"
-            ]
-        facts["seconds"] = {"headers": headers_s} | {
-            phase: sum(stop - start for item in done for name, start, stop in item.times if name == phase)
-            for phase in ("read", "spectrum", "noise")
-        }
-        timeline = pd.DataFrame(
-            [(item.pair.key, *times) for item in done for times in item.times],
-            columns=list(TIMELINE),
-        )
-        by_name = list(table["name"])
-        found = Result(
-            table, ledger,
-            {name: values for name in by_name if (values := self.done[name].values) is not None},
-            {name: values for name in by_name if (values := self.done[name].denoised) is not None}, facts,
-            timeline.sort_values("start_s", ignore_index=True),
-        )  # fmt: skip
-        facts["findings"] = [asdict(finding) for finding in recognise(found)]
-        return found
-
-
-def _position(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """As data flows: embeddings, the blocks layer by layer, then what comes after them."""
-    kind = sort_key(row["layer_type"])
-    if pd.isna(row["layer"]):
-        return (row["stack"], 2 if kind > sort_key("q") else 0, 0, kind)
-    return (row["stack"], 1, int(row["layer"]), kind)
+        return assemble(self.matching, self.base, self.tuned, self.done, self.facts, headers_s)

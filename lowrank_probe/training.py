@@ -25,8 +25,8 @@ from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, Out
 from lowrank_probe.model_shapes import ModelShape, model_shape
 from lowrank_probe.options import Progress
 from lowrank_probe.outputs import ANOTHER_OUT, check_writable, own, write_json
-from lowrank_probe.runs import plain
 from lowrank_probe.sequence_losses import sequence_losses
+from lowrank_probe.strict_json import plain
 from lowrank_probe.token_blocks import Blocks, load_tokenizer, to_blocks
 from lowrank_probe.training_fits import Setting, autocast, diverged, finished, load_model, run_fit
 from lowrank_probe.training_loggers import check_loggers

@@ -25,8 +25,8 @@ from lowrank_probe.errors import CheckpointError, ProbeError
 from lowrank_probe.health_watch import HealthWatch
 from lowrank_probe.outputs import write_json
 from lowrank_probe.running_models import first_line, quiet
-from lowrank_probe.runs import plain
 from lowrank_probe.sequence_losses import sequence_losses
+from lowrank_probe.strict_json import plain
 from lowrank_probe.token_blocks import Blocks
 from lowrank_probe.training_loggers import logged
 from lowrank_probe.training_plan import FULL, Fit, Recipe

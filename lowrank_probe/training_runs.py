@@ -21,16 +21,8 @@ from lowrank_probe.columns import EQUAL_PARAMETERS, HYPOTHESIS, TRAINING
 from lowrank_probe.evaluation_runs import Evaluation
 from lowrank_probe.hypothesis import COUNTS
 from lowrank_probe.outputs import write_directory
-from lowrank_probe.runs import (
-    SCHEMA_VERSION,
-    Result,
-    facts_text,
-    load_result,
-    notebook_html,
-    plain,
-    read_facts,
-    read_file,
-)
+from lowrank_probe.runs import Result, facts_text, load_result, notebook_html, read_facts, read_file
+from lowrank_probe.strict_json import SCHEMA_VERSION, plain
 
 if TYPE_CHECKING:
     from lowrank_probe.trajectory_runs import Trajectory

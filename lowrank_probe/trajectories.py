@@ -33,8 +33,9 @@ from lowrank_probe.matching import Pair, match
 from lowrank_probe.options import Keywords, Options, Progress
 from lowrank_probe.outputs import check_free
 from lowrank_probe.remote_files import is_address, shown
-from lowrank_probe.runs import SCHEMA_VERSION, Result
+from lowrank_probe.runs import Result
 from lowrank_probe.scheduling import interruptible, run_jobs
+from lowrank_probe.strict_json import SCHEMA_VERSION
 from lowrank_probe.subspaces import Directions, amplification_rows, dimensions, directions, similarity_rows
 from lowrank_probe.trajectory_runs import TAKEN, Trajectory, is_labels, naming
 from lowrank_probe.unfinished import Unfinished

@@ -21,7 +21,8 @@ from lowrank_probe.columns import AMPLIFICATION, SIMILARITY, Column
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.layers import labels, several_stacks, sort_key
 from lowrank_probe.outputs import write_directory
-from lowrank_probe.runs import SCHEMA_VERSION, Result, plain
+from lowrank_probe.runs import Result
+from lowrank_probe.strict_json import SCHEMA_VERSION, plain
 from lowrank_probe.verdicts import summarise
 
 FACTS: Final = "trajectory.json"

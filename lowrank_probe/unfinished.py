@@ -22,7 +22,7 @@ from lowrank_probe.errors import OutputError
 from lowrank_probe.narrowing import CODES
 from lowrank_probe.outputs import LOG, UNFINISHED
 from lowrank_probe.record_log import Record, RecordLog
-from lowrank_probe.runs import plain
+from lowrank_probe.strict_json import plain
 from lowrank_probe.torch_dtypes import DTYPES
 
 

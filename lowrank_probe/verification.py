@@ -17,7 +17,7 @@ import torch
 from lowrank_probe.extraction_runs import FOLDER
 from lowrank_probe.outputs import write_directory
 from lowrank_probe.remote_files import refuse_addresses
-from lowrank_probe.runs import SCHEMA_VERSION, plain
+from lowrank_probe.strict_json import SCHEMA_VERSION, plain
 
 if TYPE_CHECKING:
     from lowrank_probe.extraction_runs import Extraction

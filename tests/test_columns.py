@@ -56,7 +56,8 @@ def test_a_stack_is_what_layers_gives_in_every_table():
 def test_every_status_that_occurs_is_documented():
     package = Path(lp.__file__).parent
     source = "".join(
-        (package / file).read_text(encoding="utf-8") for file in ("matching.py", "deltas.py", "spectra.py")
+        (package / file).read_text(encoding="utf-8")
+        for file in ("matching.py", "deltas.py", "spectra.py", "pair_results.py")
     )
     meaning = columns.LEDGER["status"].meaning
     statuses = (
