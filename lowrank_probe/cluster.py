@@ -15,10 +15,10 @@ from typing import Any, Final
 
 import torch
 
+from lowrank_probe.device_jobs import Done, Item, Loaded
 from lowrank_probe.devices import Choice
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.running_models import first_line
-from lowrank_probe.scheduling import Done, Item, Loaded
 
 # Times that a task is started again after its worker or its node died.
 RETRIES: Final = 5

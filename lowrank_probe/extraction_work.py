@@ -17,6 +17,7 @@ from torch import Tensor
 from lowrank_probe.allocation import Unit
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.deltas import Delta, read_pair
+from lowrank_probe.device_jobs import Memory
 from lowrank_probe.errors import NumericsError
 from lowrank_probe.factorisation import factorise
 from lowrank_probe.float64 import DEVICE_ENTRIES
@@ -24,7 +25,7 @@ from lowrank_probe.matching import Pair
 from lowrank_probe.metrics import Values
 from lowrank_probe.options import Options, Progress
 from lowrank_probe.rows import Settings, analyse
-from lowrank_probe.scheduling import Memory, interruptible, run_jobs
+from lowrank_probe.scheduling import interruptible, run_jobs
 from lowrank_probe.svd import full_spectrum
 from lowrank_probe.targets import Target, difference_norm
 from lowrank_probe.unfinished import Unfinished

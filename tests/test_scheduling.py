@@ -7,7 +7,8 @@ import weakref
 import pytest
 import torch
 
-from lowrank_probe.scheduling import COMPUTING, MAX_WORKERS, READ_AHEAD, SHARE_OF_LARGEST, Memory, run_jobs
+from lowrank_probe.device_jobs import COMPUTING, READ_AHEAD, Memory
+from lowrank_probe.scheduling import MAX_WORKERS, SHARE_OF_LARGEST, run_jobs
 
 CPU = torch.device("cpu")
 
