@@ -72,7 +72,7 @@ def llama(root: Path) -> None:
     """base/, the demo's; finetuned/ to prose, at a rate ten times the demo's; german/ alike."""
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    recipe = Recipe(tuned_lr=3e-4)
+    recipe = Recipe(tuned_lr=3e-4, threads=1)
     root.mkdir()
     before = training.read_prose
     training.read_prose = lambda _: prose()[0]
@@ -102,7 +102,7 @@ def encoder(root: Path) -> None:
     """
     from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-    with _repeatable(0, 2):
+    with _repeatable(0, 1):
         code = read_code(3_000_000)
         bpe = _train_tokenizer(code, 512)
         bpe.add_special_tokens([MASK])
@@ -116,12 +116,12 @@ def encoder(root: Path) -> None:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, mask_token=MASK, model_max_length=LENGTH)
         learn, held = _blocks(bpe, code, LENGTH)
         new, new_held = _blocks(bpe, german()[0], LENGTH)
-        fit_masked(model, learn, mask, 500, 3e-3)
+        fit_masked(model, learn, mask, 400, 3e-3)
         losses = {"unigram": entropy(learn), "code": masked_loss(model, held, mask),
                   "before": masked_loss(model, new_held, mask)}  # fmt: skip
         for name in ("base", "finetuned"):
             if name == "finetuned":
-                fit_masked(model, new, mask, 300, 1e-3)
+                fit_masked(model, new, mask, 200, 2e-3)
                 losses["after"] = masked_loss(model, new_held, mask)
             model.save_pretrained(root / name)
             tokenizer.save_pretrained(root / name)
