@@ -3,8 +3,9 @@
 A text is parted in three by document. On the first the fine-tune runs, and the second moments of every matrix's inputs
 and output gradients are kept (`moments`). All matrices are factorised weighted by them (`weighting`), in several ways:
 inputs alone, or inputs and gradients, at a few ridges λ. The KL of base + adapter from the fine-tune on the second part
-decides for one way, among them the plain SVD, so that no adapter is worse there than the plain one. All KL are reported
-on the third part, which decided nothing (`ridge_choice`).
+decides: the plain SVD stays unless a weighting's gain over it is beyond chance (a paired bootstrap over documents), and
+of those the one with the least KL is taken. All KL, with the intervals of their differences, are reported on the third
+part, which decided nothing (`ridge_choice`).
 """
 
 import math
@@ -28,8 +29,9 @@ from lowrank_probe.running_models import CannotRun, Kind
 from lowrank_probe.targets import Selection
 from lowrank_probe.weighting import Weighting
 
-# (two-sided, λ), λ in units of tr C/n and tr G/m, one for all matrices. Below 0.1 little changes.
-WAYS: Final = ((False, 1e-3), (False, 0.1), (False, 1.0), (False, 10.0), (True, 0.01), (True, 1.0), (True, 10.0))
+# (two-sided, λ), λ in units of tr C/n and tr G/m, one for all matrices. Below the least ones little changes, and at 100
+# the adapter is nearly the plain one: at rank 1 that may be all there is to gain.
+WAYS: Final = ((False, 0.1), (False, 1.0), (False, 10.0), (True, 0.01), (True, 1.0), (True, 10.0), (True, 100.0))
 Ranks = dict[str, dict[str, Allotment]]
 
 
@@ -92,9 +94,8 @@ class Calibrator:
                     candidates.append(Candidate(one, ranks(one) if ranks else allotted))
                     if ranks is None:
                         one.factors(_largest(allotted), dtype, progress)
-                parts = {part: self.text.sequences[part] for part in PARTS[1:]}
                 found = compare(
-                    self.tuned.local_path, self.kind, parts, self.base, selection, candidates, self.device, progress
+                    self.tuned.local_path, self.kind, self.text, self.base, selection, candidates, self.device, progress
                 )
         except CannotRun as reason:
             raise _cannot(reason) from None
@@ -138,19 +139,28 @@ class Calibrator:
         )
         return {
             "file": str(self.calibration.file),
-            "n_documents": self.text.n_documents,
+            "n_documents": {part: self.text.n_documents(part) for part in PARTS},
             "n_tokens": {part: self.text.n_tokens(part) for part in PARTS},
             "measure": "KL(tuned ‖ base + adapter), nats a row" if found.measure == "logits" else
             "‖difference‖/‖tuned‖ of last hidden states",
             "base": found.base,
             "tried": [
                 {"adapter": label, "weighted_by": candidates[number].sides, "ridge": str(candidates[number].ridge),
-                 **told, "chosen": found.best(label) == number}
-                for (label, number), told in found.distances.items()
+                 **_distances(found, label, number), "chosen": found.best(label) == number}
+                for label, number in found.sums
             ],
             "plain": unseen,
             "stays_tuned": found.stays,
         }  # fmt: skip
+
+
+def _distances(found: Compared, label: str, number: int) -> dict[str, float]:
+    """On each part the distance, and the ends of the 95 % interval of its difference to the plain SVD's."""
+    told: dict[str, float] = {}
+    for part in PARTS[1:]:
+        low, high = found.against_plain(label, number, part)
+        told |= {part: found.distance(label, number, part), f"{part}_low": low, f"{part}_high": high}
+    return told
 
 
 def _largest(allotted: Ranks) -> dict[str, int]:

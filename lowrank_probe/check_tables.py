@@ -9,6 +9,7 @@ from lowrank_probe import words
 
 _BASE: Final = "base alone"
 _PLAIN: Final = "plain SVD"
+_INTERVAL: Final = "95 %: of the difference to the plain SVD, over resampled documents"
 
 
 class CheckTable(NamedTuple):
@@ -21,29 +22,42 @@ class CheckTable(NamedTuple):
 
 
 def calibration_table(told: Mapping[str, Any], labels: Sequence[str] = (), *, every: bool = True) -> CheckTable:
-    """The base, then each way that was tried, with its distance from the fine-tune on both parts of the text.
+    """The base, then each way that was tried, with its distance from the fine-tune on both parts of the text, and the
+    95 % interval of the difference to the plain SVD's, in per cent of that.
 
     told: `facts["calibration"]`. labels: of the adapters, where there are several. every: else plain and chosen only.
     """
     tried = [row for row in told["tried"] if not labels or row["adapter"] in labels]
     several = len({row["adapter"] for row in tried}) > 1
     order = list(dict.fromkeys(row["adapter"] for row in tried))
+    plain = {row["adapter"]: row for row in tried if row["weighted_by"] == _PLAIN}
     rows = []
     for row in sorted(tried, key=lambda row: order.index(row["adapter"])):
         if every or row["chosen"] or row["weighted_by"] == _PLAIN:
             ridge, mark = row["ridge"].replace("inf", ""), "chosen" if row["chosen"] else ""
-            rows.append([row["adapter"], row["weighted_by"], ridge, mark, *_distances(row)])
+            rows.append([row["adapter"], row["weighted_by"], ridge, mark])
+            rows[-1] += _distances(row, plain[row["adapter"]])
     rows.insert(0, ["", _BASE, "", "", *_distances(told["base"])])
-    heads = ["adapter", "weighted by", "ridge", "", "to choose by", "to report"]
+    heads = ["adapter", "weighted by", "ridge", "", "to choose by", "95 %", "to report", "95 %"]
     tokens = ", ".join(f"{count:,} tokens for {part}" for part, count in told["n_tokens"].items())
     first = 0 if several else 1
     return CheckTable(
-        heads[first:], [row[first:] for row in rows], 4 - first, f"distance: {told['measure']}; {tokens} of the text"
+        heads[first:],
+        [row[first:] for row in rows],
+        4 - first,
+        f"distance: {told['measure']}; {tokens} of the text; {_INTERVAL}",
     )
 
 
-def _distances(row: Mapping[str, Any]) -> list[str]:
-    return [f"{row[part]:.5g}" for part in ("choice", "report")]
+def _distances(row: Mapping[str, Any], plain: Mapping[str, Any] | None = None) -> list[str]:
+    found = []
+    for part in ("choice", "report"):
+        change = ""
+        if plain is not None and row is not plain and plain[part] > 0:
+            low, high = (100 * row[f"{part}_{end}"] / plain[part] for end in ("low", "high"))
+            change = f"{low:+.1f} to {high:+.1f} %"
+        found += [f"{row[part]:.5g}", change]
+    return found
 
 
 def verification_table(told: Mapping[str, Any]) -> CheckTable:

@@ -168,7 +168,8 @@ def _checks(facts: Mapping[str, Any], label: str) -> list[str]:
         parts += [
             "## Chosen on text",
             _table(found),
-            f'{found.line}. The way with the least distance in "to choose by" was taken; "to report" decided nothing.',
+            f'{found.line}. The plain SVD stays unless a gain in "to choose by" is beyond chance; of those the least '
+            'distance was taken. "to report" decided nothing.',
         ]
     if told := (facts.get("verification") or {}).get(label):
         found = verification_table(told)

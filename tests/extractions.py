@@ -125,7 +125,9 @@ def checks(labels=("",), hostile=None):
     ways = [("plain SVD", "inf"), ("inputs", "0.1"), ("inputs and gradients", "1.0")]
     tried = [
         {"adapter": label, "weighted_by": sides, "ridge": ridge, "choice": 0.0123 * (3 - i) + 0.001 * n,
-         "report": 0.0321 * (3 - i) + 0.001 * n, "chosen": i == 2}
+         "report": 0.0321 * (3 - i) + 0.001 * n, "chosen": i == 2,
+         "choice_low": -0.0123 * i * 1.1, "choice_high": -0.0123 * i * 0.9,
+         "report_low": -0.0321 * i * 1.1, "report_high": -0.0321 * i * 0.9}
         for i, (sides, ridge) in enumerate(ways) for n, label in enumerate(labels)
     ]  # fmt: skip
     models = ("base", "base+adapter", "base+adapter merged")
@@ -141,7 +143,7 @@ def checks(labels=("",), hostile=None):
     return {
         "calibration": {
             "file": f"/home/someone/{hostile or 'text.jsonl'}",
-            "n_documents": {"moments": 30, "choice": 5, "report": 5},
+            "n_documents": {"moments": 30, "choice": 15, "report": 15},
             "n_tokens": {"moments": 32768, "choice": 4096, "report": 4000}, "tried": tried,
             "measure": "KL(tuned ‖ base + adapter), nats a row", "base": {"choice": 0.987, "report": 0.876},
             "plain": [], "stays_tuned": [],

@@ -99,9 +99,11 @@ def test_better_than_plain_on_text_that_decided_nothing(trained, text, tmp_path)
         ways = by_way(found, label)
         (chosen,) = [one for one in ways.values() if one["chosen"]]
         plain = ways["plain SVD", "inf"]
-        assert chosen["choice"] == min(one["choice"] for one in ways.values())
+        sure = [one for one in ways.values() if one["choice_high"] < 0]
+        assert chosen["choice"] == min(one["choice"] for one in sure) < plain["choice"]
         assert chosen["weighted_by"] != "plain SVD"
         assert chosen["report"] < 0.97 * plain["report"]
+        assert chosen["report_low"] < chosen["report"] - plain["report"] < chosen["report_high"] < 0
         assert len(ways) == 8
     told = found.facts["calibration"]
     assert told["plain"] == []
@@ -283,6 +285,23 @@ def test_a_run_killed_between_two_passes_ends_in_the_same_files(trained, text, t
 # The text.
 
 
+def test_parts_are_alike_and_a_long_document_is_one_of_many(trained, tmp_path):
+    file = tmp_path / "a.jsonl"
+    generator = random.Random(0)
+    documents = [f"{i} " + "some words " * int(30 * 2 ** generator.uniform(0, 6)) for i in range(96)]
+    documents.append("a long book of many words " * 20_000)
+    file.write_text("".join(json.dumps({"text": one}) + "\n" for one in documents), encoding="utf-8")
+    found = read_calibration(file, [trained[1]], 300, 128)
+    assert [found.n_documents(part) for part in PARTS] == [49, 24, 24]
+    for part in PARTS[1:]:
+        counts = [0] * 24
+        for number, ids in zip(found.documents[part], found.sequences[part], strict=True):
+            counts[number] += len(ids)
+        assert max(counts) <= 0.15 * found.n_tokens(part)
+    # Those that end at their limit have equally many; the others would by the lengths of their documents.
+    assert found.n_tokens("choice") == pytest.approx(found.n_tokens("report"), rel=0.1)
+
+
 def test_no_document_is_in_two_parts_and_parts_end_at_their_limit(trained, tmp_path):
     file = tmp_path / "a.jsonl"
     documents = [f"{i} " + "word and other words " * 30 for i in range(900)]
@@ -304,7 +323,14 @@ def test_no_document_is_in_two_parts_and_parts_end_at_their_limit(trained, tmp_p
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
-        (["too short"] * 30, r"1 documents .* expected at least 2048, 256, 256, .*; give it in more documents"),
+        (
+            ["too short"] * 30,
+            r"1 documents .* expected at least 2048, 256, 256, .* in 24 documents; give it in more .*",
+        ),
+        (
+            [f"{i} " + "some more words here, " * 400 for i in range(23)],
+            r"23 documents .* in 24 documents; give it in more documents",
+        ),
         ([f"{i} some words here" for i in range(60)], r"60 documents .* give about \d+ times as much"),
     ],
 )

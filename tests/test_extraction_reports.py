@@ -197,11 +197,13 @@ def test_what_was_tried_and_what_was_verified_is_on_the_page():
     made.facts.update(checks(("r2", "r8")))
     page = extraction_reports.render(made)
     heads, rows, text = shown(page, "calibration")
-    assert heads == ["adapter", "weighted by", "ridge", "", "to choose by", "to report"]
-    assert rows[0] == ["", "base alone", "", "", "0.987", "0.876"]
+    assert heads == ["adapter", "weighted by", "ridge", "", "to choose by", "95 %", "to report", "95 %"]
+    assert rows[0] == ["", "base alone", "", "", "0.987", "", "0.876", ""]
+    assert rows[1] == ["r2", "plain SVD", "", "", "0.0369", "", "0.0963", ""]
     assert [row[0] for row in rows[1:]] == ["r2"] * 3 + ["r8"] * 3
-    assert rows[3] == ["r2", "inputs and gradients", "1.0", "chosen", "0.0123", "0.0321"]
-    assert rows[6] == ["r8", "inputs and gradients", "1.0", "chosen", "0.0133", "0.0331"]
+    changes = "-73.3 to -60.0 %", "-72.6 to -59.4 %"
+    assert rows[3] == ["r2", "inputs and gradients", "1.0", "chosen", "0.0123", changes[0], "0.0321", changes[0]]
+    assert rows[6][3:] == ["chosen", "0.0133", "-71.4 to -58.4 %", "0.0331", changes[1]]
     assert "4,000 tokens for report" in text
     for label in ("r2", "r8"):
         heads, rows, text = shown(page, f"verification-{label}")

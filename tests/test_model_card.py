@@ -196,12 +196,12 @@ def test_what_was_tried_and_what_was_verified_is_told_with_its_numbers():
     made.facts.update(checks(("r2", "r8")))
     text = card(made, "r8")
     heads, tried = table_after(text, "## Chosen on text")
-    assert heads == ["weighted by", "ridge", "", "to choose by", "to report"]
+    assert heads == ["weighted by", "ridge", "", "to choose by", "95 %", "to report", "95 %"]
     assert tried == [
-        ["base alone", "", "", "0.987", "0.876"],
-        ["plain SVD", "", "", "0.0379", "0.0973"],
-        ["inputs", "0.1", "", "0.0256", "0.0652"],
-        ["inputs and gradients", "1.0", "chosen", "0.0133", "0.0331"],
+        ["base alone", "", "", "0.987", "", "0.876", ""],
+        ["plain SVD", "", "", "0.0379", "", "0.0973", ""],
+        ["inputs", "0.1", "", "0.0256", "-35.7 to -29.2 %", "0.0652", "-36.3 to -29.7 %"],
+        ["inputs and gradients", "1.0", "chosen", "0.0133", "-71.4 to -58.4 %", "0.0331", "-72.6 to -59.4 %"],
     ]
     assert "32,768 tokens for moments, 4,096 tokens for choice, 4,000 tokens for report" in text
     heads, verified = table_after(text, "## Against the fine-tune, on text")
