@@ -5,7 +5,7 @@
 The teacher is a small random Llama whose MLP weights got an update of a planted rank r (orthonormal factors of one
 size), or full-rank Gaussian noise of the same norm. The student starts from the base and learns from what the teacher
 writes. Bars: the update itself and the student's task are judged low-rank at r to 2 r, the noise not low-rank. What a
-student learns of the noise is shown without a bar: text tells of a few of its directions only. Writes docs/benchmarks-planted-task.md.
+student learns of the noise is shown without a bar: text tells of a few of its directions only. Writes docs/planted-task.md.
 """
 
 import argparse
