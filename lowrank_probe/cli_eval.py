@@ -38,7 +38,7 @@ def evaluate(
     ] = None,
     targets: Annotated[
         list[str] | None,
-        typer.Option(help="Groups: layer types, attention, mlp, all-linear, patterns; a,b. Default: each layer type."),
+        typer.Option(help="Groups: layer types, attention, mlp, all-linear, patterns; a,b; q+v. Default: each type."),
     ] = None,
     leave_out: Annotated[bool, typer.Option(help="Also truncate all but each group.")] = True,
     tolerance: Annotated[str, typer.Option(help="5% of what the fine-tune gained, or nats such as 0.01.")] = "5%",
@@ -66,7 +66,8 @@ def evaluate(
     ranks = _ranks(rank)
     if dtype not in ("float32", "bfloat16"):
         raise typer.BadParameter(f"{dtype!r}: expected float32 or bfloat16", param_hint="--dtype")
-    chosen = [one.strip() for text in targets for one in text.split(",") if one.strip()] if targets else None
+    named = [one.strip() for text in targets for one in text.split(",")] if targets else None
+    chosen = [one.replace("+", ",") for one in named if one] if named is not None else None
     with interrupts.ending_at_once():
         from lowrank_probe import cuda_driver
 

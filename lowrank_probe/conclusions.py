@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lowrank_probe.columns import EQUAL_PARAMETERS, TRAINING
 from lowrank_probe.devices import Choice
-from lowrank_probe.errors import UnchangedError
+from lowrank_probe.errors import CheckpointError, UnchangedError
 from lowrank_probe.evaluation import evaluate
 from lowrank_probe.evaluation_runs import Evaluation
 from lowrank_probe.evaluation_states import EACH
@@ -23,6 +23,7 @@ from lowrank_probe.functional_ranks import Tolerance, parse_tolerance
 from lowrank_probe.hypothesis import judge, recommend
 from lowrank_probe.options import Progress
 from lowrank_probe.outputs import is_finished
+from lowrank_probe.running_models import first_line
 from lowrank_probe.runs import Result, load_result
 from lowrank_probe.spectra import spectrum
 from lowrank_probe.strict_json import SCHEMA_VERSION
@@ -112,8 +113,8 @@ def _table(folder: Path, fits: Sequence[Fit], setting: Setting) -> tuple[pd.Data
     for fit in fits:
         facts = finished_run(folder / fit.label)
         assert facts is not None
-        history = pd.read_csv(folder / fit.label / HISTORY)
-        losses[fit.label] = np.load(folder / fit.label / LOSSES)[0]
+        history = _history(folder / fit.label)
+        losses[fit.label] = _kept(folder / fit.label / LOSSES)[0]
         rows.append(
             {column: facts.get(column) for column in TRAINING}
             | {
@@ -140,8 +141,30 @@ def _full_notes(full: Sequence[str], first: str | None, against: Yardstick, tole
     return told + tolerance.fallback(against.gain, "the full fine-tune")
 
 
+def _kept(file: Path) -> NDArray[np.float64]:
+    """An array of a finished run. Raises `CheckpointError` where the file is missing or damaged."""
+    try:
+        return np.asarray(np.load(file, allow_pickle=False), dtype=np.float64)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(file, error) from None
+
+
+def _history(folder: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(folder / HISTORY)
+    except (OSError, ValueError) as error:
+        raise _damaged(folder / HISTORY, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: cannot be read: {first_line(error)}; remove {file.parent} and the same command runs "
+        f"{file.parent.name} again"
+    )
+
+
 def _histories(folder: Path, fits: Sequence[Fit]) -> pd.DataFrame:
-    parts = [pd.read_csv(folder / fit.label / HISTORY).assign(label=fit.label) for fit in fits]
+    parts = [_history(folder / fit.label).assign(label=fit.label) for fit in fits]
     return pd.concat(parts, ignore_index=True)[list(HISTORIES)]
 
 

@@ -20,11 +20,13 @@ parameters as the matrices:
                 its interval's upper end is low, its lower end not 0     low-rank at r = that end
                 its interval's lower end is not low                      not low-rank
     spectral    the full fine-tune, likewise                             no evidence
+                its rank is below the functional interval                no evidence: more of the update counts
                 else                                                     as `verdicts`
     anything else                                                        undecidable, and which evidence is missing
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -95,7 +97,7 @@ def _row(
     said = {
         "trained": _trained(trained, LOW * break_even),
         "functional": _functional(functional, LOW * break_even),
-        "spectral": _spectral(name, spectrum),
+        "spectral": _spectral(name, spectrum, functional),
     }
     if evaluation is None or not gained(evaluation):
         lacking = FULL_FAILED["diverged" if spectrum is None else "no gain"]
@@ -210,7 +212,7 @@ def _functional(row: Mapping[str, Any] | None, limit: float) -> Said:
     return Said(evidence=told, missing=(f"its loss at more ranks from {low} to {high}, or more held-out text",))
 
 
-def _spectral(name: str, spectrum: Result | None) -> Said:
+def _spectral(name: str, spectrum: Result | None, functional: Mapping[str, Any] | None) -> Said:
     if spectrum is None:
         return Said()
     rows = _matrices(name, spectrum)
@@ -219,6 +221,12 @@ def _spectral(name: str, spectrum: Result | None) -> Said:
     verdict, evidence = spectral_verdict(rows)
     if verdict.startswith(UNDECIDABLE):
         return Said(evidence=f"{verdict}, {evidence}", missing=("a spectrum that decides",))
+    rank = re.search(r"r=(\d+)", verdict)
+    short = 0
+    if functional is not None:
+        short = functional["largest_rank"] + 1 if pd.isna(functional["low"]) else int(functional["low"])
+    if rank and int(rank[1]) < short:  # most of the update's energy, but not what the loss needs of it
+        return Said(evidence=f"{evidence}: r={rank[1]} holds the energy, and falls short in loss")
     return Said(verdict, evidence)
 
 
@@ -260,7 +268,7 @@ class Recommendation:
 
 
 def recommend(runs: pd.DataFrame, trained: Sequence["Trained"], base: float) -> Recommendation | None:
-    """The smallest adapter whose mean loss over seeds is within the tolerance of the best one's; None without adapters.
+    """The smallest adapter whose mean loss over seeds is within the tolerance of the best one's; None where none gains.
 
     runs: rows with method, targets, rank, alpha, lr, n_trained, loss, diverged; base: the base's loss. A rank counts
     where none of its runs diverged.
@@ -273,6 +281,9 @@ def recommend(runs: pd.DataFrame, trained: Sequence["Trained"], base: float) -> 
     if sound.empty:
         return None
     means = sound.groupby(keys, sort=False)[["alpha", "lr", "n_trained", "loss"]].mean().reset_index()
+    means = means[means["loss"] < base]
+    if means.empty:
+        return None
     full = trained[0].full
     good = means[means["loss"] <= means["loss"].min() + full.tolerance]
     best = good.sort_values(["n_trained", "loss"]).iloc[0]

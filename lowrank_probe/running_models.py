@@ -27,9 +27,10 @@ Weighted = tuple[Path, float]
 
 
 def first_line(error: object) -> str:
-    """The first line of an error, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return printable(lines[0][:300]) if lines else type(error).__name__
+    """The first line of an error, the next one with it where it ends in a colon; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    told = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return printable(told[:300]) if told else type(error).__name__
 
 
 class CannotRun(Exception):  # noqa: N818 - a reason, not a failure

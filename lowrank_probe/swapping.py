@@ -70,8 +70,9 @@ def find_update(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], config:
         where = place(name)
         for part in found:
             new, old = (matrix(values, part) for values in (W, base[name]))
-            if not (bool(torch.isfinite(new).all()) and bool(torch.isfinite(old).all())):
-                raise NumericsError(f"{name}: contains NaN or Inf (expected finite weights)")
+            for side, values in (("base", old), ("tuned", new)):
+                if not bool(torch.isfinite(values).all()):
+                    raise NumericsError(f"{name} of the {side} model: contains NaN or Inf (expected finite weights)")
             if not torch.equal(new, old):
                 told = f"{name}[{part.label}]" if part.label else name
                 kind, shape = part.layer_type or where.layer_type, (new.shape[0], new.shape[1])

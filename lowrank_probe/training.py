@@ -5,6 +5,7 @@ The training directory holds plan.json (what is trained, on what), runs/<label>/
 and the tuned model/ or adapter/ of each run), and at the end what `training_runs.Training` writes.
 """
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -22,6 +23,7 @@ from lowrank_probe.conclusions import conclude
 from lowrank_probe.devices import EXPECTED
 from lowrank_probe.documents import read_documents, split_documents
 from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, OutputError, ProbeError
+from lowrank_probe.functional_ranks import parse_tolerance
 from lowrank_probe.model_shapes import ModelShape, model_shape
 from lowrank_probe.options import Progress
 from lowrank_probe.outputs import ANOTHER_OUT, check_writable, own, write_json
@@ -32,6 +34,7 @@ from lowrank_probe.training_fits import Setting, autocast, diverged, finished, l
 from lowrank_probe.training_loggers import check_loggers
 from lowrank_probe.training_plan import FULL, FULL_RATES, LORA_RATES, Fit, Plan, Recipe, next_rate
 from lowrank_probe.training_runs import PLAN, Training
+from lowrank_probe.unfinished import difference
 from lowrank_probe.words import count
 
 RUNS: Final = "runs"
@@ -77,9 +80,11 @@ def train(
     Raises `ProbeError` of one line: too little text, a length beyond the model's positions, no tokenizer, a rank above
     the matrices, targets that match nothing, too little memory; `OutputError` where `out` holds anything else.
     """
+    parse_tolerance(tolerance)
     root, directory = Path(out), _directory(model)
     plan = Plan(tuple(sorted(ranks)), tuple(targets), _seeds(seeds), tuple(variants))
     shape = _shape(directory)
+    _check_causal(directory, shape)
     where = _device(device)
     processes.meet(where.type)
     recipe = _checked(recipe or _default(shape, where), shape)
@@ -98,18 +103,23 @@ def train(
     work = _Work(root / RUNS, setting, plan, on_progress)
     gc.freeze()  # Trainer collects garbage at every start, and goes through all that was ever imported
     try:
-        rates = given or work.rates()
         base = work.base()
+        rates = given or work.rates()
         fits = plan.fits(rates, recipe.steps)
         for fit in fits:
             work.run(fit)
         if not processes.is_first():
             return None
+        notes += work.notes
         return conclude(root, root / RUNS, setting, plan, fits, work.searches, base, tolerance, notes, on_progress)
     finally:
         gc.unfreeze()
         if processes.is_first():
             (root / OWNER).unlink(missing_ok=True)
+            if not (root / RUNS).exists():  # nothing was done: another model may come here
+                (root / PLAN).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    root.rmdir()
 
 
 class _Work:
@@ -121,6 +131,7 @@ class _Work:
         self.total = len(plan.fits(dict.fromkeys(plan.methods, 0.0), steps)) * steps
         self.done = 0
         self.searches: list[Fit] = []
+        self.notes: list[str] = []
 
     def base(self) -> NDArray[np.float64]:
         """(2, n): the base's loss on each held-out sequence, and how many tokens that is a mean over."""
@@ -131,7 +142,10 @@ class _Work:
                 model, self.setting.held_out, self.setting.recipe.batch, autocast(self.setting)
             )
             if not np.isfinite(losses).all():
-                raise NumericsError(f"{self.setting.model}: its loss on the held-out text is NaN or Inf")
+                raise NumericsError(
+                    f"{self.setting.model}: its loss on the held-out text is NaN or Inf ({_not_finite(model)}); is the "
+                    "checkpoint whole?"
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
             aside = file.with_name(f".{BASE}")
             np.save(aside, np.stack([losses, counts.astype(np.float64)]))
@@ -175,6 +189,12 @@ class _Work:
                 f"{method}: diverged at every learning rate from {min(tried):g} to {max(tried):g}; is the model whole? "
                 "(or give --lr)"
             )
+        if best in (min(tried), max(tried)):
+            end = "highest" if best == max(tried) else "lowest"
+            self.notes.append(
+                f"{method}: its best learning rate, {best:g}, is the {end} that was tried: a better one may lie "
+                "beyond it (give --lr to try)"
+            )
         return best
 
 
@@ -201,6 +221,23 @@ def _shape(directory: Path) -> ModelShape:
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: no config.json (expected the directory of a transformers model)")
     return model_shape(directory)
+
+
+def _check_causal(directory: Path, shape: ModelShape) -> None:
+    """Raise `CheckpointError` for an encoder: its layers see the tokens that a causal loss has them predict."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind, config = shape.config.get("model_type"), shape.config
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder"):
+        name = (config.get("architectures") or [kind])[0]
+        raise CheckpointError(f"{directory}: {name} sees the tokens to come (expected a causal language model)")
+
+
+def _not_finite(model: torch.nn.Module) -> str:
+    """The first parameter with NaN or Inf, or that there is none."""
+    bad = (name for name, W in model.named_parameters() if not bool(torch.isfinite(W).all()))
+    name = next(bad, None)
+    return "every weight is finite" if name is None else f"{name} has NaN or Inf"
 
 
 def _device(asked: str) -> torch.device:
@@ -332,7 +369,8 @@ def _begin(root: Path, identity: Mapping[str, Any]) -> None:
             changed = sorted(key for key in identity if before.get(key) != json.loads(told)[key])
             if changed:
                 raise OutputError(
-                    f"{root}: holds a training with another {' and '.join(changed)}; {ANOTHER_OUT}, or the same options"
+                    f"{root}: holds a training with another {' and '.join(changed)} "
+                    f"({difference(before, json.loads(told))}); {ANOTHER_OUT}, or the same options"
                 )
         elif root.exists() and any(root.iterdir()):
             raise OutputError(f"{root}: is not empty; {ANOTHER_OUT}")

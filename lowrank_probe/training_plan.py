@@ -1,5 +1,6 @@
 """What a reference training consists of: the runs, one by one, and the recipe that all of them share. No torch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, get_args
@@ -51,8 +52,8 @@ class Recipe:
                 raise ProbeError(f"{name}: expected 1 or more, found {value}")
         if self.precision not in ("fp32", "bf16"):
             raise ProbeError(f"precision: expected fp32 or bf16, found {self.precision}")
-        if not self.alpha > 0:
-            raise ProbeError(f"alpha: expected more than 0, found {self.alpha:g}")
+        if not 0 < self.alpha < math.inf:
+            raise ProbeError(f"alpha: expected a number above 0, found {self.alpha:g}")
         if not 0 <= self.warmup < 1:
             raise ProbeError(f"warmup: expected a share of the steps from 0 to 1, found {self.warmup:g}")
 

@@ -113,7 +113,7 @@ class Unfinished:
             raise OutputError(f"{out}: the beginning of its unfinished work is damaged; remove {self.folder}")
         if there != told:
             raise OutputError(
-                f"{out}: holds the unfinished work of another run ({_difference(there, told)}); "
+                f"{out}: holds the unfinished work of another run ({difference(there, told)}); "
                 f"{outputs.ANOTHER_OUT}, or remove {self.folder}"
             )
 
@@ -142,14 +142,14 @@ def _scalar(value: Any) -> Any:
     raise TypeError(f"{value!r} cannot be kept")
 
 
-def _difference(there: Any, here: Any, where: str = "") -> str:
+def difference(there: Any, here: Any, where: str = "") -> str:
     """The first thing in which two identities differ, in words."""
     if isinstance(there, dict) and isinstance(here, dict):
         key = next(key for key in {**there, **here} if there.get(key) != here.get(key))
-        return _difference(there.get(key), here.get(key), f"{where}.{key}" if where else key)
+        return difference(there.get(key), here.get(key), f"{where}.{key}" if where else key)
     if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         i = next(i for i, pair in enumerate(zip(there, here, strict=True)) if pair[0] != pair[1])
-        return _difference(there[i], here[i], f"{where}.{i}")
+        return difference(there[i], here[i], f"{where}.{i}")
     return f"{where}: {_short(there)} there, {_short(here)} here"
 
 

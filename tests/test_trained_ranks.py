@@ -3,7 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from pairs import add_update, llama_tensors, write
 
+import lowrank_probe as lp
 from lowrank_probe.functional_ranks import Tolerance
 from lowrank_probe.hypothesis import judge, recommend
 from lowrank_probe.trained_ranks import equal_parameters, trained_ranks, yardstick
@@ -150,6 +152,7 @@ def test_the_smallest_good_adapter_is_recommended():
     assert best.good_enough
     runs["loss"] += 0.7 * (runs["method"] != "full")
     assert not recommend(runs, trained, start).good_enough
+    assert recommend(runs, trained, float(runs["loss"].min()) - 0.1) is None  # none is better than the base
     config = best.lora_config(["up_proj", "down_proj"])
     peft = pytest.importorskip("peft")
     made_config = eval(config, {"LoraConfig": peft.LoraConfig})
@@ -157,13 +160,13 @@ def test_the_smallest_good_adapter_is_recommended():
     assert made_config.target_modules == {"down_proj", "up_proj"}
 
 
-def functional(rank, low, high, gain=1.0):
-    """An evaluation of mlp truncated alone, as far as a verdict reads it."""
+def functional(rank, low, high, gain=1.0, group="mlp"):
+    """An evaluation of one group truncated alone, as far as a verdict reads it."""
     from lowrank_probe.columns import EVALUATION
     from lowrank_probe.evaluation_runs import Evaluation
 
     sides = [{"how": how, "excess_low": gain, "excess": gain} for how in ("base", "tuned")]
-    row = {"group": "mlp", "how": "alone", "functional_rank": rank, "low": low, "high": high, "largest_rank": 32,
+    row = {"group": group, "how": "alone", "functional_rank": rank, "low": low, "high": high, "largest_rank": 32,
            "tolerance_nats": 0.05}  # fmt: skip
     nothing = np.empty(0)
     return Evaluation(
@@ -212,6 +215,21 @@ def spectrum(k=32):
         for name in ("up", "down")
     ]  # fmt: skip
     return Result(pd.DataFrame(rows), pd.DataFrame(), {})
+
+
+def test_spectral_evidence_gives_way_where_its_rank_falls_short_in_loss(tmp_path):
+    base = llama_tensors()
+    found = lp.spectrum(write(tmp_path / "base", base), write(tmp_path / "tuned", add_update(base, rank=4)))
+    row = judge(found, functional(4, 3, 4, group="q")).set_index("layer_type").loc["q"]
+    assert (row["verdict"], row["decided_by"]) == ("low-rank at r=4", "functional")
+    row = judge(found, functional(32, 3, 32, group="q")).set_index("layer_type").loc["q"]
+    assert row["decided_by"] == "spectral"
+    rank = int(row["verdict"].removeprefix("low-rank at r="))
+    row = judge(found, functional(32, rank + 1, 32, group="q")).set_index("layer_type").loc["q"]
+    assert row["verdict"] == "undecidable"
+    assert f"r={rank} holds the energy, and falls short in loss" in row["evidence"]
+    row = judge(found, functional(None, None, None, group="q")).set_index("layer_type").loc["q"]
+    assert row["verdict"] in ("not low-rank", "undecidable")
 
 
 def test_the_verdict_follows_trained_evidence():

@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from evaluated import gpt2, llama, mixtral
+from evaluated import gpt2, llama, masked, mixtral
 from tokenizers_in_tests import tokenizer
 
 import lowrank_probe as lp
 from lowrank_probe import training, training_fits
 from lowrank_probe.demo_text import read_prose
-from lowrank_probe.errors import CheckpointError, MatchError, OutputError, ProbeError
+from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, OutputError, ProbeError
 from lowrank_probe.running_models import quiet
 from lowrank_probe.training_fits import Setting, load_model, run_fit
 from lowrank_probe.training_plan import FULL, Fit, Plan
@@ -228,6 +228,8 @@ def test_the_search_finds_a_rate_and_tells_what_it_tried(sides, tmp_path, monkey
     for method in ("full", "lora"):
         tried = found.searches[found.searches["method"] == method].set_index("lr")["loss"]
         assert found.facts["rates"][method] == tried.idxmin()
+        at_an_end = found.facts["rates"][method] in (tried.index.min(), tried.index.max())
+        assert at_an_end == any(note.startswith(f"{method}: its best learning rate") for note in found.facts["notes"])
 
 
 def test_tensorboard_has_one_run_a_label(sides, tmp_path, monkeypatch):
@@ -321,6 +323,10 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(sides, tmp_path):
     assert said == "lr 1e30: expected auto, a rate above 0 and below 100 such as 2e-4, or method=rate"
     said, _ = refused(sides, tmp_path, recipe=replace(RECIPE, report_to=("tensorbord",)))
     assert said.startswith("--report-to tensorbord: expected a logger of Trainer that is installed; installed are ")
+    said, _ = refused(sides, tmp_path, recipe=replace(RECIPE), tolerance="-3%")
+    assert said.startswith("tolerance '-3%': expected nats such as 0.01")
+    with pytest.raises(ProbeError, match="alpha: expected a number above 0, found inf"):
+        replace(RECIPE, alpha=float("inf"))
     said, _ = refused(sides, tmp_path, seeds=0)
     assert said == "seeds: expected at least 1"
     short = tmp_path / "short.txt"
@@ -332,6 +338,17 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(sides, tmp_path):
     llama().save_pretrained(tmp_path / "bare")
     said, _ = refused((tmp_path / "bare", sides[1]), tmp_path)
     assert "has no tokenizer" in said
+    (tmp_path / "encoder").mkdir()
+    said, kind = refused((model(tmp_path / "encoder", masked), sides[1]), tmp_path)
+    assert kind is CheckpointError
+    assert said.endswith("BertForMaskedLM sees the tokens to come (expected a causal language model)")
+    (tmp_path / "broken").mkdir()
+    broken = llama()
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[2, 3] = float("nan")
+    said, kind = refused((model(tmp_path / "broken", lambda: broken), sides[1]), tmp_path)
+    assert kind is NumericsError
+    assert "is NaN or Inf (model.layers.1.mlp.up_proj.weight has NaN or Inf); is the checkpoint whole?" in said
     said, kind = refused((tmp_path / "none", sides[1]), tmp_path)
     assert kind is CheckpointError
     assert "no such file or directory (expected a checkpoint directory, file, address or hub id, owner/name)" in said
@@ -366,8 +383,20 @@ def test_a_hub_id_is_its_snapshot_in_the_cache_or_told_to_be_out_of_reach(sides,
 
 def test_another_training_in_the_directory_is_refused(trained, sides):
     _, out = trained
-    with pytest.raises(OutputError, match="holds a training with another plan"):
+    named = r"another plan \(plan.ranks: \[1, 4\] there, \[2\] here\)"
+    with pytest.raises(OutputError, match=f"holds a training with {named}"):
         lp.train(*sides, out, ranks=[2], targets=["attention", "mlp"], seeds=2, lr=RATES, recipe=RECIPE, device="cpu")
+
+
+def test_a_damaged_run_is_named_and_how_to_mend_it(trained, sides, tmp_path):
+    out = shutil.copytree(trained[1], tmp_path / "run")
+    (out / "facts.json").unlink()
+    losses = out / "runs/lora-r1-mlp-s0/losses.npy"
+    losses.write_bytes(losses.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"losses\.npy: cannot be read: .*; remove .* runs lora-r1-mlp-s0 again"):
+        lp.train(
+            *sides, out, ranks=[1, 4], targets=["attention", "mlp"], seeds=2, lr=RATES, recipe=RECIPE, device="cpu"
+        )
 
 
 def test_two_trainings_at_once_in_one_directory_are_refused(trained, sides):
