@@ -18,18 +18,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowrank_probe import __version__, hub, processes
+from lowrank_probe import __version__, processes
 from lowrank_probe.conclusions import conclude
-from lowrank_probe.devices import EXPECTED
 from lowrank_probe.documents import read_documents, split_documents
-from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, OutputError, ProbeError
+from lowrank_probe.errors import NumericsError, OutputError, ProbeError
 from lowrank_probe.functional_ranks import parse_tolerance
-from lowrank_probe.model_shapes import ModelShape, model_shape
+from lowrank_probe.model_shapes import ModelShape
 from lowrank_probe.options import Progress
 from lowrank_probe.outputs import ANOTHER_OUT, check_writable, own, write_json
 from lowrank_probe.sequence_losses import sequence_losses
 from lowrank_probe.strict_json import plain
 from lowrank_probe.token_blocks import Blocks, load_tokenizer, to_blocks
+from lowrank_probe.training_checks import (
+    adapted_modules,
+    check_causal,
+    checked_recipe,
+    checked_seeds,
+    given_rates,
+    max_positions,
+    model_directory,
+    shape_of,
+    training_device,
+)
 from lowrank_probe.training_fits import Setting, autocast, diverged, finished, load_model, run_fit
 from lowrank_probe.training_loggers import check_loggers
 from lowrank_probe.training_plan import FULL, FULL_RATES, LORA_RATES, Fit, Plan, Recipe, next_rate
@@ -43,7 +53,6 @@ OWNER: Final = ".owner"  # the process that trains here
 # Rates that the search for one tries at most, and the steps of each: a quarter of a run's, and at least so many.
 MOST_RATES: Final = 7
 SEARCH_STEPS: Final = 20
-HIGHEST_RATE: Final = 100.0  # more is a typing error
 LENGTH: Final = 512
 # Held-out sequences, at least and at most.
 LEAST_HELD_OUT: Final = 8
@@ -81,16 +90,16 @@ def train(
     the matrices, targets that match nothing, too little memory; `OutputError` where `out` holds anything else.
     """
     parse_tolerance(tolerance)
-    root, directory = Path(out), _directory(model)
-    plan = Plan(tuple(sorted(ranks)), tuple(targets), _seeds(seeds), tuple(variants))
-    shape = _shape(directory)
-    _check_causal(directory, shape)
-    where = _device(device)
+    root, directory = Path(out), model_directory(model)
+    plan = Plan(tuple(sorted(ranks)), tuple(targets), checked_seeds(seeds), tuple(variants))
+    shape = shape_of(directory)
+    check_causal(directory, shape)
+    where = training_device(device)
     processes.meet(where.type)
-    recipe = _checked(recipe or _default(shape, where), shape)
+    recipe = checked_recipe(recipe or _default(shape, where), shape)
     check_loggers(recipe.report_to)
-    given = _given_rates(lr, plan.methods)
-    modules = {group: _modules(shape, group, plan) for group in plan.targets}
+    given = given_rates(lr, plan.methods)
+    modules = {group: adapted_modules(shape, group, plan) for group in plan.targets}
     blocks, notes = _blocks(directory, Path(data), recipe, held_out, packing, shape)
     source = os.fspath(model)
     setting = Setting(directory, *blocks, recipe, modules, where, source if not Path(source).exists() else "")
@@ -198,41 +207,6 @@ class _Work:
         return best
 
 
-def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    found = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not found:
-        raise ProbeError("seeds: expected at least 1")
-    return found
-
-
-def _directory(model: str | os.PathLike[str]) -> Path:
-    """Where the model lies: the directory itself, or the local snapshot of a hub id, weights and tokenizer."""
-    text = os.fspath(model)
-    if text and Path(text).exists():
-        return Path(text)
-    if not hub.is_hub_id(text):
-        raise CheckpointError(hub.no_such(text))
-    found = hub.download(text)
-    hub.download_tokenizer(text)
-    return found
-
-
-def _shape(directory: Path) -> ModelShape:
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory}: no config.json (expected the directory of a transformers model)")
-    return model_shape(directory)
-
-
-def _check_causal(directory: Path, shape: ModelShape) -> None:
-    """Raise `CheckpointError` for an encoder: its layers see the tokens that a causal loss has them predict."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    kind, config = shape.config.get("model_type"), shape.config
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder"):
-        name = (config.get("architectures") or [kind])[0]
-        raise CheckpointError(f"{directory}: {name} sees the tokens to come (expected a causal language model)")
-
-
 def _not_finite(model: torch.nn.Module) -> str:
     """The first parameter with NaN or Inf, or that there is none."""
     bad = (name for name, W in model.named_parameters() if not bool(torch.isfinite(W).all()))
@@ -240,58 +214,14 @@ def _not_finite(model: torch.nn.Module) -> str:
     return "every weight is finite" if name is None else f"{name} has NaN or Inf"
 
 
-def _device(asked: str) -> torch.device:
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        found = torch.device(asked)
-    except RuntimeError:
-        raise ProbeError(f"--device {asked}: {EXPECTED}") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ProbeError(f"--device {asked}: there is no CUDA device here; {EXPECTED}")
-    if found.index:
-        raise ProbeError(f"--device {asked}: Trainer takes the first card; choose another with CUDA_VISIBLE_DEVICES")
-    return found
-
-
 def default_recipe(model: str | os.PathLike[str], device: str = "auto") -> Recipe:
     """Sequences of the model's positions up to 512 tokens; bf16 where the hardware has it."""
-    return _default(_shape(_directory(model)), _device(device))
+    return _default(shape_of(model_directory(model)), training_device(device))
 
 
 def _default(shape: ModelShape, device: torch.device) -> Recipe:
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return Recipe(length=min(LENGTH, _positions(shape) or LENGTH), precision="bf16" if has_bf16 else "fp32")
-
-
-def _positions(shape: ModelShape) -> int | None:
-    found = shape.config.get("max_position_embeddings") or shape.config.get("n_positions")
-    return found if isinstance(found, int) else None
-
-
-def _checked(recipe: Recipe, shape: ModelShape) -> Recipe:
-    positions = _positions(shape)
-    if positions is not None and recipe.length > positions:
-        raise ProbeError(f"--length {recipe.length}: the model has {positions} positions; give at most {positions}")
-    return recipe
-
-
-def _modules(shape: ModelShape, group: str, plan: Plan) -> tuple[list[str], list[str]]:
-    """(modules, bare parameters) that LoRA adapts for one group. Raises `MatchError` for what has no such rank."""
-    found = shape.adapted(group.split(","))
-    smallest = min(found, key=lambda weight: min(weight.sides))
-    if plan.ranks[-1] > min(smallest.sides):
-        m, n = smallest.sides
-        raise MatchError(
-            f"rank {plan.ranks[-1]} is above what {smallest.name} ({m}, {n}) can have; give ranks up to {min(m, n)}, "
-            f"or other targets than {group}"
-        )
-    bare = [name for weight in found if weight.kind == "parameter" for name in weight.modules()]
-    if bare and "dora" in plan.variants:
-        raise MatchError(
-            f"variant dora: PEFT cannot adapt {bare[0]}, a bare parameter, with it; leave it or {group} out"
-        )
-    return [name for weight in found if weight.kind != "parameter" for name in weight.modules()], bare
+    return Recipe(length=min(LENGTH, max_positions(shape) or LENGTH), precision="bf16" if has_bf16 else "fp32")
 
 
 def _blocks(
@@ -321,27 +251,6 @@ def _blocks(
     if epochs > 1:
         notes.append(f"{recipe.steps} steps go {epochs:.1f} times through the {len(found[0])} training sequences")
     return (found[0], found[1]), notes
-
-
-def _given_rates(lr: str | float | Mapping[str, float], methods: Sequence[str]) -> dict[str, float]:
-    """Method → learning rate as asked for; empty for "auto"."""
-    if isinstance(lr, Mapping):
-        if missing := [one for one in methods if one not in lr]:
-            raise ProbeError(f"lr: no learning rate for {missing[0]}; given are {', '.join(lr)}")
-        return {one: _rate(lr[one]) for one in methods}
-    return {} if lr == "auto" else {one: _rate(lr) / (10 if one == FULL else 1) for one in methods}
-
-
-def _rate(value: str | float) -> float:
-    try:
-        rate = float(value)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < HIGHEST_RATE:
-        raise ProbeError(
-            f"lr {value}: expected auto, a rate above 0 and below {HIGHEST_RATE:g} such as 2e-4, or method=rate"
-        )
-    return rate
 
 
 def _identity(directory: Path) -> dict[str, Any]:

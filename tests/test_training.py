@@ -17,7 +17,7 @@ from evaluated import gpt2, llama, masked, mixtral
 from tokenizers_in_tests import tokenizer
 
 import lowrank_probe as lp
-from lowrank_probe import training, training_fits
+from lowrank_probe import training, training_checks, training_fits
 from lowrank_probe.demo_text import read_prose
 from lowrank_probe.errors import CheckpointError, MatchError, NumericsError, OutputError, ProbeError
 from lowrank_probe.running_models import quiet
@@ -186,9 +186,9 @@ def test_the_same_command_again_trains_nothing(trained, sides):
 
 def one_run(sides, folder, fit, recipe=RECIPE):
     """The facts of one run, without the conclusions of a whole training."""
-    shape = training._shape(sides[0])
+    shape = training_checks.shape_of(sides[0])
     plan = Plan((fit.rank,), (fit.targets,), (0,))
-    modules = {fit.targets: training._modules(shape, fit.targets, plan)}
+    modules = {fit.targets: training_checks.adapted_modules(shape, fit.targets, plan)}
     blocks, _ = training._blocks(*sides, recipe, 0.1, True, shape)
     return run_fit(fit, Setting(sides[0], *blocks, recipe, modules, torch.device("cpu")), folder)
 
