@@ -107,5 +107,5 @@ def test_models_of_other_shapes_and_nan_are_refused():
         find_update(before, {**parameters(tuned), "lm_head.weight": torch.zeros(300, 32)}, {})
     broken = copy.deepcopy(tuned)
     broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(lp.NumericsError, match=r"layers\.0\.mlp\.up_proj\.weight: contains NaN"):
+    with pytest.raises(lp.NumericsError, match=r"layers\.0\.mlp\.up_proj\.weight of the tuned model: contains NaN"):
         find_update(before, parameters(broken), {})

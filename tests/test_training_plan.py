@@ -66,7 +66,7 @@ def test_the_search_stops_at_divergence_and_at_the_most():
         ),
         (lambda: Recipe(steps=0), "steps: expected 1 or more, found 0"),
         (lambda: Recipe(precision="fp16"), "precision: expected fp32 or bf16, found fp16"),
-        (lambda: Recipe(alpha=0), "alpha: expected more than 0, found 0"),
+        (lambda: Recipe(alpha=0), "alpha: expected a number above 0, found 0"),
         (lambda: Recipe(warmup=1.0), "warmup: expected a share of the steps from 0 to 1, found 1"),
     ],
 )
