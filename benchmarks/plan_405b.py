@@ -5,8 +5,8 @@
 
 No such pair is read: the shapes come from the table of `probe budget`, matrices of the same proportions and smaller short
 sides k from a reader that makes them up. For each proportion the exact spectrum with its noise (`rows.analyse`) and the
-factors of rank 16 (`factorisation.factorise`) are timed at two k and go on as the power of k between them, at most 3, which
-is what the arithmetic costs. Reading is timed on a file in the page cache. What runs beside what is scheduled as the tool
+factors of rank 16 (`factorisation.factorise`) are timed at two k; from the larger one they go on as k³, which is what the
+arithmetic costs and more than was seen between the two. Reading is timed on a file in the page cache. What runs beside what is scheduled as the tool
 does it, largest first. Then the work around the matrices: a spectrum of as many matrices, each 64 wide.
 Writes docs/plan-405b.md (docs/plan-405b-cuda.md on a GPU).
 """
@@ -57,10 +57,13 @@ class Part:
     peaks: tuple[int, int]
 
     def seconds(self, k: int, exact: bool) -> float:
-        """At another k: the power of k between the two, from 2 to 3."""
-        low, high = self.exact_s if exact else self.factors_s
-        power = math.log(high / low) / math.log(self.ks[1] / self.ks[0])
-        return high * (k / self.ks[1]) ** min(3.0, max(2.0, power))
+        """At another k: as k³ from the larger one, which Gram matrix and eigenvalues cost; less than that is overhead."""
+        return (self.exact_s if exact else self.factors_s)[1] * (k / self.ks[1]) ** 3
+
+    @property
+    def power(self) -> float:
+        """Of k, between the two: how far from k³ the smaller matrices still are."""
+        return math.log(self.exact_s[1] / self.exact_s[0]) / math.log(self.ks[1] / self.ks[0])
 
     def peak(self, k: int) -> float:
         """Bytes on the card: entries and Gram matrices both grow as k²."""
@@ -211,7 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     note = (
         f"{len(every)} matrices, two bf16 sides of {n_bytes / 2e9:,.0f} GB each. Measured at k = {ks[0]} and {ks[1]} on "
-        f"{torch.cuda.get_device_name() if on_gpu else 'the CPU'}, extrapolated as the docstring says: a plan, not a run. "
+        f"{torch.cuda.get_device_name() if on_gpu else 'the CPU'}, extrapolated as k³: a plan, not a run, and rather too "
+        f"long than too short (between the two k, exact spectra grew as k^{min(part.power for part in parts.values()):.1f} to "
+        f"k^{max(part.power for part in parts.values()):.1f}). "
         f"One thread reads {rate / 1e9:.1f} GB/s from the page cache; {1e3 * overhead:.2g} ms a matrix are spent around it."
     )
     heads = ("layer type", "matrices", "shape", "GiB a side", "exact spectrum", f"rank {RANK}", "on the card, GiB")
