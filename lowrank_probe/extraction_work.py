@@ -102,6 +102,11 @@ class _Job:
         """ΔW, its float64 Gram matrix, and what the eigen-solver or a proof needs beside it."""
         return self.waiting(piece) + self._grams(3, piece)
 
+    def _weighted_bytes(self, piece: Piece) -> float:
+        """KᵀΔWL and its roots K (m, m), L (n, n), all float64."""
+        m, n = piece.target.shape
+        return 8.0 * (m * n + m * m + n * n)
+
     def _grams(self, count: int, piece: Piece) -> float:
         """Bytes of so many Gram matrices, or of one and a part of ΔW upcast."""
         size, gram = math.prod(piece.target.shape), min(piece.target.shape) ** 2
@@ -119,6 +124,9 @@ class _Spectrum(_Job):
 
     settings: Settings
     weighting: Weighting | None
+
+    def computing(self, piece: Piece) -> float:
+        return super().computing(piece) + (self._weighted_bytes(piece) if self.weighting is not None else 0.0)
 
     def on(self, device: torch.device) -> "_Job":
         settings = replace(self.settings, device=device).with_turns()
@@ -157,11 +165,12 @@ class _Factors(_Job):
     weighting: Weighting | None
 
     def computing(self, piece: Piece) -> float:
-        """The Gram matrix, the same again for the proof of its top part, and the space that is searched, several times;
-        with a weighting its roots, too."""
+        """The Gram matrix, the same again for the proof of its top part, and the space that is searched, several
+        times."""
         k, r = min(piece.target.shape), self.ranks[piece.target.name]
         searched = 8.0 * 6 * k * min(k, 3 * (r + 32))
-        return self.waiting(piece) + self._grams(2 if self.weighting is None else 6, piece) + searched
+        weighted = self._weighted_bytes(piece) if self.weighting is not None else 0.0
+        return self.waiting(piece) + self._grams(2, piece) + searched + weighted
 
     def compute(self, piece: Piece, delta: Delta | None) -> Found:
         if delta is None:

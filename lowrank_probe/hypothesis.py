@@ -26,7 +26,6 @@ parameters as the matrices:
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -39,6 +38,7 @@ from lowrank_probe.evaluation_runs import Evaluation, interval_word, rank_word
 from lowrank_probe.layer_groups import in_group
 from lowrank_probe.layers import labels
 from lowrank_probe.runs import Result
+from lowrank_probe.verdicts import named_rank
 from lowrank_probe.verdicts import verdict as spectral_verdict
 from lowrank_probe.words import count, number
 
@@ -221,12 +221,11 @@ def _spectral(name: str, spectrum: Result | None, functional: Mapping[str, Any] 
     verdict, evidence = spectral_verdict(rows)
     if verdict.startswith(UNDECIDABLE):
         return Said(evidence=f"{verdict}, {evidence}", missing=("a spectrum that decides",))
-    rank = re.search(r"r=(\d+)", verdict)
-    short = 0
+    rank, short = named_rank(verdict), 0
     if functional is not None:
         short = functional["largest_rank"] + 1 if pd.isna(functional["low"]) else int(functional["low"])
-    if rank and int(rank[1]) < short:  # most of the update's energy, but not what the loss needs of it
-        return Said(evidence=f"{evidence}: r={rank[1]} holds the energy, and falls short in loss")
+    if rank is not None and rank < short:  # most of the update's energy, but not what the loss needs of it
+        return Said(evidence=f"{evidence}: r={rank} holds the energy, and falls short in loss")
     return Said(verdict, evidence)
 
 

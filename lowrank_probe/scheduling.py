@@ -52,14 +52,14 @@ def run_jobs(
         yield from cluster_jobs(items, entries, load, compute, device)
         return
     queue = sorted(items, key=entries, reverse=True)
-    cores = torch.get_num_threads()
-    sizes = [entries(item) for item in queue]
-    largest = max([largest, *sizes[:1]])
-    workers = _workers(sizes, largest, cores) if device.type == "cpu" else 1
     if device.type != "cpu":
         _set_malloc(TRIMMED_FROM)
         yield from device_jobs(queue, entries, [(load, compute, device), *others], memory)
         return
+    cores = torch.get_num_threads()
+    sizes = [entries(item) for item in queue]
+    largest = max([largest, *sizes[:1]])
+    workers = _workers(sizes, largest, cores)
 
     def job(item: Item) -> Done:
         return compute(item, load(item))

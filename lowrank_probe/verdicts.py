@@ -27,6 +27,7 @@ from lowrank_probe.metrics import ENERGY_RANKS
 SHARE: Final = 0.75
 LOW_RANK: Final = 0.5
 NOT_LOW_RANK: Final = 0.75
+_LOW_RANK_AT: Final = "low-rank at r="
 
 
 def summarise(table: pd.DataFrame, *, related: bool = True, apart: bool | None = None) -> pd.DataFrame:
@@ -77,13 +78,18 @@ def verdict(group: pd.DataFrame) -> tuple[str, str]:
     ratio = f"r90 {(low / null).median():.2f}–{(high / null).median():.2f} × null"
     if is_low.mean() >= SHARE:
         r = math.ceil(high.sort_values().iloc[math.ceil(SHARE * n) - 1])
-        return f"low-rank at r={r}", f"{ratio}; holds in {int(is_low.sum())} of {n} matrices"
+        return f"{_LOW_RANK_AT}{r}", f"{ratio}; holds in {int(is_low.sum())} of {n} matrices"
     if is_high.mean() >= SHARE:
         return "not low-rank", f"{ratio}; holds in {int(is_high.sum())} of {n} matrices"
     return (
         "undecidable (not enough evidence)",
         f"{ratio}; ≤ {LOW_RANK} in {int(is_low.sum())}, ≥ {NOT_LOW_RANK} in {int(is_high.sum())} of {n} matrices",
     )
+
+
+def named_rank(verdict: str) -> int | None:
+    """The r that a verdict of `verdict` names; None where it is not low-rank."""
+    return int(verdict.removeprefix(_LOW_RANK_AT)) if verdict.startswith(_LOW_RANK_AT) else None
 
 
 def verdict_alone(table: pd.DataFrame) -> NDArray[Any]:
