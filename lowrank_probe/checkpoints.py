@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,9 +19,9 @@ from lowrank_probe.memory import open_memory
 from lowrank_probe.pickles import open_pickle
 from lowrank_probe.quantization_codes import refuse_codes
 from lowrank_probe.remote_files import File, RemoteFile, locate, refuse_addresses
-from lowrank_probe.safetensors_files import read_entries
+from lowrank_probe.safetensors_files import read_entries, read_runs
 from lowrank_probe.safetensors_headers import read_header, read_index, read_json
-from lowrank_probe.tensor_info import Loader, Opened, TensorInfo
+from lowrank_probe.tensor_info import FLOATS, Loader, Opened, TensorInfo
 from lowrank_probe.torch_dtypes import TORCH_DTYPES
 
 # What a user may give as one side of a comparison: a path, address or hub id, a state dict, or a model.
@@ -95,7 +95,7 @@ class Checkpoint:
         info.check_dtype()
         first, count = span or (0, math.prod(info.shape))
         shape = info.shape if span is None else (count,)
-        if name not in self.loaders and name not in self.scales:
+        if self.lies_flat(name):
             straight = device if torch.device(device).type == "cuda" else "cpu"
             return read_entries(info, first, count, straight).reshape(shape).to(device)
         width = max(1, math.prod(info.shape[1:]))
@@ -103,6 +103,18 @@ class Checkpoint:
         rows = self._dequantized(name, start, stop) if name in self.scales else self._rows(name, start, stop)
         first -= start * width
         return rows.reshape(-1)[first : first + count].reshape(shape).to(device)
+
+    def lies_flat(self, name: str) -> bool:
+        """Whether the tensor lies in a safetensors file as its values are, floats of ≥ 16 bits (for `read_runs`)."""
+        return self.tensors[name].dtype in FLOATS and name not in self.loaders and name not in self.scales
+
+    def read_runs(self, name: str, first: int, counts: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+        """Entries of the flat tensor from `first` on, one run of `counts` after the other, in one pass over the file.
+
+        Only of one that `lies_flat`; raises `CheckpointError` for damaged files.
+        """
+        straight = device if device.type == "cuda" else torch.device("cpu")
+        return (run.to(device) for run in read_runs(self.tensors[name], first, counts, straight))
 
     def read_stored(self, name: str) -> Tensor:
         """One tensor as it is stored, whatever its dtype. Raises `CheckpointError` where torch has no such dtype."""

@@ -5,20 +5,26 @@ float32 or wider, else float32 (the difference of two bf16 or two fp16 values of
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
 
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import NumericsError
-from lowrank_probe.float64 import DEVICE_ENTRIES, row_chunks
+from lowrank_probe.float64 import CHUNK_ENTRIES, DEVICE_ENTRIES, row_chunks
 from lowrank_probe.layers import Place
 from lowrank_probe.layouts import Part
 from lowrank_probe.ledger import ledger_line
 from lowrank_probe.matching import Pair
+from lowrank_probe.torch_dtypes import TORCH_DTYPES
+
+# Entries taken at a time on a GPU: few, as what is read there waits beside what is computed.
+READ_ENTRIES: Final = DEVICE_ENTRIES // 8
+# Parts of (ΔW, the base, the tuned), of which the first is still to be set.
+Runs = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -54,46 +60,77 @@ class Delta:
 
 def read_pair(
     pair: Pair, base: Checkpoint | None, tuned: Checkpoint, device: torch.device, W: Tensor | None = None,
-    *, thin: bool = False,
+    *, thin: bool = False, sides: bool = True,
 ) -> Delta | dict[str, Any]:  # fmt: skip
     """Read one pair: a `Delta` for a changed matrix, else its ledger line (unchanged, vector).
 
     W: the base's matrix (m, n) as stored, where it was read before. thin: whether a matrix with a side of 1 is a
-    `Delta` too, not a vector.
+    `Delta` too, not a vector. sides: whether the stored values are kept beside ΔW; without them it takes half of the
+    memory, where they lie in a file as they are (`streams`) also while it is read.
 
     Raises `NumericsError` naming tensor and file for NaN or Inf, `CheckpointError` for a dtype that is no float.
     """
     if pair.lora is not None:
         return _read_lora(pair, base, tuned, device, W)
     assert base is not None
-    a = read_part(base, pair.name, pair.part, device) if W is None else W
-    b = read_part(tuned, pair.tuned_name, pair.part, device)
-    wide = torch.float64 if max(a.dtype.itemsize, b.dtype.itemsize) >= 4 else torch.float32
-    delta = torch.empty(b.shape, dtype=wide, device=device)
+    before, after = base.tensors[pair.name], tuned.tensors[pair.tuned_name]
+    a = b = None
+    if sides or W is not None or not streams(pair, base, tuned):
+        a = read_part(base, pair.name, pair.part, device) if W is None else W
+        b = read_part(tuned, pair.tuned_name, pair.part, device)
+        delta = torch.empty(b.shape, dtype=_wide(a.dtype, b.dtype), device=device)
+        parts: Runs = zip(_parts(delta), _parts(a), _parts(b), strict=True)
+    else:
+        delta, parts = _streamed(pair, base, tuned, device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for out, x, y in zip(_parts(delta), _parts(b), _parts(a), strict=True):
-        x, y = x.to(wide), y.to(wide)
+    for out, y, x in parts:
+        x, y = x.to(delta.dtype), y.to(delta.dtype)
         torch.sub(x, y, out=out)
         dots = torch.dot(out.reshape(-1), y.reshape(-1)).double()
         sums += torch.stack([dots, _square(y), _square(x), _square(out)])
     dot, base_sq, tuned_sq, delta_sq = sums.tolist()
     if not math.isfinite(base_sq + tuned_sq + delta_sq):
-        _raise_not_finite([(base, pair.name, a), (tuned, pair.tuned_name, b)])
+        _raise_not_finite([(base, pair.name), (tuned, pair.tuned_name)], pair.part)
     norm, base_norm = math.sqrt(delta_sq), math.sqrt(base_sq)
     relative = norm / base_norm if base_norm > 0 else math.nan
     if norm == 0.0:
         return ledger_line(pair, "unchanged", fro_norm=0.0, relative=0.0)
-    if a.ndim < 2 or (min(a.shape) == 1 and not thin):
+    if delta.ndim < 2 or (min(delta.shape) == 1 and not thin):
         return ledger_line(pair, "vector", fro_norm=norm, relative=relative)
     product = math.sqrt(base_sq * tuned_sq)
     cosine = max(-1.0, min(1.0, (base_sq + tuned_sq - delta_sq) / (2 * product))) if product > 0 else math.nan
     return Delta(
-        pair.key, pair.place, (a.shape[0], a.shape[1]), base.tensors[pair.name].dtype,
-        tuned.tensors[pair.tuned_name].dtype, norm, base_norm, cosine,
-        dense=delta, base=a, tuned=b,
-        quantized=base.tensors[pair.name].quantized or tuned.tensors[pair.tuned_name].quantized,
-        dot=dot,
+        pair.key, pair.place, (delta.shape[0], delta.shape[1]), before.dtype, after.dtype, norm, base_norm, cosine,
+        dense=delta, base=a if sides else None, tuned=b if sides else None,
+        quantized=before.quantized or after.quantized, dot=dot,
     )  # fmt: skip
+
+
+def streams(pair: Pair, base: Checkpoint, tuned: Checkpoint) -> bool:
+    """Whether both sides can be read run by run: in a file as they are, in the same order, and nothing between."""
+    stored = [(base, pair.name), (tuned, pair.tuned_name)]
+    if not all(side.lies_flat(name) for side, name in stored):
+        return False
+    shape = base.tensors[pair.name].shape
+    if len(shape) < 2 or tuned.tensors[pair.tuned_name].shape != shape:
+        return False
+    return pair.part.span(shape)[1] == math.prod(pair.part.shape(shape))
+
+
+def _streamed(pair: Pair, base: Checkpoint, tuned: Checkpoint, device: torch.device) -> tuple[Tensor, Runs]:
+    """(ΔW (m, n), its entries still to be set; the runs of it, of the base and of the tuned, read one by one)."""
+    shape = base.tensors[pair.name].shape
+    first, count = pair.part.span(shape)
+    dtype = _wide(*(TORCH_DTYPES[side.dtype] for side in (base.tensors[pair.name], tuned.tensors[pair.tuned_name])))
+    flat = torch.empty(count, dtype=dtype, device=device)
+    outs = torch.split(flat, CHUNK_ENTRIES if flat.is_cpu else READ_ENTRIES)
+    counts = [len(out) for out in outs]
+    runs = (side.read_runs(name, first, counts, device) for side, name in ((base, pair.name), (tuned, pair.tuned_name)))
+    return pair.part.take_span(flat, shape), zip(outs, *runs, strict=True)
+
+
+def _wide(*stored: torch.dtype) -> torch.dtype:
+    return torch.float64 if max(dtype.itemsize for dtype in stored) >= 4 else torch.float32
 
 
 def read_part(side: Checkpoint, name: str, part: Part, device: torch.device) -> Tensor:
@@ -144,7 +181,7 @@ def _read_lora(
         W = read_part(base, pair.name, pair.part, device) if W is None else W
         base_norm = math.sqrt(_sum_squares(W))
         if not math.isfinite(base_norm):
-            _raise_not_finite([(base, pair.name, W)])
+            _raise_not_finite([(base, pair.name)], pair.part)
     if norm == 0.0:
         return ledger_line(pair, "unchanged", "the adapter's product B·A is zero", 0.0, 0.0)
     return Delta(
@@ -163,12 +200,12 @@ def _square(part: Tensor) -> Tensor:
 
 
 def _parts(A: Tensor) -> Iterable[Tensor]:
-    # Small ones on a GPU too: what is read there waits beside what is computed.
-    return row_chunks(A.unsqueeze(1) if A.ndim == 1 else A, device_entries=DEVICE_ENTRIES // 4) if A.ndim else (A,)
+    return row_chunks(A.unsqueeze(1) if A.ndim == 1 else A, device_entries=READ_ENTRIES) if A.ndim else (A,)
 
 
-def _raise_not_finite(tensors: Sequence[tuple[Checkpoint, str, Tensor]]) -> NoReturn:
-    for side, name, tensor in tensors:
+def _raise_not_finite(tensors: Sequence[tuple[Checkpoint, str]], part: Part) -> NoReturn:
+    for side, name in tensors:
+        tensor = read_part(side, name, part, torch.device("cpu"))
         nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
         if nan or inf:
             what = " and ".join(f"{count} {word}" for count, word in ((nan, "NaN"), (inf, "Inf")) if count)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowrank_probe.allocation import Unit
 from lowrank_probe.checkpoints import Checkpoint
-from lowrank_probe.deltas import Delta, read_pair
+from lowrank_probe.deltas import READ_ENTRIES, Delta, read_pair, streams
 from lowrank_probe.device_jobs import Memory
 from lowrank_probe.errors import NumericsError
 from lowrank_probe.factorisation import factorise
@@ -34,9 +34,9 @@ from lowrank_probe.weighting import Weighting
 Left = tuple[Pair | None, dict[str, Any]]
 # Bytes that are held on a GPU at once, in multiples of the largest matrix in float32; what cuBLAS and cuSOLVER keep for
 # each stream comes on top.
-IN_FLIGHT: Final = 5.0
-# Entries that are upcast at a time on a GPU, while a matrix is read and while its Gram matrix is formed.
-_READ_CHUNK, _GRAM_CHUNK = DEVICE_ENTRIES // 4, DEVICE_ENTRIES // 2
+IN_FLIGHT: Final = 4.75
+# Entries that are upcast at a time on a GPU while a Gram matrix is formed.
+_GRAM_CHUNK: Final = DEVICE_ENTRIES // 2
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ class _Job:
 
     def load(self, piece: Piece) -> Delta | None:
         """ΔW; None where it is 0."""
-        delta = piece.target.delta(piece.copy, self.base, self.tuned, self.device)
-        # Without the stored values, a matrix takes half the memory while it waits.
-        return delta if delta is None or self.keep_sides else replace(delta, base=None, tuned=None)
+        return piece.target.delta(piece.copy, self.base, self.tuned, self.device, sides=self.keep_sides)
 
     def compute(self, piece: Piece, delta: Delta | None) -> Found:
         raise NotImplementedError
@@ -90,9 +88,12 @@ class _Job:
     # Bytes on a GPU. s: of an entry of ΔW, float64 where a side is stored in float32 or wider; both sides take as much.
 
     def loading(self, piece: Piece) -> float:
-        """Both sides, ΔW, and a part of each upcast, for differences and norms."""
+        """ΔW, both sides where they are not read run by run, and a part of each upcast, for differences and norms."""
         size, s = math.prod(piece.target.shape), self._itemsize(piece)
-        return s * (2 * size + 6 * min(size, _READ_CHUNK))
+        pairs = piece.target.pieces[piece.copy]
+        # What is put together of several pieces lies there twice for a moment.
+        run_by_run = not self.keep_sides and len(pairs) == 1 and streams(pairs[0], self.base, self.tuned)
+        return s * ((1 if run_by_run else 2) * size + 6 * min(size, READ_ENTRIES))
 
     def waiting(self, piece: Piece) -> float:
         """ΔW, and both sides where they are kept."""
@@ -245,7 +246,7 @@ class Work:
             try:
                 if pair is None:  # no tensor of that shape in the base
                     return difference_norm(self.base, line["name"], self.tuned, line["tuned_name"])
-                found = read_pair(pair, self.base, self.tuned, torch.device("cpu"))
+                found = read_pair(pair, self.base, self.tuned, torch.device("cpu"), sides=False)
             except NumericsError:
                 return math.nan
             return found.fro_norm if isinstance(found, Delta) else float(found["fro_norm"])

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
@@ -60,19 +60,29 @@ def read_entries(info: TensorInfo, first: int, count: int, device: str | torch.d
 
     Raises `CheckpointError` where the file cannot be read, or ends inside.
     """
+    [found] = read_runs(info, first, [count], device)
+    return found
+
+
+def read_runs(
+    info: TensorInfo, first: int, counts: Sequence[int], device: str | torch.device = "cpu"
+) -> Iterator[Tensor]:
+    """As `read_entries`, one run of `counts` entries after the other, each (count,) in memory of its own."""
     dtype = TORCH_DTYPES[info.dtype]
-    out = torch.empty(count, dtype=dtype, device=device)
-    if count:
-        fill = _fill_from_host if out.is_cuda else _fill
-        try:
-            start = info.start + first * dtype.itemsize
-            with closing(open_span(info.file, start, start + count * dtype.itemsize)) as handle:
-                fill(out.view(torch.uint8), handle)
-        except EOFError:
-            raise CheckpointError(f"{info.file}: ends inside tensor {info.name} (changed while it was read?)") from None
-        except OSError as error:
-            raise CheckpointError(f"{info.file}: cannot read tensor {info.name}: {error.strerror}") from None
-    return out
+    if not sum(counts):
+        yield from (torch.empty(0, dtype=dtype, device=device) for _ in counts)
+        return
+    start = info.start + first * dtype.itemsize
+    try:
+        with closing(open_span(info.file, start, start + sum(counts) * dtype.itemsize)) as handle:
+            for count in counts:
+                out = torch.empty(count, dtype=dtype, device=device)
+                (_fill_from_host if out.is_cuda else _fill)(out.view(torch.uint8), handle)
+                yield out
+    except EOFError:
+        raise CheckpointError(f"{info.file}: ends inside tensor {info.name} (changed while it was read?)") from None
+    except OSError as error:
+        raise CheckpointError(f"{info.file}: cannot read tensor {info.name}: {error.strerror}") from None
 
 
 def _fill(out: Tensor, handle: Span) -> None:
@@ -96,9 +106,10 @@ def _fill_from_host(out: Tensor, handle: Span) -> None:
     every = vars(_own).setdefault("stages", {})
     if out.device not in every:
         stages = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        every[out.device] = [(stage, torch.cuda.Event()) for stage in stages]  # type: ignore[no-untyped-call]
+        every[out.device] = itertools.cycle([(stage, torch.cuda.Event()) for stage in stages])  # type: ignore[no-untyped-call]
     stream = torch.cuda.current_stream(out.device)  # that of the copies; the thread's own device may be another
-    for piece, (stage, copied) in zip(torch.split(out, STAGE_BYTES), itertools.cycle(every[out.device]), strict=False):
+    for piece in torch.split(out, STAGE_BYTES):
+        stage, copied = next(every[out.device])
         copied.synchronize()
         _fill(stage[: len(piece)], handle)
         piece.copy_(stage[: len(piece)], non_blocking=True)

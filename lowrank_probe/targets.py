@@ -57,10 +57,12 @@ class Target:
         """Number of entries of ΔW over all copies."""
         return self.copies * math.prod(self.shape)
 
-    def delta(self, copy: int, base: Checkpoint, tuned: Checkpoint, device: torch.device) -> Delta | None:
-        """ΔW (m, n) of one copy, dense; None where it is 0. Errors as `deltas.read_pair`."""
+    def delta(
+        self, copy: int, base: Checkpoint, tuned: Checkpoint, device: torch.device, *, sides: bool = True
+    ) -> Delta | None:
+        """ΔW (m, n) of one copy, dense; None where it is 0. sides, and errors: as `deltas.read_pair`."""
         pairs = self.pieces[copy]
-        read = [read_pair(pair, base, tuned, device, thin=True) for pair in pairs]
+        read = [read_pair(pair, base, tuned, device, thin=True, sides=sides) for pair in pairs]
         found = [one if isinstance(one, Delta) else None for one in read]
         if not any(found):
             return None
@@ -89,8 +91,9 @@ def _stacked(name: str, target: Target, shapes: Sequence[tuple[int, int]], found
     whole = len(known) == len(found)
 
     def values(side: str) -> torch.Tensor | None:
-        parts = [getattr(one, side) for one in known]
-        return torch.cat(parts) if whole and len({part.dtype for part in parts}) == 1 else None
+        parts = [part for one in known if (part := getattr(one, side)) is not None]
+        there = whole and len(parts) == len(known)
+        return torch.cat(parts) if there and len({part.dtype for part in parts}) == 1 else None
 
     return Delta(
         name, target.place, target.shape, first.base_dtype, first.tuned_dtype,

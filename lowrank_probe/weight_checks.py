@@ -88,7 +88,7 @@ def _update(adapter: Checkpoint, pair: Pair, base: Checkpoint, like: Tensor) -> 
     if pair.lora is not None:
         B, A = pair.lora.read(adapter, like.device)
         return pair.lora.scaling * (B.to(like.dtype) @ A.to(like.dtype))
-    found = read_pair(pair, base, adapter, like.device)
+    found = read_pair(pair, base, adapter, like.device, sides=False)
     return (
         found.dense.to(like.dtype) if isinstance(found, Delta) and found.dense is not None else torch.zeros_like(like)
     )

@@ -12,6 +12,10 @@ from transformers import LlamaForCausalLM as Llama
 
 import lowrank_probe as lp
 from lowrank_probe import NumericsError
+from lowrank_probe.checkpoints import open_checkpoint
+from lowrank_probe.deltas import Delta, read_pair, streams
+from lowrank_probe.matching import match
+from lowrank_probe.options import Options
 
 NAN = math.nan
 
@@ -45,6 +49,54 @@ def test_nan_and_inf_are_named_with_their_file(tmp_path, side, value, name):
     with pytest.raises(NumericsError, match=f"{name} in .*{side}/model.safetensors: contains {word}"):
         lp.spectrum(*paths)
     assert name in set(lp.spectrum(*paths, exclude=[name]).ledger["name"])
+
+
+def _pairs(tmp_path, base, tuned, config):
+    both = [open_checkpoint(path) for path in sides(tmp_path, base, tuned, config)]
+    return match(*both, Options()).pairs, both
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float16", "float32"), ("float64", "bfloat16")])
+def test_without_its_sides_a_matrix_is_read_run_by_run_and_is_the_same(tmp_path, dtypes):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "model.layers.0.self_attn.q_proj.weight": (700, 400),  # more than one run
+        "model.layers.0.mlp.experts.gate_up_proj": (3, 64, 48),
+        "model.layers.0.self_attn.qkv_proj.weight": (96, 32),
+        "model.norm.weight": (32,),
+        "model.layers.0.mlp.shared.thin.weight": (1, 64),
+    }
+    base = {
+        name: torch.randn(shape, generator=generator).to(getattr(torch, dtypes[0])) for name, shape in shapes.items()
+    }
+    tuned = {name: (1.5 * W).to(getattr(torch, dtypes[1])) for name, W in base.items()}
+    pairs, both = _pairs(tmp_path, base, tuned, {"model_type": "llama"})
+    assert len(pairs) > len(shapes)
+    ran = [one.key for one in pairs if streams(one, *both)]
+    assert "model.layers.0.self_attn.q_proj.weight" in ran
+    assert sum("experts" in key for key in ran) >= 3
+    for one in pairs:
+        whole, bare = (read_pair(one, *both, torch.device("cpu"), sides=kept) for kept in (True, False))
+        assert type(whole) is type(bare)
+        if not isinstance(whole, Delta):
+            assert {**whole, "fro_norm": 0, "relative_update": 0} == {**bare, "fro_norm": 0, "relative_update": 0}
+            assert whole["fro_norm"] == pytest.approx(bare["fro_norm"], rel=1e-6)
+            continue
+        assert (bare.base, bare.tuned) == (None, None)
+        assert bare.dense.dtype == whole.dense.dtype
+        assert torch.equal(bare.dense, whole.dense)
+        for number in ("fro_norm", "base_norm", "cosine", "dot"):
+            assert getattr(bare, number) == pytest.approx(getattr(whole, number), rel=1e-5)
+
+
+def test_without_its_sides_nan_is_named_and_counted_too(tmp_path):
+    base, tuned = llama_tensors(), add_update(llama_tensors())
+    name = "model.layers.1.mlp.up_proj.weight"
+    tuned[name].view(-1)[[3, 7]] = NAN
+    both = [open_checkpoint(path) for path in sides(tmp_path, base, tuned)]
+    (moved,) = [one for one in match(*both, Options()).pairs if one.key == name]
+    with pytest.raises(NumericsError, match=f"{name} in .*tuned/model.safetensors: contains 2 NaN"):
+        read_pair(moved, *both, torch.device("cpu"), sides=False)
 
 
 # ---------------------------------------------------------------------------------------------- Conv1D, tied heads
