@@ -8,16 +8,15 @@ would need the tail is an error or a rule of its own, never a guess.
 
 import heapq
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Final, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_probe import metrics
+from lowrank_probe.amounts import parse_amount
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.metrics import Values
 
@@ -29,7 +28,6 @@ TENSOR_OVERHEAD: Final = 160
 _ACCEPTED: Final = (
     "expected parameters (40000000, 500K, 40M, 1.5G) or bytes (900KB, 80MB, 1.5GB; 80MiB, 1.5GiB in powers of 1024)"
 )
-_BUDGET: Final = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?) ?([KMGT]?)(B|IB)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +103,10 @@ def parse_budget(text: str) -> Budget:
 
     K, M, G, T are powers of 1000, with iB powers of 1024; case does not matter. Raises `ProbeError` for anything else.
     """
-    found = _BUDGET.fullmatch(text.strip())
-    if found is None:
-        raise ProbeError(f"budget {text!r} is not understood; {_ACCEPTED}")
-    number, prefix, unit = found[1], found[2].upper(), (found[3] or "").upper()
-    if unit and not prefix:
-        raise ProbeError(f"budget {text!r}: a single B may be bytes or a billion; {_ACCEPTED}")
-    scale = (1024 if unit == "IB" else 1000) ** " KMGT".index(prefix or " ")
-    amount = int(Fraction(number) * scale)
+    try:
+        amount, unit = parse_amount(text)
+    except ValueError as error:
+        raise ProbeError(f"budget {text!r} {error}; {_ACCEPTED}") from None
     if amount < 1:
         raise ProbeError(f"budget {text!r} is nothing; {_ACCEPTED}")
     return {"budget_bytes": amount} if unit else {"parameters": amount}

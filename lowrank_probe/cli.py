@@ -19,9 +19,11 @@ from lowrank_probe.cli_budget import budget
 from lowrank_probe.cli_eval import evaluate
 from lowrank_probe.cli_extract import extract
 from lowrank_probe.cli_shared import (
+    CardMemory,
     Device,
     Exclude,
     Figures,
+    HostMemory,
     Include,
     Json,
     Layers,
@@ -102,6 +104,8 @@ def spectrum(
         str | None, typer.Option(help="Exit 3 if any verdict is this: undecidable, low-rank, not low-rank, unrelated.")
     ] = None,
     device: Device = "auto",
+    memory: HostMemory = None,
+    gpu_memory: CardMemory = None,
     ray: Ray = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -120,7 +124,7 @@ def spectrum(
         raise typer.BadParameter("--exact-tail computes every value: leave one of the two out", param_hint="--top")
     options = Options(
         include=include or (), exclude=exclude or (), layers=span, split=split, top=top, exact_tail=exact_tail,
-        base_rounded=base_rounded, device=device, seed=seed, ray=ray,
+        base_rounded=base_rounded, device=device, seed=seed, ray=ray, memory=memory, gpu_memory=gpu_memory,
     )  # fmt: skip
     with interrupts.ending_at_once():
         from lowrank_probe import cuda_driver

@@ -9,9 +9,11 @@ import typer
 
 from lowrank_probe import interrupts
 from lowrank_probe.cli_shared import (
+    CardMemory,
     Data,
     Device,
     Exclude,
+    HostMemory,
     Include,
     Json,
     Layers,
@@ -63,6 +65,8 @@ def extract(
         Path | None, typer.Option(help="Text (.txt, .jsonl) on whose activations the factors are to be best.")
     ] = None,
     device: Device = "auto",
+    memory: HostMemory = None,
+    gpu_memory: CardMemory = None,
     ray: Ray = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -92,7 +96,10 @@ def extract(
         denoised=denoised, max_rank=max_rank, rank_multiple=rank_multiple,
     )  # fmt: skip
     chosen = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
-    options = Options(include=include or (), exclude=exclude or (), layers=span, device=device, seed=seed, ray=ray)
+    options = Options(
+        include=include or (), exclude=exclude or (), layers=span, device=device, seed=seed, ray=ray,
+        memory=memory, gpu_memory=gpu_memory,
+    )  # fmt: skip
     with resumable(out), progress_bar(quiet) as on_progress:
         found = extraction.extract(
             base, tuned, out, ranks=choice, targets=chosen, servable=servable, tied_lora=tied_lora, dtype=dtype,

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from lowrank_probe import interrupts
+from lowrank_probe.amounts import parse_amount
 from lowrank_probe.errors import printable
-from lowrank_probe.options import STORED, Progress
-from lowrank_probe.words import count
+from lowrank_probe.options import LEAST_MEMORY, STORED, Progress
+from lowrank_probe.words import count, file_size
 
 if TYPE_CHECKING:
     from lowrank_probe.verification import Verification
@@ -43,6 +44,30 @@ def _device(text: str) -> str:
 
 Device = Annotated[str, typer.Option("--device", callback=_device, help="auto (every GPU), cpu, cuda, cuda:N, mps.")]
 Ray = Annotated[str | None, typer.Option(help="Address of a Ray cluster that does the matrices; auto: this machine's.")]
+
+
+def _memory(text: str) -> int:
+    """Bytes of `--memory 8GB`."""
+    expected = "expected bytes such as 8GB or 7.5GiB"
+    try:
+        amount, unit = parse_amount(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} {error}; {expected}") from None
+    if not unit:
+        raise typer.BadParameter(f"{text!r}: {expected}")
+    if amount < LEAST_MEMORY:
+        raise typer.BadParameter(f"{text!r}: expected at least {file_size(LEAST_MEMORY)}")
+    return amount
+
+
+HostMemory = Annotated[
+    int | None,
+    typer.Option("--memory", parser=_memory, metavar="8GB", help="Of the process: larger matrices go by the disk."),
+]
+CardMemory = Annotated[
+    int | None,
+    typer.Option("--gpu-memory", parser=_memory, metavar="20GB", help="Of each card: larger matrices go to the CPU."),
+]
 
 
 def stored_word(text: str | None) -> str | None:

@@ -26,9 +26,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lowrank_probe import spilling
+
 N_SAMPLES: Final = 16384
 MIN_SAMPLES: Final = 1024
 N_LEVELS: Final = 64
+# Entries among which the sample is looked for.
+MOST: Final = 1 << 26
 ROUNDS: Final = 3
 MAX_STEP: Final = 4.0
 LEAST_GAIN: Final = 0.25
@@ -74,7 +78,7 @@ def correct(Q: Tensor, u: Tensor) -> DeadZone | None:
     """Fit the model to a stored difference Q (m, n) with grid steps u (m, n), bfloat16 powers of two.
 
     None where it does not apply: too few entries have a fine grid, the norm it gives contradicts the stored one, or
-    nothing in Q is between 1e-35 and 1e35. Q is scratch memory: a float32 Q becomes Y, to spare a copy.
+    nothing in Q is between 1e-35 and 1e35. Both are scratch memory: a float32 Q becomes Y, to spare a copy.
     """
     m, n = Q.shape
     largest = float(torch.linalg.vector_norm(Q, math.inf))
@@ -82,10 +86,14 @@ def correct(Q: Tensor, u: Tensor) -> DeadZone | None:
         return None
     # A power of two, so exact: squares of very large or very small updates would leave float32's range.
     unit = 2.0 ** math.floor(math.log2(largest))
-    Q = Q.div_(unit).float()
-    # A weight that is zero on both sides has the finest grid of all, and would show any update: there is none (a mask).
-    masked = (u <= 2.0**-126) & (Q == 0)
-    u = (u / unit).clamp_(min=2.0**-126).masked_fill_(masked, MASKED)
+    scaled = Q if Q.dtype == torch.float32 else spilling.empty((m, n), torch.float32, Q.device)
+    for rows in _chunks(Q):
+        scaled[rows] = Q[rows].div_(unit)
+        # A weight that is zero on both sides has the finest grid of all, and would show any update: there is none (a
+        # mask).
+        masked = (u[rows] <= 2.0**-126) & (scaled[rows] == 0)
+        u[rows] = u[rows].div_(unit).clamp_(min=2.0**-126).masked_fill_(masked, MASKED)
+    Q = scaled
     row, col = torch.zeros(m, device=Q.device), torch.zeros(n, device=Q.device)
     for rows in _chunks(Q):
         square = Q[rows] ** 2
@@ -121,7 +129,7 @@ def correct(Q: Tensor, u: Tensor) -> DeadZone | None:
     resolved = float(resolved_row.sum(dtype=torch.float64)) / energy
     rho_row = resolved_row / total_row.clamp(min=TINY)
     rho_col = resolved_col / total_col.clamp(min=TINY)
-    error_std = torch.empty(Q.shape, dtype=torch.bfloat16, device=Q.device)
+    error_std = spilling.empty(Q.shape, torch.bfloat16, Q.device)
     for rows in _chunks(Q):
         S2 = scales.square(rows)
         x = _log_ratio(u[rows], log_row[rows], log_col)
@@ -228,9 +236,10 @@ def _sample(Q: Tensor, u: Tensor, scales: _Scales) -> Tensor | None:
     """|z| of entries whose grid is fine, u ≤ S/8 where there are enough, else S/4, S/2; scaled to E z² = 1."""
     log_row, log_col = scales.log2()
     parts, fineness = [], []
+    thin = -(-Q.numel() // MOST)  # of a larger matrix every second, third, … of its entries is enough
     for rows in _chunks(Q):
         x = _log_ratio(u[rows], log_row[rows], log_col)
-        chosen = ((x <= -1) & (scales.row[rows, None] > 0) & (scales.col > 0)).flatten().nonzero().squeeze(1)
+        chosen = ((x <= -1) & (scales.row[rows, None] > 0) & (scales.col > 0)).flatten().nonzero().squeeze(1)[::thin]
         x, i, j = x.flatten()[chosen], chosen // Q.shape[1], chosen % Q.shape[1]
         fineness.append(x)
         parts.append(Q[rows].flatten()[chosen].abs_().mul_(torch.exp2(-log_row[rows][i] - log_col[j])))

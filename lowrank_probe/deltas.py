@@ -12,6 +12,7 @@ from typing import Any, Final, NoReturn
 import torch
 from torch import Tensor
 
+from lowrank_probe import spilling
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import NumericsError
 from lowrank_probe.float64 import CHUNK_ENTRIES, DEVICE_ENTRIES, row_chunks
@@ -78,7 +79,7 @@ def read_pair(
     if sides or W is not None or not streams(pair, base, tuned):
         a = read_part(base, pair.name, pair.part, device) if W is None else W
         b = read_part(tuned, pair.tuned_name, pair.part, device)
-        delta = torch.empty(b.shape, dtype=_wide(a.dtype, b.dtype), device=device)
+        delta = spilling.empty(b.shape, _wide(a.dtype, b.dtype), device)
         parts: Runs = zip(_parts(delta), _parts(a), _parts(b), strict=True)
     else:
         delta, parts = _streamed(pair, base, tuned, device)
@@ -122,7 +123,7 @@ def _streamed(pair: Pair, base: Checkpoint, tuned: Checkpoint, device: torch.dev
     shape = base.tensors[pair.name].shape
     first, count = pair.part.span(shape)
     dtype = _wide(*(TORCH_DTYPES[side.dtype] for side in (base.tensors[pair.name], tuned.tensors[pair.tuned_name])))
-    flat = torch.empty(count, dtype=dtype, device=device)
+    flat = spilling.empty((count,), dtype, device)
     outs = torch.split(flat, CHUNK_ENTRIES if flat.is_cpu else READ_ENTRIES)
     counts = [len(out) for out in outs]
     runs = (side.read_runs(name, first, counts, device) for side, name in ((base, pair.name), (tuned, pair.tuned_name)))

@@ -1,5 +1,6 @@
 """Per-matrix jobs on GPUs: on each card the next ones are read while a few compute, all from one queue."""
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -25,7 +26,8 @@ COMPUTING: Final = 3
 
 @dataclass(frozen=True)
 class Memory:
-    """What jobs hold on a GPU, in bytes. limit: of all together; one that needs more goes alone.
+    """What jobs hold on a device, in bytes. limit: of all together; one that needs more goes alone. there: what the
+    device has at all; one that needs more goes to the host, where that was given.
 
     Of an item, loading: while its matrix is read; waiting: when it is; computing: in `compute`.
     """
@@ -34,6 +36,15 @@ class Memory:
     loading: Callable[[Any], float]
     waiting: Callable[[Any], float]
     computing: Callable[[Any], float]
+    there: float = math.inf
+
+    def most(self, item: Any) -> float:
+        """Of one item, from its reading to its end."""
+        return max(self.loading(item), self.computing(item))
+
+    def holds(self, items: Sequence[Any]) -> bool:
+        """Whether these may be in the works at once."""
+        return sum(map(self.most, items)) <= self.limit
 
 
 def device_jobs(
@@ -41,10 +52,20 @@ def device_jobs(
     entries: Callable[[Item], int],
     cards: Sequence[Card[Item, Loaded, Done]],
     memory: Memory | None,
+    host: Card[Item, Loaded, Done] | None = None,
 ) -> Iterator[Done]:
-    """Yield compute(item, load(item)) for every item as they finish; queue: largest first; entries: of its matrix."""
+    """Yield compute(item, load(item)) for every item as they finish; queue: largest first; entries: of its matrix.
+
+    host: what is done for an item that is too large for the cards, one after the other beside them.
+    """
+    too_large: list[Item] = []
+    if host and memory:
+        too_large = [item for item in queue if memory.most(item) > memory.there]
+        queue = [item for item in queue if memory.most(item) <= memory.there]
     todo = _Queue(_small_ones_first(queue, entries))
     here = [_read_ahead(todo, *card, memory) for card in cards]
+    if host and too_large:
+        here.append(_one_by_one(too_large, *host))
     yield from here[0] if len(here) == 1 else _beside_each_other(here)
 
 
@@ -127,6 +148,13 @@ def _read_ahead(
             dropped: list[Future[Any]] = [*coming, *running]
             for future in dropped:
                 future.cancel()
+
+
+def _one_by_one(
+    items: Sequence[Item], load: Callable[[Item], Loaded], compute: Callable[[Item, Loaded], Done], _: torch.device
+) -> Generator[Done, None, None]:
+    for item in items:
+        yield compute(item, load(item))
 
 
 class _Queue(Generic[Item]):

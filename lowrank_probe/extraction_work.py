@@ -17,10 +17,12 @@ from torch import Tensor
 from lowrank_probe.allocation import Unit
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.deltas import READ_ENTRIES, Delta, read_pair, streams
-from lowrank_probe.device_jobs import Memory
+from lowrank_probe.device_jobs import Card, Memory
+from lowrank_probe.devices import Choice
 from lowrank_probe.errors import NumericsError
 from lowrank_probe.factorisation import factorise
-from lowrank_probe.float64 import DEVICE_ENTRIES
+from lowrank_probe.float64 import SPILLED_ENTRIES
+from lowrank_probe.footprints import Footprint, Room, find_room, grams
 from lowrank_probe.matching import Pair
 from lowrank_probe.metrics import Values
 from lowrank_probe.options import Options, Progress
@@ -35,8 +37,6 @@ Left = tuple[Pair | None, dict[str, Any]]
 # Bytes that are held on a GPU at once, in multiples of the largest matrix in float32; what cuBLAS and cuSOLVER keep for
 # each stream comes on top.
 IN_FLIGHT: Final = 4.75
-# Entries that are upcast at a time on a GPU while a Gram matrix is formed.
-_GRAM_CHUNK: Final = DEVICE_ENTRIES // 2
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,38 @@ class _Job:
     tuned: Checkpoint
     device: torch.device
     keep_sides: bool
+    room: Room
 
     def on(self, device: torch.device) -> "_Job":
-        """The same on another card."""
+        """The same on another device."""
         return replace(self, device=device)
+
+    def card(self) -> Card[Piece, Delta | None, "Found"]:
+        """What `run_jobs` runs on its device."""
+        return self.load, self.placed, self.device
+
+    def memory(self, pieces: Sequence[Piece], limit: float) -> Memory | None:
+        """What pieces take there; limit: of all that is held on a GPU at once."""
+        held = Memory(limit, self.loading, self.waiting, self.computing)
+        return self.room.bound(self.device, pieces, held, self.on_disk, lambda piece: piece.name)
 
     def load(self, piece: Piece) -> Delta | None:
         """ΔW; None where it is 0."""
+        with self.room.place(self.device, self.most(piece)):
+            return self.read(piece)
+
+    def placed(self, piece: Piece, delta: Delta | None) -> "Found":
+        """`compute`, on the disk where there is no room."""
+        with self.room.place(self.device, self.most(piece)):
+            return self.compute(piece, delta)
+
+    def read(self, piece: Piece) -> Delta | None:
         return piece.target.delta(piece.copy, self.base, self.tuned, self.device, sides=self.keep_sides)
 
     def compute(self, piece: Piece, delta: Delta | None) -> Found:
         raise NotImplementedError
 
-    # Bytes on a GPU. s: of an entry of ΔW, float64 where a side is stored in float32 or wider; both sides take as much.
+    # Bytes. s: of an entry of ΔW, float64 where a side is stored in float32 or wider; both sides take as much.
 
     def loading(self, piece: Piece) -> float:
         """ΔW, both sides where they are not read run by run, and a part of each upcast, for differences and norms."""
@@ -101,17 +120,24 @@ class _Job:
 
     def computing(self, piece: Piece) -> float:
         """ΔW, its float64 Gram matrix, and what the eigen-solver or a proof needs beside it."""
-        return self.waiting(piece) + self._grams(3, piece)
+        return self.waiting(piece) + grams(3, piece.target.shape)
+
+    def most(self, piece: Piece) -> float:
+        """From its reading to its end."""
+        return max(self.loading(piece), self.computing(piece))
+
+    def on_disk(self, piece: Piece) -> float:
+        """What is in memory of one whose ΔW lies on disk: all but what is as large as that."""
+        return self.computing(piece) - self.waiting(piece) - self.single(piece) + 16.0 * SPILLED_ENTRIES
+
+    def single(self, piece: Piece) -> float:
+        """ΔW in float32 beside one in float64, where that is made."""
+        return 0.0
 
     def _weighted_bytes(self, piece: Piece) -> float:
         """KᵀΔWL and its roots K (m, m), L (n, n), all float64."""
         m, n = piece.target.shape
         return 8.0 * (m * n + m * m + n * n)
-
-    def _grams(self, count: int, piece: Piece) -> float:
-        """Bytes of so many Gram matrices, or of one and a part of ΔW upcast."""
-        size, gram = math.prod(piece.target.shape), min(piece.target.shape) ** 2
-        return 8.0 * max(count * gram, gram + min(size, _GRAM_CHUNK))
 
     def _itemsize(self, piece: Piece) -> int:
         names = [(self.base, pair.name) for pair in piece.target.pieces[piece.copy]]
@@ -127,7 +153,15 @@ class _Spectrum(_Job):
     weighting: Weighting | None
 
     def computing(self, piece: Piece) -> float:
+        if self.keep_sides:
+            return self._footprint(piece).computing
         return super().computing(piece) + (self._weighted_bytes(piece) if self.weighting is not None else 0.0)
+
+    def on_disk(self, piece: Piece) -> float:
+        return self._footprint(piece).on_disk if self.keep_sides else super().on_disk(piece)
+
+    def _footprint(self, piece: Piece) -> Footprint:
+        return Footprint(piece.target.shape, self._itemsize(piece))
 
     def on(self, device: torch.device) -> "_Job":
         settings = replace(self.settings, device=device).with_turns()
@@ -170,8 +204,13 @@ class _Factors(_Job):
         times."""
         k, r = min(piece.target.shape), self.ranks[piece.target.name]
         searched = 8.0 * 6 * k * min(k, 3 * (r + 32))
+        # All eigenvectors take more (`truncation`).
+        whole = 0.0 if r <= k // 8 else 8.0 * 4 * k * k
         weighted = self._weighted_bytes(piece) if self.weighting is not None else 0.0
-        return self.waiting(piece) + self._grams(2, piece) + searched + weighted
+        return self.waiting(piece) + grams(2, piece.target.shape) + searched + whole + self.single(piece) + weighted
+
+    def single(self, piece: Piece) -> float:
+        return (self._itemsize(piece) - 4.0) * math.prod(piece.target.shape) if self.device.type == "cpu" else 0.0
 
     def compute(self, piece: Piece, delta: Delta | None) -> Found:
         if delta is None:
@@ -211,6 +250,12 @@ class Work:
     others: Sequence[torch.device] = ()
 
     @property
+    def room(self) -> Room:
+        """What its matrices may take."""
+        choice = Choice(self.device, cluster=self.cluster, others=tuple(self.others))
+        return find_room(self.options.memory, self.options.gpu_memory, choice, self.store.folder)
+
+    @property
     def spectrum(self) -> str:
         """What spectra are kept as."""
         return "noise" if self.noise else self._weighted("spectrum")
@@ -230,12 +275,14 @@ class Work:
         """The singular values of every piece; `noise`: also what storage did to it, and the values without that."""
         settings = Settings(self.device, self.options)
         settings = settings if self.cluster else settings.with_turns()
-        job = _Spectrum(self.base, self.tuned, self.device, self.noise, settings, self.weighting)
+        job = _Spectrum(self.base, self.tuned, self.device, self.noise, self.room, settings, self.weighting)
         self._run(self.spectrum, None, job, progress)
 
     def factors(self, ranks: Mapping[str, int], dtype: torch.dtype, progress: Progress | None) -> None:
         """The factors of every piece at its target's rank (0: none)."""
-        job = _Factors(self.base, self.tuned, self.device, False, dict(ranks), dtype, self.options.seed, self.weighting)
+        job = _Factors(
+            self.base, self.tuned, self.device, False, self.room, dict(ranks), dtype, self.options.seed, self.weighting
+        )
         self._run(self.factored, ranks, job, progress)
 
     def norms(self, left_out: Sequence[Left]) -> dict[tuple[str, str], float]:
@@ -303,10 +350,10 @@ class Work:
         todo = [piece for piece in every if not self._has(piece, what, rank(piece))]
         total, done = sum(map(size, every)), sum(map(size, every)) - sum(map(size, todo))
         largest = max(math.prod(info.shape) for info in self.base.tensors.values())  # read for its norm at least
-        memory = Memory(IN_FLIGHT * 4 * max(map(size, every), default=0), job.loading, job.waiting, job.computing)
+        memory = job.memory(todo, IN_FLIGHT * 4 * max(map(size, every), default=0))
         jobs = run_jobs(
-            todo, size, job.load, job.compute, self.device, memory, largest, self.cluster,
-            [(one.load, one.compute, one.device) for one in map(job.on, self.others)],
+            todo, size, *job.card(), memory, largest, self.cluster, [job.on(other).card() for other in self.others],
+            job.on(torch.device("cpu")).card(),
         )  # fmt: skip
         with interruptible() as asked_to_stop, closing(jobs):
             for piece, tensors, facts in jobs:

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowrank_probe import spilling
+
 EPS64: Final = 2.0**-53
 # Entries upcast to float64 at a time; bounds the working memory next to the matrix itself.
 CHUNK_ENTRIES: Final = 1 << 17
@@ -20,6 +22,8 @@ GRAM_ENTRIES: Final = 3 << 17
 # Rows of the Gram matrix computed at a time, at least, and parts of it at most.
 PANEL: Final = 256
 PANELS: Final = 4
+# The same where A lies on disk: a block of columns is a run of bytes in every row, read by pages.
+SPILLED_ENTRIES: Final = 1 << 24
 # On a GPU, where every chunk is a launch and many are a wait.
 DEVICE_ENTRIES: Final = 1 << 24
 
@@ -45,7 +49,9 @@ def gram(A: Tensor) -> Tensor:
         A = A.T
     k, long = A.shape
     G = torch.zeros(k, k, dtype=torch.float64, device=A.device)
-    columns = max(1, (GRAM_ENTRIES if A.is_cpu else DEVICE_ENTRIES // 2) // max(1, k))
+    by_columns = spilling.active() and A.stride(1) == 1
+    entries = DEVICE_ENTRIES // 2 if not A.is_cpu else SPILLED_ENTRIES if by_columns else GRAM_ENTRIES
+    columns = max(1, entries // max(1, k))
     buffer = torch.empty(0, dtype=torch.float64, device=A.device)
     for start in range(0, long, columns):
         chunk = A[:, start : start + columns]

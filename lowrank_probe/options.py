@@ -5,16 +5,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, TypedDict
 
 from lowrank_probe.errors import ProbeError
+from lowrank_probe.words import file_size
 
 # Called with (what is finished, done, total).
 Progress = Callable[[str, int, int], None]
+# Bytes: what Python and torch take, and room for a matrix with a short side of 4096 that lies on disk.
+LEAST_MEMORY: Final = 1_500_000_000
 # What `--dtype` may ask for, and what safetensors call it.
 STORED: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run, as `spectra.spectrum` explains them, checked once.
+    """The options of a run, as `spectra.spectrum` explains them, checked once. memory, gpu_memory: in bytes.
 
     Raises `ProbeError` for values that no run can have; whether a device is there, `devices.choose_device` finds.
     """
@@ -29,6 +32,8 @@ class Options:
     device: str = "auto"
     seed: int = 0
     ray: str | None = None
+    memory: float | None = None
+    gpu_memory: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.include, str) or isinstance(self.exclude, str):
@@ -42,12 +47,16 @@ class Options:
             raise ProbeError(
                 f"top={self.top} and exact_tail=True: exact_tail computes every value; leave one of the two out"
             )
+        for name, asked in (("--memory", self.memory), ("--gpu-memory", self.gpu_memory)):
+            if asked is not None and not asked >= LEAST_MEMORY:
+                raise ProbeError(f"{name} {file_size(asked)}: expected at least {file_size(LEAST_MEMORY)}")
 
     def facts(self) -> dict[str, Any]:
         """As the facts of a run keep them, JSON's own types; devices have facts of their own, clusters change none."""
         known = asdict(self) | {"include": list(self.include), "exclude": list(self.exclude)}
         known["layers"] = list(self.layers) if self.layers else None
-        del known["device"], known["ray"]
+        for name in ("device", "ray", "memory", "gpu_memory"):
+            del known[name]
         return known
 
 
@@ -64,3 +73,5 @@ class Keywords(TypedDict, total=False):
     device: str
     seed: int
     ray: str | None
+    memory: float | None
+    gpu_memory: float | None

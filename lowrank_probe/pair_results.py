@@ -17,7 +17,7 @@ from lowrank_probe.matching import Matching, Pair
 from lowrank_probe.runs import TIMELINE, Result
 
 if TYPE_CHECKING:
-    from lowrank_probe.spectra import Done
+    from lowrank_probe.spectrum_work import Done
 
 
 def assemble(

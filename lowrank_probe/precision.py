@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowrank_probe import deadzone
+from lowrank_probe import deadzone, spilling
 from lowrank_probe.deltas import Delta
 from lowrank_probe.float64 import row_chunks
 from lowrank_probe.svd import leading_singular_values
@@ -73,7 +73,7 @@ def ulp(W: Tensor, storage: str) -> Tensor:
     of two above 2^−126 exactly; smaller steps are given as that.
     """
     bits, smallest = _FORMATS[storage]
-    steps = torch.empty(W.shape, dtype=torch.bfloat16, device=W.device)
+    steps = spilling.empty(W.shape, torch.bfloat16, W.device)
     for out, part in zip(row_chunks(steps), row_chunks(W), strict=True):
         # The exponent field of a float32 is 2^⌊log₂|w|⌋ once the significand is masked out.
         power = (part.float().view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -109,14 +109,15 @@ def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> Storag
         found = deadzone.correct(dense, steps)
         if found is None:
             return StorageNoise(storage, "dead-zone", unchanged, nan, nan, nan, np.zeros(0), nan, nan, (m, n))
-        scratch = torch.empty(m, n, device=dense.device)
+        scratch = spilling.empty((m, n), torch.float32, dense.device)
         edge, outliers = noise_edge(scratch, found.error_std, "normal", seed)
         square = _mean_square(found.error_std)
         return _noise(
             storage, "dead-zone", unchanged, square, edge, outliers, (m, n), found.fro_norm, found.resolved, found.Y
         )
     if base_rounded:
-        steps = torch.hypot(steps, ulp(base, storage_of(base)))
+        for both, other in zip(row_chunks(steps), row_chunks(ulp(base, storage_of(base))), strict=True):
+            both.copy_(torch.hypot(both, other))
         square = _mean_square(steps) / 12
     # ΔW itself is not needed any more: its memory serves for the draws.
     scratch = dense.view(torch.float32).reshape(-1)[: m * n].view(m, n)
@@ -144,7 +145,18 @@ def _moved(dense: Tensor, tuned: Tensor, base: Tensor) -> tuple[Tensor, Tensor, 
     rows, n_moved = counts > 0, int(counts.sum())
     if bool(rows.all()) and bool(columns.all()):
         return dense, tuned, base, n_moved
-    return dense[rows][:, columns], tuned[rows][:, columns], base[rows][:, columns], n_moved
+    return _taken(dense, rows, columns), _taken(tuned, rows, columns), _taken(base, rows, columns), n_moved
+
+
+def _taken(A: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The rows (m,) and columns (n,) of A (m, n) that are marked, a few rows at a time."""
+    out = spilling.empty((int(rows.sum()), int(columns.sum())), A.dtype, A.device)
+    at = start = 0
+    for part in row_chunks(A):
+        found = part[rows[start : start + len(part)]][:, columns]
+        out[at : at + len(found)] = found
+        at, start = at + len(found), start + len(part)
+    return out
 
 
 def _count_by_rows(marked: Tensor) -> Tensor:

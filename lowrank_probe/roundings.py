@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowrank_probe import spilling
 from lowrank_probe.float64 import row_chunks
 from lowrank_probe.grids import SAMPLE, Lines, pick, to_numpy
 from lowrank_probe.svd import leading_singular_values
@@ -156,7 +157,7 @@ def _extent(X: Tensor, name: str, seed: int) -> tuple[float, float]:
     """(‖E‖², σ₁(E)) of E = Q(X) − X, for X (m, n) with its blocks along rows; σ₁ from below, within 2 %."""
     middles = torch.from_numpy(_middles(name)).to(X.device)
     codebook = torch.tensor(CODEBOOKS[name], device=X.device)
-    E = torch.empty(X.shape, device=X.device)
+    E = spilling.empty(X.shape, torch.float32, X.device)
     energy = 0.0
     for out, part in zip(row_chunks(E), row_chunks(X), strict=True):
         blocks = part.float().contiguous().reshape(len(part), -1, BLOCK)

@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from lowrank_probe import spilling
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.remote_files import open_span
 from lowrank_probe.remote_store import Span
@@ -76,7 +77,7 @@ def read_runs(
     try:
         with closing(open_span(info.file, start, start + sum(counts) * dtype.itemsize)) as handle:
             for count in counts:
-                out = torch.empty(count, dtype=dtype, device=device)
+                out = spilling.empty((count,), dtype, device)
                 (_fill_from_host if out.is_cuda else _fill)(out.view(torch.uint8), handle)
                 yield out
     except EOFError:

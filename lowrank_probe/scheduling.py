@@ -38,13 +38,15 @@ def run_jobs(
     largest: int = 0,
     cluster: bool = False,
     others: Sequence[Card[Item, Loaded, Done]] = (),
+    host: Card[Item, Loaded, Done] | None = None,
 ) -> Generator[Done, None, None]:
     """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
-    entries: the size of an item's matrix. memory: what is held on a GPU, where that is bounded. largest: entries of the
-    largest matrix that the run reads at all, where that is none of the items: on a CPU it sets how many go beside each
-    other. cluster: as tasks of Ray (`cluster`). others: further GPUs of the same kind, which take items from the same
-    queue. Closing the iterator (Ctrl-C) waits for what is running and drops the rest.
+    entries: the size of an item's matrix. memory: what is held on the device, where that is bounded. largest: entries
+    of the largest matrix that the run reads at all, where that is none of the items: on a CPU it sets how many go
+    beside each other. cluster: as tasks of Ray (`cluster`). others: further GPUs of the same kind, which take items
+    from the same queue. host: what is done there for an item that is too large for a GPU. Closing the iterator (Ctrl-C)
+    waits for what is running and drops the rest.
     """
     if cluster:
         from lowrank_probe.cluster import cluster_jobs
@@ -54,7 +56,7 @@ def run_jobs(
     queue = sorted(items, key=entries, reverse=True)
     if device.type != "cpu":
         _set_malloc(TRIMMED_FROM)
-        yield from device_jobs(queue, entries, [(load, compute, device), *others], memory)
+        yield from device_jobs(queue, entries, [(load, compute, device), *others], memory, host)
         return
     cores = torch.get_num_threads()
     sizes = [entries(item) for item in queue]
@@ -75,7 +77,7 @@ def run_jobs(
         return
     share = max(1, cores // workers)
     limit = SHARE_OF_LARGEST * largest
-    running: dict[Future[Done], int] = {}
+    running: dict[Future[Done], Item] = {}
     finished: set[Future[Done]] = set()
     with (
         _freed_memory_kept(),
@@ -88,9 +90,10 @@ def run_jobs(
                 for item in list(queue):
                     if len(running) == workers:
                         break
-                    if not running or sum(running.values()) + entries(item) <= limit:
+                    fits = sum(map(entries, running.values())) + entries(item) <= limit
+                    if not running or (fits and (memory is None or memory.holds([*running.values(), item]))):
                         queue.remove(item)
-                        running[pool.submit(job, item)] = entries(item)
+                        running[pool.submit(job, item)] = item
                 if not queue:
                     _set_malloc(TRIMMED_FROM)
                 for future in finished:  # while the next ones compute

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowrank_probe import spilling
 from lowrank_probe.definite import positive_definite
 from lowrank_probe.float64 import eigh, fro_norm, mm, product, qr
 from lowrank_probe.krylov import ENERGY_BAR, cut, upper_bounds
@@ -36,7 +37,7 @@ def certified(
     Mary 2019), 8p·u·λ₁ for the deflation, 8k·u·μ for the factorisation. Those are bounds for roundings that do not
     conspire, not for the worst case; μ counts them twice. θ and the residual ‖GV − VΘ‖ come from A in float64.
     """
-    single = tall.float().numpy()
+    single = _single(tall).numpy()
     G: Matrix = np.matmul(single.T, single)  # numpy sees the symmetry and does half the work (syrk)
     k, trace = G.shape[0], float(np.trace(G, dtype=np.float64))
     if not TRACE_RANGE[0] < trace < TRACE_RANGE[1]:
@@ -73,6 +74,15 @@ def certified(
         if enough and _bounded_by(G, V, shift):
             return upper, V[:, :r], AV[:, :r]
     return None
+
+
+def _single(A: Tensor) -> Tensor:
+    """A in float32, laid out as it is."""
+    if A.dtype == torch.float32:
+        return A
+    if A.stride(1) != 1:
+        return _single(A.T).T
+    return spilling.empty(A.shape, torch.float32).copy_(A)
 
 
 def _bar(total: float, theta: NDArray[np.float64], tail_bar: float) -> float:

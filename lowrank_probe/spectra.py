@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,17 +16,17 @@ import numpy as np
 import torch
 
 from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint
-from lowrank_probe.deltas import Delta, find_tied, read_pair
+from lowrank_probe.deltas import find_tied
 from lowrank_probe.devices import Choice, choose_device
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.facts import machine_facts, same_machine, side_facts
-from lowrank_probe.ledger import ledger_line
+from lowrank_probe.footprints import find_room
 from lowrank_probe.matching import Matching, Pair, match
-from lowrank_probe.metrics import Values
 from lowrank_probe.options import Options, Progress
 from lowrank_probe.outputs import check_free
-from lowrank_probe.rows import Settings, analyse
+from lowrank_probe.rows import Settings
 from lowrank_probe.scheduling import interruptible, run_jobs
+from lowrank_probe.spectrum_work import Done, Job
 from lowrank_probe.strict_json import SCHEMA_VERSION
 from lowrank_probe.unfinished import Unfinished
 
@@ -59,6 +59,8 @@ def spectrum(
     device: str = "auto",
     seed: int = 0,
     ray: str | None = None,
+    memory: float | None = None,
+    gpu_memory: float | None = None,
     out: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
 ) -> "Result":
@@ -72,6 +74,8 @@ def spectrum(
     values of each matrix, certified. exact_tail: float64 SVD of the matrix itself, for values below 2e-5·σ₁.
     base_rounded: training started from a wider base than the one stored. device: as
     `devices.choose_device`. ray: the address of a Ray cluster ("auto": this machine's) whose workers do the matrices.
+    memory, gpu_memory: bytes that this process may take, and what it holds on each card (`footprints`): a matrix that
+    is larger lies on disk while it is computed; one that is larger than a card is computed on the CPU.
     out: the run directory (`Result.save`), in which every finished matrix is kept at once, so that a run that was
     killed goes on there: with the same files, options (but for include, exclude and layers), version and device.
 
@@ -81,7 +85,7 @@ def spectrum(
     """
     options = Options(
         include=include, exclude=exclude, layers=layers, split=split, top=top, exact_tail=exact_tail,
-        base_rounded=base_rounded, device=device, seed=seed, ray=ray,
+        base_rounded=base_rounded, device=device, seed=seed, ray=ray, memory=memory, gpu_memory=gpu_memory,
     )  # fmt: skip
     return probe_pair(base, tuned, options, out=out, on_progress=on_progress)
 
@@ -155,30 +159,6 @@ def compare(
 
 
 @dataclass(frozen=True)
-class Done:
-    """One finished pair: its ledger line and, where it was a matrix that changed, its row and singular values.
-
-    times: (phase, start, stop) of reading and computing it, in seconds since the work began.
-    """
-
-    pair: Pair
-    line: dict[str, Any]
-    row: dict[str, Any] | None = None
-    values: Values | None = None
-    denoised: Values | None = None
-    times: Sequence[tuple[str, float, float]] = ()
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """What reading a pair gave (a `Delta`, or its ledger line), and when, in seconds since the work began."""
-
-    delta: Delta | dict[str, Any]
-    start_s: float
-    stop_s: float
-
-
-@dataclass(frozen=True)
 class _Kept:
     """The finished pairs of one run in its store, by their names behind a prefix."""
 
@@ -203,41 +183,6 @@ class _Kept:
         self.store.put(
             self.prefix + done.pair.key, tensors, {"line": done.line, "row": done.row, "times": list(done.times)}
         )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is done for one pair, here or on another node. started: `time.time` at which the work began."""
-
-    base: Checkpoint | None
-    tuned: Checkpoint
-    tied: Mapping[str, str]
-    settings: Settings
-    started: float
-
-    def on(self, device: torch.device) -> "_Job":
-        """The same on another card."""
-        return replace(self, settings=replace(self.settings, device=device).with_turns())
-
-    def load(self, pair: Pair) -> _Loaded:
-        clock = time.time() - self.started
-        if pair.key in self.tied:
-            line = ledger_line(pair, "tied", f"the same tensor as {self.tied[pair.key]} on both sides")
-            return _Loaded(line, clock, clock)
-        delta = read_pair(pair, self.base, self.tuned, self.settings.device)
-        return _Loaded(delta, clock, time.time() - self.started)
-
-    def compute(self, pair: Pair, loaded: _Loaded) -> Done:
-        delta = loaded.delta
-        times = [("read", loaded.start_s, loaded.stop_s)]
-        if not isinstance(delta, Delta):
-            return Done(pair, delta, times=times)
-        found = analyse(delta, self.settings)
-        times += [(phase, start - self.started, stop - self.started) for phase, start, stop in found.times]
-        row = found.row | {"seconds": sum(stop - start for _, start, stop in times)}
-        note = f"both factors, with {pair.lora.name_B}" if pair.lora is not None else ""
-        line = ledger_line(pair, "analysed", note, delta.fro_norm, delta.relative_update)
-        return Done(pair, line, row, found.values, found.denoised, times)
 
 
 class _Run:
@@ -266,13 +211,16 @@ class _Run:
 
         settings = Settings(choice.device, self.options)
         settings = settings if choice.cluster else settings.with_turns()
-        job = _Job(self.base, self.tuned, self.tied, settings, time.time() - self.earlier_s)
+        folder = self.kept.store.folder if self.kept else None
+        room = find_room(self.options.memory, self.options.gpu_memory, choice, folder)
+        job = Job(self.base, self.tuned, self.tied, settings, time.time() - self.earlier_s, room)
         total = sum(size(pair) for pair in self.matching.pairs)
         done = sum(size(pair) for pair in self.matching.pairs if pair.key in self.done)
         todo = [pair for pair in self.matching.pairs if pair.key not in self.done]
+        free = [pair for pair in todo if pair.key not in self.tied]
         running = run_jobs(
-            todo, size, job.load, job.compute, choice.device, cluster=choice.cluster,
-            others=[(one.load, one.compute, one.settings.device) for one in map(job.on, choice.others)],
+            todo, size, *job.card(), job.memory(free), cluster=choice.cluster,
+            others=[job.on(other).card() for other in choice.others], host=job.on(torch.device("cpu")).card(),
         )  # fmt: skip
         # Closed here: left to the garbage collector, what a second Ctrl-C raises would be printed and ignored.
         with interruptible() as asked_to_stop, closing(running) as jobs:

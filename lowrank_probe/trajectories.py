@@ -4,40 +4,32 @@ Each step is a `Result` of `spectrum`; beside them stand the similarity of the s
 amplification of each step, columns as `columns.SIMILARITY` and `columns.AMPLIFICATION`.
 """
 
-import json
-import math
 import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import pandas as pd
 import torch
-from torch import Tensor
 
-from lowrank_probe import spectra, svd
+from lowrank_probe import spectra
 from lowrank_probe.checkpoints import WEIGHT_SUFFIXES, Checkpoint, Source, open_checkpoint
-from lowrank_probe.columns import AMPLIFICATION, SIMILARITY
-from lowrank_probe.deltas import Delta, read_pair, read_part
-from lowrank_probe.devices import choose_device
+from lowrank_probe.devices import Choice, choose_device
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.facts import machine_facts, side_facts
+from lowrank_probe.footprints import find_room
 from lowrank_probe.hub import is_hub_id
-from lowrank_probe.layers import is_conv1d
 from lowrank_probe.matching import Pair, match
 from lowrank_probe.options import Keywords, Options, Progress
 from lowrank_probe.outputs import check_free
 from lowrank_probe.remote_files import is_address, shown
 from lowrank_probe.runs import Result
-from lowrank_probe.scheduling import interruptible, run_jobs
 from lowrank_probe.strict_json import SCHEMA_VERSION
-from lowrank_probe.subspaces import Directions, amplification_rows, dimensions, directions, similarity_rows
 from lowrank_probe.trajectory_runs import TAKEN, Trajectory, is_labels, naming
+from lowrank_probe.trajectory_work import Comparison
 from lowrank_probe.unfinished import Unfinished
 
 
@@ -125,96 +117,16 @@ def probe_steps(
         facts["resumed"] = store.resumed
     # Here also with a cluster, whose devices this machine may not have: it is small beside the spectra.
     where = torch.device("cpu") if choice.cluster else choice.device
-    comparison = _Comparison(base_side, sides, matched, results, rank, facts["grid_matrix"], where, options.seed, store)
+    room = find_room(options.memory, options.gpu_memory, Choice(where), store.folder if store is not None else None)
+    comparison = Comparison(
+        base_side, sides, matched, results, rank, facts["grid_matrix"], where, options.seed, store, room
+    )
     similarity, amplification = comparison.run(_told(on_progress, "subspaces"))
     trajectory = Trajectory(results, similarity, amplification, facts)
     if out is not None and store is not None:
         trajectory.save(out)
         store.remove()
     return trajectory
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """The second pass: directions of every step's ΔW, a matrix at a time."""
-
-    base: Checkpoint
-    sides: Mapping[str, Checkpoint]
-    matched: Mapping[str, Mapping[str, Pair]]
-    results: Mapping[str, Result]
-    rank: int
-    grid_matrix: str | None
-    device: torch.device
-    seed: int
-    store: Unfinished | None
-
-    def run(self, on_progress: Progress | None) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """(similarity, amplification), in the order of the tables."""
-        names = list(dict.fromkeys(name for result in self.results.values() for name in result.table["name"]))
-        pairs = {key: pair for of_step in self.matched.values() for key, pair in of_step.items()}
-        lines = {label: _by_name(result.table) for label, result in self.results.items()}
-        sizes = {name: math.prod(self._shape(pairs[name])) for name in names}
-        # By what the rows depend on: which steps moved the matrix, and whether its whole grid is asked for.
-        keys = {
-            name: json.dumps([name, [x for x in lines if name in lines[x]], name == self.grid_matrix]) for name in names
-        }
-        rows: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
-        for name in names:
-            if self.store is not None and self.store.has(keys[name]):
-                kept = self.store.facts(keys[name])
-                rows[name] = kept["similarity"], kept["amplification"]
-        todo = [name for name in names if name not in rows]
-        done = sum(sizes[name] for name in rows)
-        jobs = run_jobs(
-            todo, sizes.__getitem__, partial(self._base_matrix, pairs), partial(self._matrix, lines), self.device
-        )
-        with interruptible() as asked_to_stop, closing(jobs):
-            for name, found in jobs:
-                rows[name] = found
-                if self.store is not None:
-                    self.store.put(keys[name], {}, {"similarity": found[0], "amplification": found[1]})
-                done += sizes[name]
-                if on_progress:
-                    on_progress(name, done, sum(sizes.values()))
-                if asked_to_stop():
-                    raise KeyboardInterrupt
-        tables = []
-        for number, columns in enumerate((SIMILARITY, AMPLIFICATION)):
-            table = pd.DataFrame([row for name in names for row in rows[name][number]], columns=list(columns))
-            table["layer"] = table["layer"].astype("Int64")
-            tables.append(table.astype({"trusted": bool}))
-        return tables[0], tables[1]
-
-    def _shape(self, pair: Pair) -> tuple[int, int]:
-        return pair.lora.shape if pair.lora is not None else pair.part.shape(self.base.tensors[pair.name].shape)
-
-    def _base_matrix(self, pairs: Mapping[str, Pair], name: str) -> Tensor:
-        pair = pairs[name]
-        W = read_part(self.base, pair.name, pair.part, self.device)
-        conv1d = pair.lora is not None and is_conv1d(pair.name, self.base.config.get("model_type"))
-        return W.T if conv1d else W
-
-    def _matrix(
-        self, lines: Mapping[str, Mapping[str, dict[str, Any]]], name: str, W: Tensor
-    ) -> tuple[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-        dims, whole_grid = dimensions(self.rank), name == self.grid_matrix
-        base_values = svd.top_triplets(W, self.rank).s.cpu().numpy()
-        found: dict[str, Directions] = {}
-        for label, side in self.sides.items():
-            row = lines[label].get(name)
-            if row is None:
-                continue  # this step left the matrix alone, or does not have it
-            with naming(label):
-                delta = read_pair(self.matched[label][name], self.base, side, self.device, W)
-                assert isinstance(delta, Delta)
-                certified = self.results[label].singular_values[name]
-                key = f"{self.seed} {name} {label}"
-                found[label] = directions(delta, W, self.rank, row, certified, key)
-                place = {"name": name, "layer_type": delta.place.layer_type, "layer": delta.place.layer,
-                         "stack": delta.place.stack}  # fmt: skip
-        return name, (
-            similarity_rows(place, found, dims, whole_grid), amplification_rows(place, found, base_values, dims)
-        )  # fmt: skip
 
 
 def _match_all(base: Checkpoint, sides: Mapping[str, Checkpoint], options: Options) -> dict[str, dict[str, Pair]]:
@@ -231,10 +143,6 @@ def _fused_beside_adapters(sides: Mapping[str, Checkpoint], matched: Mapping[str
     whole = {pair.name for label, side in sides.items() if side.is_adapter for pair in matched[label].values()}
     apart = (pair.name for pairs in matched.values() for pair in pairs.values() if pair.part.label)
     return next((name for name in apart if name in whole), "")
-
-
-def _by_name(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    return {str(row["name"]): dict(row) for row in table.to_dict("records")}
 
 
 def step_labels(steps: Sequence[Source]) -> list[str]:

@@ -27,12 +27,12 @@ COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.a
 OPTIONS = {
     "spectrum": [
         "--out", "--include", "--exclude", "--layers", "--top", "--exact-tail", "--base-rounded", "--fail-on",
-        "--device", "--ray", "--seed", "--json", "--open", "--quiet",
+        "--device", "--memory", "--gpu-memory", "--ray", "--seed", "--json", "--open", "--quiet",
     ],
     "extract": [
         "--out", "--rank", "--energy", "--budget", "--denoised", "--max-rank", "--rank-multiple", "--targets",
         "--servable", "--tied-lora", "--dtype", "--include", "--exclude", "--layers", "--verify", "--data",
-        "--calibration", "--device", "--ray", "--seed", "--json", "--quiet",
+        "--calibration", "--device", "--memory", "--gpu-memory", "--ray", "--seed", "--json", "--quiet",
     ],
     "eval": [
         "--data", "--out", "--rank", "--targets", "--no-leave-out", "--tolerance", "--sequences", "--length",
@@ -142,6 +142,24 @@ def test_every_option_has_a_help_text(command):
     for line in stdout.splitlines():
         if re.match(r"│\s+--", line):
             assert len(line.strip("│ ").split()) > 2, line
+
+
+@pytest.mark.parametrize("command", [name for name, options in OPTIONS.items() if "--memory" in options])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("lots", "is not understood; expected bytes such as 8GB"), ("8", "expected bytes such as 8GB"),
+        ("7B", "a single B may be bytes or a billion"), ("800MB", "expected at least 1.5 GB"),
+    ],
+)  # fmt: skip
+def test_memory_is_bytes(command, given, said):
+    for option in ("--memory", "--gpu-memory"):
+        stdout, stderr = probe(command, "base", "tuned", "--out", "x", option, given, code=2)
+        told = " ".join(line.strip("│ ") for line in stderr.splitlines())
+        assert f"'{given}'" in told
+        assert said in told
+        assert option in told
+        assert stdout == ""
 
 
 @pytest.mark.parametrize("command", [name for name, options in OPTIONS.items() if "--out" in options])

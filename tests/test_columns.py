@@ -57,7 +57,7 @@ def test_every_status_that_occurs_is_documented():
     package = Path(lp.__file__).parent
     source = "".join(
         (package / file).read_text(encoding="utf-8")
-        for file in ("matching.py", "deltas.py", "spectra.py", "pair_results.py")
+        for file in ("matching.py", "deltas.py", "spectra.py", "spectrum_work.py", "pair_results.py")
     )
     meaning = columns.LEDGER["status"].meaning
     statuses = (

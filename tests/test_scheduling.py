@@ -294,3 +294,43 @@ def test_on_several_devices_closing_stops_them_all():
     time.sleep(0.05)
     assert len(started) == n
     assert not [one for one in threading.enumerate() if one.name.startswith("device-")]
+
+
+def test_what_is_too_large_for_a_device_goes_to_the_host_one_by_one():
+    memory = Memory(20.0, identity, identity, identity, there=10.0)
+    lock, on_host, at_once = threading.Lock(), [], []
+
+    def host(item, _):
+        with lock:
+            on_host.append(item)
+            at_once.append(len(on_host))
+        time.sleep(0.002)
+        with lock:
+            on_host.remove(item)
+        return item, "host"
+
+    items = [12, 4, 30, 11, 10, 2]
+    card = (identity, lambda item, _: (item, "card"), ELSEWHERE)
+    done = list(run_jobs(items, identity, *card, memory, host=(identity, host, CPU)))
+    assert sorted(done) == sorted((item, "host" if item > 10 else "card") for item in items)
+    assert set(at_once) == {1}
+    every = run_jobs([12, 30], identity, *card, memory, host=(identity, host, CPU))
+    assert sorted(every) == [(12, "host"), (30, "host")]
+
+
+def test_matrices_beside_each_other_stay_within_the_memory_that_was_asked_for():
+    lock, running, most = threading.Lock(), [], []
+
+    def compute(item, _):
+        with lock:
+            running.append(item)
+            most.append(sum(running))
+        time.sleep(0.005)
+        with lock:
+            running.remove(item)
+        return item
+
+    memory = Memory(25.0, identity, identity, identity)
+    items = [100, *[10] * 12]
+    assert sorted(run_jobs(items, identity, identity, compute, CPU, memory)) == sorted(items)
+    assert max(total for total in most if total != 100) <= 25

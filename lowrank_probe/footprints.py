@@ -1,0 +1,151 @@
+"""What one matrix takes in memory while it is worked on, in bytes, and how much there is for all of them.
+
+Legend: m out, n in, k = min(m, n); s bytes of an entry of ΔW: 4, or 8 where a side is stored in float32 or wider. Both
+sides together take s bytes an entry, too.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, TypeVar
+
+import torch
+
+from lowrank_probe import spilling
+from lowrank_probe.deltas import READ_ENTRIES
+from lowrank_probe.device_jobs import Memory
+from lowrank_probe.devices import Choice
+from lowrank_probe.errors import ProbeError
+from lowrank_probe.float64 import DEVICE_ENTRIES, SPILLED_ENTRIES
+from lowrank_probe.words import file_size
+
+Item = TypeVar("Item")
+# Entries that are upcast at a time on a GPU while a Gram matrix is formed.
+_GRAM_CHUNK: Final = DEVICE_ENTRIES // 2
+# What Python, torch and the report take of a process's memory, and CUDA's context and workspaces of a card's.
+HOST_RESERVE: Final = 700_000_000
+CARD_RESERVE: Final = 800_000_000
+# Share of a card's free memory that is taken where nothing was asked for; its allocator wastes some.
+OF_FREE: Final = 0.85
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one matrix (m, n) at most, in all that is done for its row of the table.
+
+    dequantized: both sides are made in memory, by whole tensors. exact_tail: by an SVD of the matrix itself. factored:
+    the update is an adapter's, and only the base's matrix is read, for its norm.
+    """
+
+    shape: tuple[int, int]
+    s: int
+    dequantized: bool = False
+    exact_tail: bool = False
+    factored: bool = False
+
+    @property
+    def loading(self) -> float:
+        """Both sides, ΔW, and a part of each upcast."""
+        return self.waiting + self.s * 6 * min(math.prod(self.shape), READ_ENTRIES)
+
+    @property
+    def waiting(self) -> float:
+        """Both sides and ΔW."""
+        return (1.0 if self.factored else 2.0) * self.s * math.prod(self.shape)
+
+    @property
+    def computing(self) -> float:
+        """Also a Gram matrix, or what is drawn and corrected for the noise, of the rows that moved."""
+        size = math.prod(self.shape)
+        if self.factored:
+            return self.waiting
+        noise = self.waiting + (2 + 2 + 4 + (self.s - 4)) * size
+        return self.waiting + max(noise, grams(3, self.shape), 16.0 * size * self.exact_tail)
+
+    @property
+    def most(self) -> float:
+        """From its reading to its end."""
+        return max(self.loading, self.computing)
+
+    @property
+    def on_disk(self) -> float:
+        """What is in memory of one whose tensors lie on disk: two Gram matrices, and parts."""
+        size = math.prod(self.shape)
+        return (
+            16.0 * min(self.shape) ** 2 + 16.0 * SPILLED_ENTRIES
+            + (5.0 * size if self.dequantized else 0.0) + 16.0 * size * self.exact_tail
+        )  # fmt: skip
+
+
+def grams(count: int, shape: tuple[int, int]) -> float:
+    """Bytes of so many float64 Gram matrices, or of one and a part of ΔW (m, n) upcast."""
+    size, gram = math.prod(shape), min(shape) ** 2
+    return 8.0 * max(count * gram, gram + min(size, _GRAM_CHUNK))
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that matrices may take: on each card, and on the host; ∞ where there is no bound. folder: where those lie
+    that are larger than the host's."""
+
+    card: float
+    host: float
+    folder: Path
+
+    def place(self, device: torch.device, most: float) -> AbstractContextManager[None]:
+        """What a matrix is read and computed in that takes at most so many bytes: of a host, its disk where needed."""
+        return spilling.on_disk(self.folder) if device.type == "cpu" and most > self.host else nullcontext()
+
+    def bound(
+        self, device: torch.device, items: Sequence[Item], on_card: Memory, on_disk: Callable[[Item], float],
+        name: Callable[[Item], str],
+    ) -> Memory | None:  # fmt: skip
+        """What bounds `run_jobs` on a device; None for nothing. on_card: what items take where they are in memory, and
+        the most of all together on a card; on_disk: what one takes whose tensors lie on disk.
+
+        Raises `ProbeError` for one that the host has no room for even so.
+        """
+        if device.type != "cpu":
+            self._check([item for item in items if on_card.most(item) > self.card], on_card, on_disk, name)
+            return replace(on_card, limit=min(on_card.limit, self.card), there=self.card)
+        if math.isinf(self.host):
+            return None
+        self._check(items, on_card, on_disk, name)
+
+        def held(item: Item) -> float:
+            return found if (found := on_card.most(item)) <= self.host else on_disk(item)
+
+        return Memory(self.host, held, held, held)
+
+    def _check(
+        self, items: Sequence[Item], in_memory: Memory, on_disk: Callable[[Item], float], name: Callable[[Item], str]
+    ) -> None:
+        for item in items:
+            needed = min(on_disk(item), in_memory.most(item))
+            if needed > self.host:
+                raise ProbeError(
+                    f"{name(item)}: needs --memory {file_size(needed + HOST_RESERVE)}, found "
+                    f"{file_size(self.host + HOST_RESERVE)}; give more, or leave it out with --exclude {name(item)}"
+                )
+
+
+def find_room(memory: float | None, gpu_memory: float | None, choice: Choice, folder: Path | None) -> Room:
+    """The room there is; memory, gpu_memory: what was asked for, of this process and on each card, in bytes.
+
+    A card's is what is free on the fullest of them, where no less was asked for. folder: None for that of temporary
+    files.
+    """
+    host = math.inf if memory is None else memory - HOST_RESERVE
+    card = math.inf if gpu_memory is None else gpu_memory - CARD_RESERVE
+    if choice.device.type == "cuda" and not choice.cluster:
+        card = min(card, OF_FREE * min(map(_free, (choice.device, *choice.others))))
+    return Room(card, host, folder or Path(tempfile.gettempdir()))
+
+
+def _free(card: torch.device) -> float:
+    """Bytes that nobody uses, those among them that torch has kept for this process."""
+    kept = torch.cuda.memory_reserved(card) - torch.cuda.memory_allocated(card)
+    return torch.cuda.mem_get_info(card)[0] + kept
