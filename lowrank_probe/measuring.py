@@ -72,7 +72,8 @@ def measure_fake(config: Mapping[str, Any], step: Step) -> Measured:
 
 
 def measure_cuda(config: Mapping[str, Any], step: Step) -> Measured:
-    """`torch.cuda.max_memory_allocated` in each phase of one real step with random weights, on the current GPU.
+    """`torch.cuda.max_memory_allocated` in each phase of one real step with random weights, on the current GPU; without
+    what this process had allocated there before.
 
     Raises `ProbeError` without a GPU, or where the step does not fit.
     """
@@ -84,14 +85,15 @@ def measure_cuda(config: Mapping[str, Any], step: Step) -> Measured:
 
     def enter(phase: str) -> None:
         if entered:
-            peaks[entered[-1]] = torch.cuda.max_memory_allocated()
+            peaks[entered[-1]] = torch.cuda.max_memory_allocated() - already
         torch.cuda.reset_peak_memory_stats()
         entered.append(phase)
 
+    already = torch.cuda.memory_allocated()
     try:
         device = torch.device("cuda")
         run = _Run(trainable_model(config, step, device), step, device)
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated() - already
         with _clear_failure(config, step):
             run.step(enter)
         enter("")
