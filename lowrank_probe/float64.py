@@ -90,11 +90,24 @@ def product(A: Tensor, X: Tensor) -> Tensor:
     if A.T.is_contiguous() and not A.is_contiguous():  # by the rows that lie together in memory
         total = torch.zeros(A.shape[0], X.shape[1], dtype=torch.float64, device=A.device)
         at = 0
-        for chunk in row_chunks(A.T, GRAM_ENTRIES, DEVICE_ENTRIES // 2):
-            total += mm(chunk.double().T, X[at : at + len(chunk)])
-            at += len(chunk)
+        for block in _upcast(A.T):
+            total += mm(block.T, X[at : at + len(block)])
+            at += len(block)
         return total
-    return torch.cat([mm(chunk.double(), X) for chunk in row_chunks(A, GRAM_ENTRIES, DEVICE_ENTRIES // 2)])
+    out = torch.empty(A.shape[0], X.shape[1], dtype=torch.float64, device=A.device)
+    at = 0
+    for block in _upcast(A):
+        out[at : at + len(block)] = mm(block, X)
+        at += len(block)
+    return out
+
+
+def _upcast(A: Tensor) -> Iterator[Tensor]:
+    """A's rows in float64, a few at a time, all in one buffer: glibc's heap grows by every block that is allocated for
+    itself while results of theirs stay."""
+    buffer = torch.empty(0, dtype=torch.float64, device=A.device)
+    for chunk in row_chunks(A, GRAM_ENTRIES, DEVICE_ENTRIES // 2):
+        yield chunk if chunk.dtype == torch.float64 else buffer.resize_(chunk.shape).copy_(chunk)
 
 
 def mm(A: Tensor, B: Tensor) -> Tensor:
