@@ -25,6 +25,8 @@ DEAD_ZONE_FROM: Final = 0.25
 # Rounding errors that carry less than this share of ‖ΔW‖² cannot have swallowed a quarter of the entries.
 LEAST_NOISE: Final = 1e-4
 _SEED: Final = 0x10_0A4B_E000
+# The lowest bit of each 16: without even numbers the steps lie evenly around 0.
+_ODD: Final = np.uint64(0x0001_0001_0001_0001)
 
 
 @dataclass(frozen=True)
@@ -194,21 +196,30 @@ def noise_edge(
     """
     E = scratch
     # Away from the seeds people give their models: the very draws that made W would not be independent of its steps.
-    generator = torch.Generator(device=E.device).manual_seed(_SEED + seed)
+    generator, bits = torch.Generator(device=E.device).manual_seed(_SEED + seed), np.random.SFC64(_SEED + seed)
     unit = float(scale.max())
     if unit == 0.0:
         return 0.0, np.zeros(0)
     draw_values = []
     for _ in range(draws):
-        if law == "uniform":
-            E.uniform_(-0.5, 0.5, generator=generator)
+        # Relative to the largest scale: squares of the steps of tiny weights underflow in float32.
+        if law == "uniform" and E.is_cpu:
+            _draw_uniform(E, scale, unit, bits)
         else:
-            E.normal_(generator=generator)
-        for out, part in zip(row_chunks(E), row_chunks(scale), strict=True):
-            # Relative to the largest scale: squares of the steps of tiny weights underflow in float32.
-            out.mul_(part.float() / unit)
+            E.uniform_(-0.5, 0.5, generator=generator) if law == "uniform" else E.normal_(generator=generator)
+            for out, part in zip(row_chunks(E), row_chunks(scale), strict=True):
+                out.mul_(part.float() / unit)
         draw_values.append(leading_singular_values(E, generator) * unit)
     return max(float(values[0]) for values in draw_values), draw_values[0]
+
+
+def _draw_uniform(E: Tensor, scale: Tensor, unit: float, bits: np.random.SFC64) -> None:
+    """E_ij uniform in ±½·scale_ij/unit: the odd ones of 2¹⁶ steps, which costs a quarter of what torch's numbers do."""
+    for out, part in zip(row_chunks(E), row_chunks(scale), strict=True):
+        raw = bits.random_raw(-(-out.numel() // 4))
+        raw |= _ODD
+        steps = raw.view(np.int16)[: out.numel()].reshape(out.shape)
+        np.multiply(steps, (part.float() / (65536 * unit)).numpy(), out=out.numpy())
 
 
 def _mean_square(scale: Tensor) -> float:
