@@ -8,6 +8,7 @@ module's own last name, so that nothing is left without a type; `is_known` says 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 # (pattern on the module's dotted name without ".weight", type). The first match wins; specific ones come first.
@@ -235,6 +236,7 @@ def is_known(name: str) -> bool:
     return _rule(name) is not None
 
 
+@lru_cache(1 << 16)  # of a mixture of experts
 def _rule(name: str) -> str | None:
     if name.endswith(("in_proj_weight", "in_proj_bias")):  # torch.nn.MultiheadAttention; `in_proj.weight` is others'
         return "qkv"

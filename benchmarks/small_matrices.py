@@ -1,0 +1,114 @@
+"""10,000 small matrices, as of a model of many experts: what the tool adds to the eigen-solver, matrix by matrix.
+
+A pair of 10,000 experts' matrices (k, k) in bf16, their update of rank 8. The whole process of `probe spectrum` on one
+core (one after the other, so that times add up), or on a GPU with `--device cuda`, beside a process that only starts and
+beside float64 Gram + `eigvalsh` alone. On one core the rest is told apart by the run's own timeline: reading, the noise
+of storage, and all else: scheduling, rows, what is kept at once, tables and the page. Writes
+docs/benchmarks-small-matrices.md (…-cuda.md on a GPU).
+
+    python benchmarks/small_matrices.py                    # about 5 minutes
+    python benchmarks/small_matrices.py --device cuda      # about 2 minutes on one H200
+    python benchmarks/small_matrices.py --count 500        # a look
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import pandas as pd
+import torch
+from accuracy import publish
+from gpu import probe_s, start_s
+from safetensors.torch import save_file
+
+from lowrank_probe.float64 import eigvalsh, gram
+
+COUNT: Final = 10_000
+WIDTH: Final = 256
+EXPERTS: Final = 128
+OVERHEAD_BAR_MS: Final = 1.0
+
+
+def make_pair(root: Path, count: int) -> tuple[Path, Path]:
+    """(base, tuned) directories: count matrices of experts, ‖ΔW‖/‖W‖ = 2e-2."""
+    generator = torch.Generator().manual_seed(0)
+    base, tuned = {}, {}
+    for i in range(count):
+        W = 0.02 * torch.randn(WIDTH, WIDTH, generator=generator)
+        B, A = (torch.randn(WIDTH, 8, generator=generator) for _ in range(2))
+        D = B @ A.T
+        name = f"model.layers.{i // EXPERTS}.mlp.experts.{i % EXPERTS}.up_proj.weight"
+        base[name] = W.bfloat16()
+        tuned[name] = (W + 2e-2 * D * torch.linalg.norm(W) / torch.linalg.norm(D)).bfloat16()
+    for side, tensors in (("base", base), ("tuned", tuned)):
+        (root / side).mkdir()
+        save_file(tensors, root / side / "model.safetensors")
+        (root / side / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}), encoding="utf-8")
+    return root / "base", root / "tuned"
+
+
+def kernel_s(device: torch.device, rounds: int = 200) -> float:
+    """Seconds of float64 Gram + `eigvalsh` of one matrix, its values on the host."""
+    A = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)).to(device)
+    eigvalsh(gram(A))
+    started = time.perf_counter()
+    for _ in range(rounds):
+        eigvalsh(gram(A))
+    return (time.perf_counter() - started) / rounds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--count", type=int, default=COUNT)
+    options = parser.parse_args(arguments)
+    device, n = torch.device(options.device), options.count
+    if device.type == "cpu":
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        torch.set_num_threads(1)
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        sides = make_pair(root, n)
+        started, alone = start_s(device), kernel_s(device)
+        whole = probe_s("spectrum", *sides, "--device", options.device, "--out", root / "out")
+        times = pd.read_csv(root / "out" / "timeline.csv")
+    phases = (times["stop_s"] - times["start_s"]).groupby(times["phase"]).sum()
+
+    def each(seconds: float) -> str:
+        return f"{1e3 * seconds / n:.2f}"
+
+    rows = [
+        ("float64 Gram + eigvalsh alone", f"{1e3 * alone:.2f}"),
+        ("the whole process, less its start", each(whole - started)),
+    ]
+    rest = (whole - started) / n - alone
+    bars: list[tuple[str, bool]] = []
+    if device.type == "cpu":
+        rows += [(f"… {phase}", each(phases[phase])) for phase in ("read", "spectrum", "noise")]
+        rest = (whole - started - float(phases.sum())) / n
+        rows.append(("… all else", f"{1e3 * rest:.2f}"))
+    told = (
+        "beside reading, the eigen-solver and the noise of storage"
+        if device.type == "cpu"
+        else "beyond Gram + eigvalsh"
+    )
+    bars.append((f"{1e3 * rest:.2f} ms a matrix {told}, bar {OVERHEAD_BAR_MS:g}", 1e3 * rest <= OVERHEAD_BAR_MS))
+    note = f"{n:,} matrices of {WIDTH} × {WIDTH}, bf16; {'one core' if device.type == 'cpu' else torch.cuda.get_device_name()}."
+    publish(
+        "small_matrices", "Small matrices", note, [("", ("what", "ms a matrix"), rows)], bars, write=n == COUNT,
+        page="benchmarks-small-matrices" + ("-cuda" if device.type == "cuda" else ""),
+    )  # fmt: skip
+    return 0 if all(ok for _, ok in bars) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
