@@ -133,7 +133,7 @@ def spectrum(
             cuda_driver.wake(device)
         from lowrank_probe import devices
 
-        devices.start("cpu" if ray else device, then="lowrank_probe.reports")
+        devices.start("cpu" if ray else device, work="lowrank_probe.rows", then="lowrank_probe.reports")
         from lowrank_probe import spectra  # noqa: F401
 
         if figures is not None:

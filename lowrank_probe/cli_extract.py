@@ -82,7 +82,9 @@ def extract(
             cuda_driver.wake(device)
         from lowrank_probe import devices
 
-        devices.start("cpu" if ray else device, then="lowrank_probe.extraction_reports")
+        devices.start(
+            "cpu" if ray else device, work="lowrank_probe.factorisation", then="lowrank_probe.extraction_reports"
+        )
         from lowrank_probe import allocation, extraction
         from lowrank_probe.options import Options
         from lowrank_probe.rank_choice import RankChoice

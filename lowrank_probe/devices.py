@@ -61,20 +61,19 @@ def choose_device(asked: str, ray: str | None = None) -> Choice:
         return _choices[asked]
 
 
-def start(asked: str, then: str) -> None:
+def start(asked: str, work: str, then: str) -> None:
     """Find, probe and warm up the device in the background, while the caller imports and reads headers.
 
-    then: the module that is wanted at the end (the report's, with pandas); imported while the device computes, on a CPU
-    beside the first matrix, which is alone there.
+    work: the module of what is to be done, whose `warm_up(device)` is for a device other than a CPU. then: the module
+    that is wanted at the end (the report's, with pandas); imported while the device computes, on a CPU beside the first
+    matrix, which is alone there.
     """
 
     def quietly() -> None:
         with contextlib.suppress(ProbeError, RuntimeError):  # raised again where the device is needed
             device = choose_device(asked).device
             if device.type != "cpu":
-                from lowrank_probe.rows import warm_up
-
-                warm_up(device)
+                importlib.import_module(work).warm_up(device)
             importlib.import_module(then)
 
     threading.Thread(target=quietly, daemon=True).start()

@@ -63,6 +63,14 @@ def factorise(
     return Factored(B.cpu(), A.cpu(), fro_norm**2 - stored, upper, stored, found.method, weighted, norm)
 
 
+def warm_up(device: torch.device) -> None:
+    """Load libraries and kernels by factorising a small matrix: the first use of each takes a part of a second."""
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(1024, 8, generator=generator) @ torch.randn(8, 512, generator=generator)
+    A += torch.randn(1024, 512, generator=generator)
+    factorise(A.to(device), svd.fro_norm(A), 8, torch.float32, "warm")
+
+
 def _errors(dense: Tensor, norm: float, B: Tensor, A: Tensor) -> Values:
     """(r,) ‖dense − B_j·A_j‖_F² for j = 1 … r, norm = ‖dense‖_F, in float64."""
     along = (svd.product(dense.T, B).T * A).sum(dim=1).cpu().numpy()

@@ -58,7 +58,7 @@ def test_a_device_that_is_not_there_is_named(asked):
 
 
 def test_a_start_in_the_background_swallows_the_error_that_the_choice_raises():
-    start("cuda:98", then="lowrank_probe.reports")
+    start("cuda:98", work="lowrank_probe.rows", then="lowrank_probe.reports")
     with pytest.raises(ProbeError, match="cuda:98"):
         choose_device("cuda:98")
 
