@@ -65,8 +65,9 @@ def same(found, expected):
         assert np.array_equal(found.singular_values[name], values)
 
 
-def test_a_spectrum_is_that_of_one_machine(two, sides):
-    found = lp.spectrum(*sides, ray=two.address)
+def test_a_spectrum_is_that_of_one_machine(two, sides, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "SHARES", 1)  # several matrices a task
+    found = lp.spectrum(*sides, ray=two.address, out=tmp_path / "run")
     torch.set_num_threads(1)
     same(found, lp.spectrum(*sides, device="cpu"))
     assert found.facts["device"] == {"type": "cpu", "name": "Ray cluster", "n_threads": 1}
@@ -119,6 +120,55 @@ def test_what_a_job_raises_is_raised_here(two, sides, tmp_path):
     broken["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     with pytest.raises(ProbeError, match=r"layers\.1\.mlp\.up_proj\.weight .*: contains 1 NaN"):
         lp.spectrum(sides[0], write(tmp_path / "broken", broken), ray=two.address)
+
+
+def run(items, compute, together=cluster.TOGETHER):
+    """The jobs of items of one size, here."""
+    return cluster.cluster_jobs(items, lambda i: 64, lambda i: i, compute, torch.device("cpu"), together)
+
+
+def test_what_a_task_did_before_it_failed_is_not_lost(two, monkeypatch):
+    monkeypatch.setattr(cluster, "SHARES", 1)
+    cluster.join(two.address, "auto")
+
+    def compute(item, _):
+        if item == 3:
+            raise KeyError("no three")
+        return item
+
+    found = []
+    with pytest.raises(KeyError, match="no three"):
+        found.extend(run(range(8), compute))  # 0 to 3 by one task, 4 to 7 by another
+    assert {0, 1, 2} <= set(found)
+
+
+def test_a_worker_that_is_killed_costs_its_own_task_alone(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "SHARES", 1)
+    cluster.join(two.address, "auto")
+
+    def compute(item, _):
+        with open(tmp_path / f"{item}", "a") as file:
+            file.write("begun\n")
+        if item == 2 and len((tmp_path / "2").read_text().splitlines()) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    assert sorted(run(range(12), compute)) == [*range(12)]
+    times = [len((tmp_path / f"{item}").read_text().splitlines()) for item in range(12)]
+    assert times == [2, 2, 2, *[1] * 9]
+
+
+def test_arrays_can_be_written_to_and_hold_no_place_in_the_clusters_memory(two):
+    cluster.join(two.address, "auto")
+
+    def compute(item, _):
+        return np.full(1 << 18, float(item))  # 2 MiB, of 80 MiB a node
+
+    found = []
+    for values in run(range(100), compute, together=0):
+        values += 1
+        found.append(values)
+    assert sorted(values[0] for values in found) == [*range(1, 101)]
 
 
 class Waiting:
