@@ -113,6 +113,10 @@ def cluster_jobs(
     finally:
         for one in running:
             ray.cancel(one, force=True)
+        ended, _ = ray.wait([*running], num_returns=len(running), timeout=0) if running else ([], [])
+        for one in ended:  # whose worker died: Ray would print so
+            with suppress(ray.exceptions.RayError):
+                ray.get(one)
 
 
 def grouped(items: Sequence[Item], entries: Callable[[Item], int], slots: int, together: int) -> list[list[Item]]:

@@ -1,8 +1,10 @@
 """A real Ray cluster of two nodes on this machine: the same tables, and workers, nodes and drivers that die."""
 
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ import pytest
 import torch
 from evaluated import llama, moved, saved, texts
 from pairs import add_update, llama_tensors, write
-from test_cli import ENVIRONMENT, PROBE, fails
+from test_cli import ENVIRONMENT, PROBE, fails, probe
 
 import lowrank_probe as lp
 from lowrank_probe import cluster
@@ -222,6 +224,43 @@ def test_a_job_whose_worker_always_dies_is_named(two, monkeypatch):
 
     with pytest.raises(ProbeError, match="its worker died 2 times"):
         list(cluster.cluster_jobs(["lm_head.weight"], len, str, compute, torch.device("cpu")))
+
+
+# A driver that stops while the jobs that it did not ask for yet end badly.
+STOPPING = """
+import os, sys, time
+import torch
+from lowrank_probe import cluster
+cluster.join(sys.argv[1], "auto")
+cluster.RETRIES = 0
+def compute(item, _):
+    if item:
+        {end}
+    return item
+jobs = cluster.cluster_jobs(range(4), lambda i: 1, lambda i: i, compute, torch.device("cpu"))
+next(jobs)
+time.sleep(3)
+jobs.close()
+del jobs
+time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("end", ["raise ValueError('of a job')", "os.kill(os.getpid(), 9)"])
+def test_jobs_that_end_badly_unseen_are_not_printed(two, end):
+    command = [sys.executable, "-c", STOPPING.format(end=end), two.address]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    told = [line for line in done.stderr.splitlines() if "A worker died or was killed" not in line]  # Ray's own
+    assert (done.returncode, told) == (0, [])
+
+
+def test_a_failed_command_says_one_line(two, sides, tmp_path):
+    broken = {name: tensor.clone() for name, tensor in add_update(llama_tensors()).items()}
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"):
+        broken[name][3, 4] = float("nan")
+    tuned = write(tmp_path / "broken", broken)
+    _, told = probe("spectrum", sides[0], tuned, "--ray", two.address, "--out", tmp_path / "run", code=1)
+    assert re.fullmatch(r"error: \S+ in \S+: contains 1 NaN .*\n", told), told
 
 
 def test_a_killed_driver_goes_on_where_it_was(two, tmp_path):
