@@ -297,6 +297,31 @@ def test_on_several_devices_closing_stops_them_all():
     assert not [one for one in threading.enumerate() if one.name.startswith("device-")]
 
 
+@pytest.mark.parametrize("broken", [None, 450])
+def test_on_several_devices_few_results_wait_for_a_slow_consumer(broken):
+    started = []
+
+    def work(card, item):
+        started.append(item)
+        if item == broken:
+            raise ValueError("planted")
+        return item
+
+    stream = by_card([*range(500)], 2, work)
+    next(stream)
+    before = 0
+    while len(started) > before:
+        before = len(started)
+        time.sleep(0.2)
+    assert before < 60
+    if broken is None:
+        stream.close()
+    else:
+        with pytest.raises(ValueError, match="planted"):
+            list(stream)
+    assert not [one for one in threading.enumerate() if one.name.startswith("device-")]
+
+
 def test_small_matrices_share_a_task_of_a_cluster():
     def sizes(items, slots=1, together=1 << 22):
         groups = grouped(items, identity, slots, together)
