@@ -1,8 +1,8 @@
 """Per-matrix jobs on a Ray cluster (`--ray`): what `scheduling.run_jobs` does on one machine, as Ray tasks.
 
-A task takes one GPU where the cluster has any, one core otherwise; Ray does it again elsewhere where its worker or its
-node dies. Inputs and --out lie where every node sees them. `pip install lowrank_probe[ray]`, the same version on every
-node.
+A task takes one GPU where the cluster has any, one core otherwise, and does one matrix, or several small ones in turn;
+Ray does it again elsewhere where its worker or its node dies. Inputs and --out lie where every node sees them.
+`pip install lowrank_probe[ray]`, the same version on every node.
 """
 
 import logging
@@ -24,6 +24,12 @@ from lowrank_probe.running_models import first_line
 RETRIES: Final = 5
 # Tasks that wait in Ray for each that can run: the next is there when one ends, and no more results than these wait.
 AHEAD: Final = 2
+# Entries of the small matrices that one task does together: those of one matrix that takes about a second. A task by
+# itself costs about 10 ms, which a matrix counts as in `LEAST`.
+TOGETHER: Final = 1 << 22
+LEAST: Final = 1 << 13
+# Tasks of small matrices for each that can run, at least: the last to end is a small part of the whole.
+SHARES: Final = 8
 # Bytes that a task asks Ray for, an entry of its matrix: both sides, ΔW and scratch in float32.
 BYTES_PER_ENTRY: Final = 20
 # Ray's own address of the cluster that this process is in → the one that was given for it.
@@ -72,13 +78,13 @@ def _knock(address: str) -> None:
 
 def cluster_jobs(
     items: Sequence[Item], entries: Callable[[Item], int], load: Callable[[Item], Loaded],
-    compute: Callable[[Item, Loaded], Done], device: torch.device,
+    compute: Callable[[Item, Loaded], Done], device: torch.device, together: int = TOGETHER,
 ) -> Generator[Done, None, None]:  # fmt: skip
-    """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
+    """Yield compute(item, load(item)) for every item as their tasks finish, largest first; an exception ends the run.
 
     load, compute: as for `run_jobs`; they are pickled once, with what they hold, and run in this process's directory.
-    Closing the iterator cancels what is under way. Raises what a job raised, and `ProbeError` for a job whose worker
-    died again and again.
+    together: as in `grouped`. Closing the iterator cancels what is under way. Raises what a job raised, once all that
+    its task did before was yielded, and `ProbeError` for a task whose worker died again and again.
     """
     import ray
 
@@ -87,30 +93,65 @@ def cluster_jobs(
     run = ray.remote(_run)
     asked = {"num_cpus": 0 if on_gpu else 1, "num_gpus": 1 if on_gpu else 0, "max_retries": RETRIES}
     most = _memory_of_a_node()
-    todo = sorted(items, key=entries)
-    running: dict[Any, Item] = {}
+    todo = grouped(items, entries, _slots(on_gpu), together)[::-1]
+    running: dict[Any, list[Item]] = {}
     try:
         while todo or running:
             while todo and len(running) < AHEAD * _slots(on_gpu):
-                item = todo.pop()
-                memory = min(BYTES_PER_ENTRY * entries(item), most)
-                task = run.options(**asked, memory=memory, scheduling_strategy="SPREAD").remote(job, item)
-                running[task] = item
+                group = todo.pop()
+                memory = min(BYTES_PER_ENTRY * max(map(entries, group)), most)
+                task = run.options(**asked, memory=memory, scheduling_strategy="SPREAD").remote(job, group)
+                running[task] = group
             ready, _ = ray.wait(list(running), num_returns=1)
             for one in ready:
-                item = running.pop(one)
-                yield _result(one, item)
+                group = running.pop(one)
+                results, error = _result(one, group)
+                yield from results
+                if error is not None:
+                    raise error
                 del one
     finally:
         for one in running:
             ray.cancel(one, force=True)
+        ended, _ = ray.wait([*running], num_returns=len(running), timeout=0) if running else ([], [])
+        for one in ended:  # whose worker died: Ray would print so
+            with suppress(ray.exceptions.RayError):
+                ray.get(one)
+
+
+def grouped(items: Sequence[Item], entries: Callable[[Item], int], slots: int, together: int) -> list[list[Item]]:
+    """The items that each task does, largest first: alone, or several that have so many entries `together` at most.
+
+    slots: tasks that can run at once; there are groups for `SHARES` times as many. An item counts as `LEAST` entries at
+    least.
+
+    >>> [len(group) for group in grouped([50_000, *[9000] * 30], int, slots=2, together=20_000)]
+    [1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+    """
+    order = sorted(items, key=entries, reverse=True)
+    sizes = [max(LEAST, entries(item)) for item in order]
+    limit = min(together, sum(sizes) // (SHARES * slots))
+    groups: list[list[Item]] = []
+    left = 0
+    for item, size in zip(order, sizes, strict=True):
+        if not groups or size > left:
+            groups.append([])
+            left = limit
+        groups[-1].append(item)
+        left -= size
+    return groups
 
 
 _jobs: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {}
 
 
-def _run(job: list[Any], item: Any) -> Any:
-    """One task, in a worker: one thread, so that as many as there are cores run beside each other."""
+def _run(job: list[Any], group: list[Any]) -> bytes:
+    """One task, in a worker: what its items gave, up to the first that raised, and what that raised, pickled.
+
+    One thread, so that as many tasks as there are cores run beside each other. Pickled here, because arrays that Ray
+    itself unpickles cannot be written to and hold their place in its object store; and returned, because Ray prints the
+    traceback of what a task raised where nobody asks for its result any more.
+    """
     import ray
     from threadpoolctl import threadpool_limits
 
@@ -123,23 +164,31 @@ def _run(job: list[Any], item: Any) -> Any:
             os.chdir(directory)
     load, compute = _jobs[key]
     torch.set_num_threads(1)
+    done: list[Any] = []
+    raised = None
     with threadpool_limits(1):
-        return compute(item, load(item))
+        try:
+            for item in group:
+                done.append(compute(item, load(item)))  # noqa: PERF401 - what is done is returned beside what was raised
+        except Exception as error:
+            raised = error
+    return ray.cloudpickle.dumps((done, raised))  # type: ignore[no-any-return]
 
 
-def _result(reference: Any, item: Any) -> Any:
+def _result(reference: Any, group: list[Any]) -> tuple[list[Any], Exception | None]:
     import ray
 
     try:
-        return ray.get(reference)
+        return ray.cloudpickle.loads(ray.get(reference))  # type: ignore[no-any-return]
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise (cause if isinstance(cause, Exception) else error) from None
     except ray.exceptions.RayError as error:
-        name = getattr(item, "name", item)
+        name = getattr(group[0], "name", group[0])
+        others = f" or one of the {len(group) - 1} smaller ones of its task" if len(group) > 1 else ""
         raise ProbeError(
-            f"{name}: its worker died {RETRIES + 1} times ({type(error).__name__}: {first_line(error)}); more memory "
-            "for a worker, or fewer of them on a node?"
+            f"{name}{others}: its worker died {RETRIES + 1} times ({type(error).__name__}: {first_line(error)}); more "
+            "memory for a worker, or fewer of them on a node?"
         ) from None
 
 

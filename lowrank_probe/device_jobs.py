@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Queue
 from typing import Any, Final, Generic, TypeVar
 
 import torch
@@ -174,8 +174,11 @@ class _Queue(Generic[Item]):
 
 
 def _beside_each_other(streams: Sequence[Generator[Done, None, None]]) -> Iterator[Done]:
-    """What several generators yield, each in a thread of its own; the first exception ends them all."""
-    found: SimpleQueue[tuple[Any, BaseException | None] | None] = SimpleQueue()
+    """What several generators yield, each in a thread of its own; the first exception ends them all.
+
+    No more than a few results of each wait for whoever consumes them.
+    """
+    found: Queue[tuple[Any, BaseException | None] | None] = Queue(COMPUTING * len(streams))
     stop = threading.Event()
 
     def run(stream: Generator[Done, None, None]) -> None:
@@ -208,6 +211,8 @@ def _beside_each_other(streams: Sequence[Generator[Done, None, None]]) -> Iterat
             yield done
     finally:
         stop.set()
+        while left:  # one that waits for room in the queue gets it
+            left -= found.get() is None
         for thread in threads:
             thread.join()
 

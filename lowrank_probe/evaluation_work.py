@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from lowrank_probe.cluster import cluster_jobs
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.evaluation_models import Sides, open_sides
 from lowrank_probe.evaluation_states import Group
 from lowrank_probe.options import Progress
-from lowrank_probe.scheduling import run_jobs
 from lowrank_probe.scoring import Score, Scorer, Task
 from lowrank_probe.swapping import Factors, Piece, Swapper, factorise
 
@@ -147,7 +147,7 @@ def score_on_cluster(
     scores = {name: found for name in names if (found := _kept(store, name)) is not None}
     pending = [name for name in names if name not in scores or name == "tuned"]  # which says what is kept of it
     job = _Job(base, tuned, states, scorer.task, scorer.batch, scorer.device, key)
-    jobs = run_jobs(pending, lambda _: n_parameters, job.load, job.compute, scorer.device, cluster=True)
+    jobs = cluster_jobs(pending, lambda _: n_parameters, job.load, job.compute, scorer.device, together=0)
     done = len(names) - len(pending)
     with closing(jobs):
         for name, found, kept in jobs:

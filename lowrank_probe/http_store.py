@@ -1,4 +1,4 @@
-"""Files on a plain HTTP server, by range requests through the standard library: nothing else to install.
+"""Files on a plain HTTP server, by range requests over connections that are kept (`http_connections`).
 
 A span is one request, read as it comes; where the connection breaks, the rest of it is asked for again. Every answer
 says which version of the file it is of (ETag, Last-Modified, size), and is compared with the first.
@@ -9,17 +9,16 @@ import base64
 import re
 import ssl
 from collections.abc import Mapping
-from http.client import HTTPException, HTTPResponse, InvalidURL
 from typing import Final
-from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
-from urllib.request import Request, build_opener
 
-from lowrank_probe import __version__
+from urllib3 import BaseHTTPResponse
+from urllib3.exceptions import HTTPError, URLSchemeUnknown
+
+from lowrank_probe import __version__, http_connections
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.remote_store import Missing, Passing, Stat, changed, patiently
 
-TIMEOUT_S: Final = 20.0
 # The first request of a file brings these, the length of a safetensors header.
 _HEAD: Final = 8
 _PIECE: Final = 1 << 20
@@ -39,8 +38,8 @@ class HttpStore:
         self._parts = parts._replace(netloc=host, fragment="")
         self.root = urlunsplit((parts.scheme, host, parts.path, "", "")).rstrip("/")
         self._headers = {"Accept-Encoding": "identity", "User-Agent": f"lowrank_probe/{__version__}"}
-        self._authorization = f"Basic {base64.b64encode(unquote(user).encode()).decode()}" if at else ""
-        self._opener = build_opener()
+        basic = f"Basic {base64.b64encode(unquote(user).encode()).decode()}"
+        self._authorization = {"Authorization": basic} if at else {}
         self._stats: dict[str, Stat] = {}
         self.forbidden = ""
 
@@ -74,7 +73,7 @@ class HttpStore:
     def check_unchanged(self) -> None:
         """Nothing to ask: every answer was compared."""
 
-    def answer(self, path: str, start: int, stop: int) -> HTTPResponse:
+    def answer(self, path: str, start: int, stop: int) -> BaseHTTPResponse:
         """The answer whose body is these bytes. Raises `Passing`, `CheckpointError`."""
         try:
             answer = self._ask(path, {"Range": f"bytes={start}-{stop - 1}"})
@@ -108,41 +107,45 @@ class HttpStore:
             # Ranges are not its business; a small file can still be read whole.
             return Stat(int(answer.headers.get("Content-Length") or 0), _marks(answer))
 
-    def _ask(self, path: str, headers: Mapping[str, str]) -> HTTPResponse:
+    def _ask(self, path: str, headers: Mapping[str, str]) -> BaseHTTPResponse:
         """Raises `Passing`, `Missing`, `CheckpointError`."""
         name = self._name(path)
         below = f"{self._parts.path.rstrip('/')}/{quote(path)}" if path else self._parts.path
         address = urlunsplit(self._parts._replace(path=quote(below, safe=_SAFE)))
-        request = Request(address, headers={**self._headers, **headers})
-        if self._authorization:
-            request.add_unredirected_header("Authorization", self._authorization)
         try:
-            answer: HTTPResponse = self._opener.open(request, timeout=TIMEOUT_S)
-        except HTTPError as error:
-            with error:
-                told = f"its server answers {error.code} {error.reason}".rstrip()
-                if error.code in _PASSING:
-                    wait = error.headers.get("Retry-After") or ""
-                    raise Passing(told, float(wait) if wait.isdigit() else 0.0) from None
-                if error.code in _MISSING:
-                    raise Missing from None
-                if error.code == 403:  # object stores say so of what is not there
-                    raise Missing(f"{name}: {told}; {_MEND}") from None
-                if error.code == 401:
-                    raise CheckpointError(f"{name}: {told}; {_MEND}") from None
-                if error.code == 416:
-                    raise self._past_the_end(path, error) from None
-                raise CheckpointError(f"{name}: {told}; download it and give the directory") from None
-        except InvalidURL:  # what it says has the query in it
-            raise CheckpointError(f"{name}: is no valid address (a space, or a port that is no number?)") from None
-        except (OSError, HTTPException) as error:
-            reason = error.reason if isinstance(error, URLError) else error
+            answer = http_connections.get(address, {**self._headers, **headers}, self._authorization)
+        except URLSchemeUnknown as error:  # of where it redirects to, or of a proxy
+            raise CheckpointError(f"{name}: {error}") from None
+        except ValueError:  # what it says has the query in it
+            raise CheckpointError(
+                f"{name}: is no valid address, or redirects to none, or its proxy's is none (a port that is no number?)"
+            ) from None
+        except (OSError, HTTPError) as error:
+            reason = error.__cause__ or error
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise CheckpointError(f"{name}: {reason}") from None
-            raise Passing(f"its server cannot be reached ({reason or type(reason).__name__})") from None
-        return answer
+            raise Passing(f"its server cannot be reached ({str(reason) or type(reason).__name__})") from None
+        if answer.status < 300:
+            return answer
+        http_connections.close(answer)
+        raise self._refusal(path, answer)
 
-    def _range(self, path: str, answer: HTTPResponse) -> tuple[Stat, int, int]:
+    def _refusal(self, path: str, answer: BaseHTTPResponse) -> Exception:
+        name, told = self._name(path), f"its server answers {answer.status} {answer.reason or ''}".rstrip()
+        if answer.status in _PASSING:
+            wait = answer.headers.get("Retry-After") or ""
+            return Passing(told, float(wait) if wait.isdigit() else 0.0)
+        if answer.status in _MISSING:
+            return Missing()
+        if answer.status == 403:  # object stores say so of what is not there
+            return Missing(f"{name}: {told}; {_MEND}")
+        if answer.status == 401:
+            return CheckpointError(f"{name}: {told}; {_MEND}")
+        if answer.status == 416:
+            return self._past_the_end(path, answer)
+        return CheckpointError(f"{name}: {told}; download it and give the directory")
+
+    def _range(self, path: str, answer: BaseHTTPResponse) -> tuple[Stat, int, int]:
         """(what the answer says of the file, its first byte, its last byte)."""
         found = _RANGE.fullmatch(answer.headers.get("Content-Range") or "")
         if found is None or found[1] is None:
@@ -152,15 +155,15 @@ class HttpStore:
             )
         return Stat(int(found[3]), _marks(answer)), int(found[1]), int(found[2])
 
-    def _past_the_end(self, path: str, error: HTTPError) -> Exception:
-        found = _RANGE.fullmatch(error.headers.get("Content-Range") or "")
+    def _past_the_end(self, path: str, answer: BaseHTTPResponse) -> Exception:
+        found = _RANGE.fullmatch(answer.headers.get("Content-Range") or "")
         now = Stat(int(found[3]) if found else 0)
         before = self._stats.get(path)
         if before is None:
             return CheckpointError(f"{self._name(path)}: is empty; is the upload complete?")
         return changed(self._name(path), before, now)
 
-    def _no_ranges(self, path: str, answer: HTTPResponse) -> CheckpointError:
+    def _no_ranges(self, path: str, answer: BaseHTTPResponse) -> CheckpointError:
         return CheckpointError(
             f"{self._name(path)}: its server has no range requests (it answers {answer.status} with the whole file); "
             "download it and give the directory, or serve it by a server that has them (nginx, Apache, an object store)"
@@ -176,16 +179,16 @@ class HttpStore:
         return f"{self.root}/{path}" if path else self.root
 
 
-def _marks(answer: HTTPResponse) -> dict[str, str]:
+def _marks(answer: BaseHTTPResponse) -> dict[str, str]:
     etag, modified = answer.headers.get("ETag"), answer.headers.get("Last-Modified")
     found = {"etag": etag and etag.removeprefix("W/"), "modified": modified}
     return {key: value for key, value in found.items() if value}
 
 
-def _read(answer: HTTPResponse) -> bytes:
+def _read(answer: BaseHTTPResponse) -> bytes:
     try:
         return answer.read()
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPError) as error:
         raise Passing(f"the connection broke ({type(error).__name__})") from None
 
 
@@ -194,7 +197,7 @@ class _HttpSpan:
 
     def __init__(self, store: HttpStore, path: str, start: int, stop: int) -> None:
         self._store, self._path, self._at, self._stop = store, path, start, stop
-        self._answer: HTTPResponse | None = None
+        self._answer: BaseHTTPResponse | None = None
 
     def readinto(self, view: memoryview, /) -> int:
         wanted = view[: min(len(view), self._stop - self._at, _PIECE)]
@@ -209,7 +212,7 @@ class _HttpSpan:
             self._answer = self._store.answer(self._path, self._at, self._stop)
         try:
             got = self._answer.readinto(view)
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPError) as error:
             self.close()
             raise Passing(f"the connection broke at byte {self._at} ({type(error).__name__})") from None
         if not got:

@@ -7,8 +7,9 @@ import re
 import socket
 import struct
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from urllib.parse import urlsplit
 
 _AT_ONCE = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing sends a reset
 
@@ -17,13 +18,20 @@ class Files:
     """What a server has, `files` (path → bytes), and what was asked of it, `asked` (path, range, status, bytes sent).
 
     before(path, number of the request): "" to answer well, or a fault: a status such as "503", "drop" (half of the
-    body, then the connection closes), "reset", "whole" (200 in spite of a range), "other" (other bytes than asked).
+    body, then the connection closes), "reset", "whole" (200 in spite of a range), "other" (other bytes than asked),
+    or an address or a path to redirect to. connections: those that were opened.
     """
 
     def __init__(self, root, before=None):
         self.files = {f"/{p.relative_to(root)}": p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
         self.before = before or (lambda path, number: "")
-        self.asked, self.headers, self.marks, self.address = [], [], True, ""
+        self.asked, self.headers, self.connections, self.marks, self.address = [], [], [], True, ""
+
+    def hang_up(self):
+        """Close every connection, as a server does with one that is idle for long."""
+        for connection in self.connections:
+            with suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)
 
     @property
     def sent(self):
@@ -40,21 +48,33 @@ def _mark(body):
 
 
 @contextmanager
-def serving(root, before=None):
-    """Serve a directory; yields its `Files`, with the address in `address`."""
+def serving(root, before=None, context=None):
+    """Serve a directory, by TLS where there is a context for it; yields its `Files`, with the address in `address`."""
     told = Files(root, before)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         disable_nagle_algorithm = True
+        protocol_version = "HTTP/1.1"  # a connection serves one request after the other
+
+        def setup(self):
+            told.connections.append(self.request)
+            super().setup()
 
         def do_GET(self):
-            path = self.path.partition("?")[0]
+            path = urlsplit(self.path).path  # a proxy is asked for whole addresses
             told.headers.append((self.path, dict(self.headers)))
             wanted = self.headers.get("Range")
             told.asked.append((path, wanted, 0, 0))
             number = len(told.asked) - 1
             fault = told.before(path, number)
             body = told.files.get(path)
+            if "/" in fault:
+                told.asked[number] = (path, wanted, 302, 0)
+                self.send_response(302)
+                self.send_header("Location", fault)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if fault.isdigit() or body is None:
                 status = int(fault) if fault.isdigit() else 404
                 told.asked[number] = (path, wanted, status, 0)
@@ -95,8 +115,12 @@ def serving(root, before=None):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    told.address = f"http://127.0.0.1:{server.server_address[1]}"
+    server.daemon_threads = False  # closing waits for them
+    scheme = "http"
+    if context is not None:
+        scheme = "https"
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    told.address = f"{scheme}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -104,4 +128,5 @@ def serving(root, before=None):
     finally:
         server.shutdown()
         thread.join()
+        told.hang_up()
         server.server_close()

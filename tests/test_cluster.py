@@ -1,8 +1,10 @@
 """A real Ray cluster of two nodes on this machine: the same tables, and workers, nodes and drivers that die."""
 
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ import pytest
 import torch
 from evaluated import llama, moved, saved, texts
 from pairs import add_update, llama_tensors, write
-from test_cli import ENVIRONMENT, PROBE, fails
+from test_cli import ENVIRONMENT, PROBE, fails, probe
 
 import lowrank_probe as lp
 from lowrank_probe import cluster
@@ -65,8 +67,9 @@ def same(found, expected):
         assert np.array_equal(found.singular_values[name], values)
 
 
-def test_a_spectrum_is_that_of_one_machine(two, sides):
-    found = lp.spectrum(*sides, ray=two.address)
+def test_a_spectrum_is_that_of_one_machine(two, sides, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "SHARES", 1)  # several matrices a task
+    found = lp.spectrum(*sides, ray=two.address, out=tmp_path / "run")
     torch.set_num_threads(1)
     same(found, lp.spectrum(*sides, device="cpu"))
     assert found.facts["device"] == {"type": "cpu", "name": "Ray cluster", "n_threads": 1}
@@ -121,6 +124,55 @@ def test_what_a_job_raises_is_raised_here(two, sides, tmp_path):
         lp.spectrum(sides[0], write(tmp_path / "broken", broken), ray=two.address)
 
 
+def run(items, compute, together=cluster.TOGETHER):
+    """The jobs of items of one size, here."""
+    return cluster.cluster_jobs(items, lambda i: 64, lambda i: i, compute, torch.device("cpu"), together)
+
+
+def test_what_a_task_did_before_it_failed_is_not_lost(two, monkeypatch):
+    monkeypatch.setattr(cluster, "SHARES", 1)
+    cluster.join(two.address, "auto")
+
+    def compute(item, _):
+        if item == 3:
+            raise KeyError("no three")
+        return item
+
+    found = []
+    with pytest.raises(KeyError, match="no three"):
+        found.extend(run(range(8), compute))  # 0 to 3 by one task, 4 to 7 by another
+    assert {0, 1, 2} <= set(found)
+
+
+def test_a_worker_that_is_killed_costs_its_own_task_alone(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "SHARES", 1)
+    cluster.join(two.address, "auto")
+
+    def compute(item, _):
+        with open(tmp_path / f"{item}", "a") as file:
+            file.write("begun\n")
+        if item == 2 and len((tmp_path / "2").read_text().splitlines()) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    assert sorted(run(range(12), compute)) == [*range(12)]
+    times = [len((tmp_path / f"{item}").read_text().splitlines()) for item in range(12)]
+    assert times == [2, 2, 2, *[1] * 9]
+
+
+def test_arrays_can_be_written_to_and_hold_no_place_in_the_clusters_memory(two):
+    cluster.join(two.address, "auto")
+
+    def compute(item, _):
+        return np.full(1 << 18, float(item))  # 2 MiB, of 80 MiB a node
+
+    found = []
+    for values in run(range(100), compute, together=0):
+        values += 1
+        found.append(values)
+    assert sorted(values[0] for values in found) == [*range(1, 101)]
+
+
 class Waiting:
     """Four jobs that say where they run, and wait there until they are let go; run by a thread."""
 
@@ -172,6 +224,43 @@ def test_a_job_whose_worker_always_dies_is_named(two, monkeypatch):
 
     with pytest.raises(ProbeError, match="its worker died 2 times"):
         list(cluster.cluster_jobs(["lm_head.weight"], len, str, compute, torch.device("cpu")))
+
+
+# A driver that stops while the jobs that it did not ask for yet end badly.
+STOPPING = """
+import os, sys, time
+import torch
+from lowrank_probe import cluster
+cluster.join(sys.argv[1], "auto")
+cluster.RETRIES = 0
+def compute(item, _):
+    if item:
+        {end}
+    return item
+jobs = cluster.cluster_jobs(range(4), lambda i: 1, lambda i: i, compute, torch.device("cpu"))
+next(jobs)
+time.sleep(3)
+jobs.close()
+del jobs
+time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("end", ["raise ValueError('of a job')", "os.kill(os.getpid(), 9)"])
+def test_jobs_that_end_badly_unseen_are_not_printed(two, end):
+    command = [sys.executable, "-c", STOPPING.format(end=end), two.address]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    told = [line for line in done.stderr.splitlines() if "A worker died or was killed" not in line]  # Ray's own
+    assert (done.returncode, told) == (0, [])
+
+
+def test_a_failed_command_says_one_line(two, sides, tmp_path):
+    broken = {name: tensor.clone() for name, tensor in add_update(llama_tensors()).items()}
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"):
+        broken[name][3, 4] = float("nan")
+    tuned = write(tmp_path / "broken", broken)
+    _, told = probe("spectrum", sides[0], tuned, "--ray", two.address, "--out", tmp_path / "run", code=1)
+    assert re.fullmatch(r"error: \S+ in \S+: contains 1 NaN .*\n", told), told
 
 
 def test_a_killed_driver_goes_on_where_it_was(two, tmp_path):

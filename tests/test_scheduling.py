@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 
+from lowrank_probe.cluster import grouped
 from lowrank_probe.device_jobs import COMPUTING, READ_AHEAD, Memory
 from lowrank_probe.scheduling import MAX_WORKERS, SHARE_OF_LARGEST, run_jobs
 
@@ -334,3 +335,44 @@ def test_matrices_beside_each_other_stay_within_the_memory_that_was_asked_for():
     items = [100, *[10] * 12]
     assert sorted(run_jobs(items, identity, identity, compute, CPU, memory)) == sorted(items)
     assert max(total for total in most if total != 100) <= 25
+
+
+@pytest.mark.parametrize("broken", [None, 450])
+def test_on_several_devices_few_results_wait_for_a_slow_consumer(broken):
+    started = []
+
+    def work(card, item):
+        started.append(item)
+        if item == broken:
+            raise ValueError("planted")
+        return item
+
+    stream = by_card([*range(500)], 2, work)
+    next(stream)
+    before = 0
+    while len(started) > before:
+        before = len(started)
+        time.sleep(0.2)
+    assert before < 60
+    if broken is None:
+        stream.close()
+    else:
+        with pytest.raises(ValueError, match="planted"):
+            list(stream)
+    assert not [one for one in threading.enumerate() if one.name.startswith("device-")]
+
+
+def test_small_matrices_share_a_task_of_a_cluster():
+    def sizes(items, slots=1, together=1 << 22):
+        groups = grouped(items, identity, slots, together)
+        assert [item for group in groups for item in group] == sorted(items, reverse=True)
+        return [len(group) for group in groups]
+
+    experts = [512 * 512] * 400
+    assert sizes(experts) == [16] * 25  # 4,194,304 entries each
+    assert sizes(experts, slots=50) == [1] * 400  # enough for all
+    assert sizes(experts, together=0) == [1] * 400
+    assert sizes([8192 * 8192, *experts])[:2] == [1, 16]
+    assert sizes([64] * 10_000, slots=2) == [512] * 19 + [272]  # 64 entries cost as much as `LEAST` do
+    assert sizes([1, 2, 3]) == [1, 1, 1]
+    assert sizes([]) == []
