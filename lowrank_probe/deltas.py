@@ -34,7 +34,8 @@ class Delta:
 
     shape: (m, n) as (out, in). dense: (m, n) float32 or float64, or None for an adapter, which stays `factors` =
     (B (m, r), A (r, n), scaling). base, tuned: the stored values as (m, n), None for an adapter or an absent base.
-    dot: ⟨ΔW, W_base⟩, summed in the precision of ΔW; NaN for an adapter.
+    cosine: of both sides; dot: ⟨ΔW, W_base⟩, summed in the precision of ΔW; both NaN for an adapter, and where the
+    sides were not kept.
     quantized: at least one side was dequantized, so that its rounding is not that of its values' type.
     """
 
@@ -66,8 +67,8 @@ def read_pair(
     """Read one pair: a `Delta` for a changed matrix, else its ledger line (unchanged, vector).
 
     W: the base's matrix (m, n) as stored, where it was read before. thin: whether a matrix with a side of 1 is a
-    `Delta` too, not a vector. sides: whether the stored values are kept beside ΔW; without them it takes half of the
-    memory, where they lie in a file as they are (`streams`) also while it is read.
+    `Delta` too, not a vector. sides: whether the stored values are kept beside ΔW; without them (and without cosine
+    and dot) it takes half of the memory, where they lie in a file as they are (`streams`) also while it is read.
 
     Raises `NumericsError` naming tensor and file for NaN or Inf, `CheckpointError` for a dtype that is no float.
     """
@@ -83,14 +84,16 @@ def read_pair(
         parts: Runs = zip(_parts(delta), _parts(a), _parts(b), strict=True)
     else:
         delta, parts = _streamed(pair, base, tuned, device)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(4 if sides else 2, dtype=torch.float64, device=device)
     for out, y, x in parts:
         x, y = x.to(delta.dtype), y.to(delta.dtype)
         torch.sub(x, y, out=out)
-        dots = torch.dot(out.reshape(-1), y.reshape(-1)).double()
-        sums += torch.stack([dots, _square(y), _square(x), _square(out)])
-    dot, base_sq, tuned_sq, delta_sq = sums.tolist()
-    if not math.isfinite(base_sq + tuned_sq + delta_sq):
+        found = [_square(y), _square(out)]
+        if sides:
+            found += [_square(x), torch.dot(out.reshape(-1), y.reshape(-1)).double()]
+        sums += torch.stack(found)
+    base_sq, delta_sq, tuned_sq, dot = [*sums.tolist(), math.nan, math.nan][:4]
+    if not math.isfinite(base_sq + delta_sq):  # and so the tuned
         _raise_not_finite([(base, pair.name), (tuned, pair.tuned_name)], pair.part)
     norm, base_norm = math.sqrt(delta_sq), math.sqrt(base_sq)
     relative = norm / base_norm if base_norm > 0 else math.nan
