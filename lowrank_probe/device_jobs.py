@@ -1,6 +1,5 @@
 """Per-matrix jobs on GPUs: on each card the next ones are read while a few compute, all from one queue."""
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -26,8 +25,7 @@ COMPUTING: Final = 3
 
 @dataclass(frozen=True)
 class Memory:
-    """What jobs hold on a device, in bytes. limit: of all together; one that needs more goes alone. there: what the
-    device has at all; one that needs more goes to the host, where that was given.
+    """What jobs hold on a device, in bytes. limit: of all together; one that needs more goes alone.
 
     Of an item, loading: while its matrix is read; waiting: when it is; computing: in `compute`.
     """
@@ -36,7 +34,6 @@ class Memory:
     loading: Callable[[Any], float]
     waiting: Callable[[Any], float]
     computing: Callable[[Any], float]
-    there: float = math.inf
 
     def most(self, item: Any) -> float:
         """Of one item, from its reading to its end."""
@@ -47,26 +44,26 @@ class Memory:
         return sum(map(self.most, items)) <= self.limit
 
 
+@dataclass(frozen=True)
+class Host(Generic[Item, Loaded, Done]):
+    """What the CPU does beside the cards. takes: whether an item is for it; memory: what is held there."""
+
+    takes: Callable[[Item], bool]
+    load: Callable[[Item], Loaded]
+    compute: Callable[[Item, Loaded], Done]
+    memory: Memory | None = None
+
+
 def device_jobs(
     queue: Sequence[Item],
     entries: Callable[[Item], int],
     cards: Sequence[Card[Item, Loaded, Done]],
     memory: Memory | None,
-    host: Card[Item, Loaded, Done] | None = None,
-) -> Iterator[Done]:
-    """Yield compute(item, load(item)) for every item as they finish; queue: largest first; entries: of its matrix.
-
-    host: what is done for an item that is too large for the cards, one after the other beside them.
-    """
-    too_large: list[Item] = []
-    if host and memory:
-        too_large = [item for item in queue if memory.most(item) > memory.there]
-        queue = [item for item in queue if memory.most(item) <= memory.there]
+) -> Generator[Done, None, None]:
+    """Yield compute(item, load(item)) for every item as they finish; queue: largest first; entries: of its matrix."""
     todo = _Queue(_small_ones_first(queue, entries))
     here = [_read_ahead(todo, *card, memory) for card in cards]
-    if host and too_large:
-        here.append(_one_by_one(too_large, *host))
-    yield from here[0] if len(here) == 1 else _beside_each_other(here)
+    yield from beside_each_other(here)
 
 
 def _read_ahead(
@@ -150,13 +147,6 @@ def _read_ahead(
                 future.cancel()
 
 
-def _one_by_one(
-    items: Sequence[Item], load: Callable[[Item], Loaded], compute: Callable[[Item, Loaded], Done], _: torch.device
-) -> Generator[Done, None, None]:
-    for item in items:
-        yield compute(item, load(item))
-
-
 class _Queue(Generic[Item]):
     """What is still to do, for whoever takes it."""
 
@@ -173,7 +163,7 @@ class _Queue(Generic[Item]):
             return None
 
 
-def _beside_each_other(streams: Sequence[Generator[Done, None, None]]) -> Iterator[Done]:
+def beside_each_other(streams: Sequence[Generator[Done, None, None]]) -> Iterator[Done]:
     """What several generators yield, each in a thread of its own; the first exception ends them all.
 
     No more than a few results of each wait for whoever consumes them.

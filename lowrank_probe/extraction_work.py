@@ -17,7 +17,7 @@ from torch import Tensor
 from lowrank_probe.allocation import Unit
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.deltas import READ_ENTRIES, Delta, read_pair, streams
-from lowrank_probe.device_jobs import Card, Memory
+from lowrank_probe.device_jobs import Card, Host, Memory
 from lowrank_probe.devices import Choice
 from lowrank_probe.errors import NumericsError
 from lowrank_probe.factorisation import factorise
@@ -87,6 +87,16 @@ class _Job:
         """What pieces take there; limit: of all that is held on a GPU at once."""
         held = Memory(limit, self.loading, self.waiting, self.computing)
         return self.room.bound(self.device, pieces, held, self.on_disk, lambda piece: piece.name)
+
+    def host(self, pieces: Sequence[Piece]) -> Host[Piece, Delta | None, "Found"]:
+        """What the CPU does of these, beside cards."""
+        here = self.on(torch.device("cpu"))
+
+        def takes(piece: Piece) -> bool:
+            return self.room.takes(piece.target.shape, self.most(piece))
+
+        memory = here.memory([piece for piece in pieces if takes(piece)], math.inf)
+        return Host(takes, here.load, here.placed, memory)
 
     def load(self, piece: Piece) -> Delta | None:
         """ΔW; None where it is 0."""
@@ -353,7 +363,7 @@ class Work:
         memory = job.memory(todo, IN_FLIGHT * 4 * max(map(size, every), default=0))
         jobs = run_jobs(
             todo, size, *job.card(), memory, largest, self.cluster, [job.on(other).card() for other in self.others],
-            job.on(torch.device("cpu")).card(),
+            job.host(todo),
         )  # fmt: skip
         with interruptible() as asked_to_stop, closing(jobs):
             for piece, tensors, facts in jobs:

@@ -25,6 +25,8 @@ from lowrank_probe.words import file_size
 Item = TypeVar("Item")
 # Entries that are upcast at a time on a GPU while a Gram matrix is formed.
 _GRAM_CHUNK: Final = DEVICE_ENTRIES // 2
+# Short sides up to this are the CPU's: with 256 an H200 took 13 ms a matrix, of which 2 in the eigen-solver, a core 12.
+SMALL: Final = 512
 # What Python, torch and the report take of a process's memory, and CUDA's context and workspaces of a card's.
 HOST_RESERVE: Final = 700_000_000
 CARD_RESERVE: Final = 800_000_000
@@ -99,6 +101,11 @@ class Room:
         """What a matrix is read and computed in that takes at most so many bytes: of a host, its disk where needed."""
         return spilling.on_disk(self.folder) if device.type == "cpu" and most > self.host else nullcontext()
 
+    def takes(self, shape: tuple[int, int], most: float) -> bool:
+        """Whether a matrix (m, n) that takes so many bytes is the CPU's, where there are cards: it is too large for
+        them, or so small that they would wait for its launches."""
+        return most > self.card or min(shape) <= SMALL
+
     def bound(
         self, device: torch.device, items: Sequence[Item], on_card: Memory, on_disk: Callable[[Item], float],
         name: Callable[[Item], str],
@@ -109,27 +116,21 @@ class Room:
         Raises `ProbeError` for one that the host has no room for even so.
         """
         if device.type != "cpu":
-            self._check([item for item in items if on_card.most(item) > self.card], on_card, on_disk, name)
-            return replace(on_card, limit=min(on_card.limit, self.card), there=self.card)
+            return replace(on_card, limit=min(on_card.limit, self.card))
         if math.isinf(self.host):
             return None
-        self._check(items, on_card, on_disk, name)
-
-        def held(item: Item) -> float:
-            return found if (found := on_card.most(item)) <= self.host else on_disk(item)
-
-        return Memory(self.host, held, held, held)
-
-    def _check(
-        self, items: Sequence[Item], in_memory: Memory, on_disk: Callable[[Item], float], name: Callable[[Item], str]
-    ) -> None:
         for item in items:
-            needed = min(on_disk(item), in_memory.most(item))
+            needed = min(on_disk(item), on_card.most(item))
             if needed > self.host:
                 raise ProbeError(
                     f"{name(item)}: needs --memory {file_size(needed + HOST_RESERVE)}, found "
                     f"{file_size(self.host + HOST_RESERVE)}; give more, or leave it out with --exclude {name(item)}"
                 )
+
+        def held(item: Item) -> float:
+            return found if (found := on_card.most(item)) <= self.host else on_disk(item)
+
+        return Memory(self.host, held, held, held)
 
 
 def find_room(memory: float | None, gpu_memory: float | None, choice: Choice, folder: Path | None) -> Room:

@@ -2,7 +2,7 @@
 
 Linear algebra of small matrices does not fill several cores, so matrices run beside each other, each on its share of
 the cores. How many may be in memory at once is bounded by the largest one: beside each other, matrices never hold more
-than 72 % of its entries, so that it alone sets the memory needed.
+than 72 % of its entries, so that it alone sets the memory needed, unless all are small.
 """
 
 import ctypes
@@ -18,10 +18,12 @@ from typing import Final
 import torch
 from threadpoolctl import threadpool_limits
 
-from lowrank_probe.device_jobs import Card, Done, Item, Loaded, Memory, device_jobs
+from lowrank_probe.device_jobs import Card, Done, Host, Item, Loaded, Memory, beside_each_other, device_jobs
 
 MAX_WORKERS: Final = 4
 SHARE_OF_LARGEST: Final = 0.72
+# So many entries may be beside each other however small the largest matrix is: 100 MB in all.
+TOGETHER: Final = 1 << 22
 # glibc: bytes from which a block is mapped by itself, and its default for giving the top of a heap back.
 MAPPED_FROM: Final = 10_000_000
 TRIMMED_FROM: Final = 1 << 17
@@ -38,15 +40,15 @@ def run_jobs(
     largest: int = 0,
     cluster: bool = False,
     others: Sequence[Card[Item, Loaded, Done]] = (),
-    host: Card[Item, Loaded, Done] | None = None,
+    host: Host[Item, Loaded, Done] | None = None,
 ) -> Generator[Done, None, None]:
     """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
     entries: the size of an item's matrix. memory: what is held on the device, where that is bounded. largest: entries
     of the largest matrix that the run reads at all, where that is none of the items: on a CPU it sets how many go
     beside each other. cluster: as tasks of Ray (`cluster`). others: further GPUs of the same kind, which take items
-    from the same queue. host: what is done there for an item that is too large for a GPU. Closing the iterator (Ctrl-C)
-    waits for what is running and drops the rest.
+    from the same queue. host: what the CPU does beside them. Closing the iterator (Ctrl-C) waits for what is running
+    and drops the rest.
     """
     if cluster:
         from lowrank_probe.cluster import cluster_jobs
@@ -56,12 +58,23 @@ def run_jobs(
     queue = sorted(items, key=entries, reverse=True)
     if device.type != "cpu":
         _set_malloc(TRIMMED_FROM)
-        yield from device_jobs(queue, entries, [(load, compute, device), *others], memory, host)
+        mine, on_host = queue, list[Item]()
+        if host is not None:
+            mine = [item for item in queue if not host.takes(item)]
+            on_host = [item for item in queue if host.takes(item)]
+        streams = []
+        if mine:
+            streams.append(device_jobs(mine, entries, [(load, compute, device), *others], memory))
+        if on_host:
+            assert host is not None
+            streams.append(run_jobs(on_host, entries, host.load, host.compute, torch.device("cpu"), host.memory))
+        yield from beside_each_other(streams)
         return
     cores = torch.get_num_threads()
     sizes = [entries(item) for item in queue]
     largest = max([largest, *sizes[:1]])
-    workers = _workers(sizes, largest, cores)
+    limit = max(SHARE_OF_LARGEST * largest, TOGETHER)
+    workers = _workers(sizes, limit, cores)
 
     def job(item: Item) -> Done:
         return compute(item, load(item))
@@ -76,7 +89,6 @@ def run_jobs(
             torch.set_num_threads(cores)
         return
     share = max(1, cores // workers)
-    limit = SHARE_OF_LARGEST * largest
     running: dict[Future[Done], Item] = {}
     finished: set[Future[Done]] = set()
     with (
@@ -155,9 +167,9 @@ def _set_malloc(trimmed_from: int) -> None:
         _glibc.mallopt(-8, 1)  # M_ARENA_MAX: worker threads share one heap
 
 
-def _workers(sizes: Sequence[int], largest: int, cores: int) -> int:
-    """As many as fit beside each other most of the time, within the largest matrix's memory."""
+def _workers(sizes: Sequence[int], limit: float, cores: int) -> int:
+    """As many as fit beside each other most of the time; limit: entries of all together."""
     if not sizes:
         return 1
     typical = sorted(sizes)[len(sizes) // 2]
-    return max(1, min(cores, MAX_WORKERS, int(SHARE_OF_LARGEST * largest / max(1, typical))))
+    return max(1, min(cores, MAX_WORKERS, int(limit / max(1, typical))))

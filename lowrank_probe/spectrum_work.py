@@ -14,7 +14,7 @@ import torch
 
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.deltas import Delta, read_pair
-from lowrank_probe.device_jobs import Card, Memory
+from lowrank_probe.device_jobs import Card, Host, Memory
 from lowrank_probe.footprints import Footprint, Room
 from lowrank_probe.ledger import ledger_line
 from lowrank_probe.matching import Pair
@@ -87,6 +87,16 @@ class Job:
         return self.room.bound(
             self.settings.device, pairs, held, lambda pair: self.footprint(pair).on_disk, lambda pair: pair.key
         )
+
+    def host(self, pairs: Sequence[Pair]) -> Host[Pair, _Loaded, Done]:
+        """What the CPU does of these, beside cards."""
+        here = self.on(torch.device("cpu"))
+
+        def takes(pair: Pair) -> bool:
+            found = self.footprint(pair)
+            return self.room.takes(found.shape, found.most)
+
+        return Host(takes, here.load, here.compute, here.memory([pair for pair in pairs if takes(pair)]))
 
     def _place(self, pair: Pair) -> AbstractContextManager[None]:
         return self.room.place(self.settings.device, self.footprint(pair).most)

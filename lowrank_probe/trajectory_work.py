@@ -19,7 +19,7 @@ from lowrank_probe import svd
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.columns import AMPLIFICATION, SIMILARITY
 from lowrank_probe.deltas import Delta, read_pair, read_part
-from lowrank_probe.device_jobs import Card, Memory
+from lowrank_probe.device_jobs import Card, Host, Memory
 from lowrank_probe.footprints import Footprint, Room
 from lowrank_probe.layers import is_conv1d
 from lowrank_probe.matching import Pair
@@ -71,10 +71,9 @@ class Comparison:
                 rows[name] = kept["similarity"], kept["amplification"]
         todo = [name for name in names if name not in rows]
         done = sum(sizes[name] for name in rows)
-        on_host = replace(self, device=torch.device("cpu"))
         jobs = run_jobs(
             todo, sizes.__getitem__, *self._card(pairs, lines), self._memory(pairs, todo),
-            host=on_host._card(pairs, lines),
+            host=self._host(pairs, lines, todo),
         )  # fmt: skip
         with interruptible() as asked_to_stop, closing(jobs):
             for name, found in jobs:
@@ -100,6 +99,16 @@ class Comparison:
         self, pairs: Mapping[str, Pair], lines: Mapping[str, Mapping[str, dict[str, Any]]]
     ) -> Card[str, Any, Any]:
         return partial(self._base_matrix, pairs), partial(self._placed, pairs, lines), self.device
+
+    def _host(self, pairs: Mapping[str, Pair], lines: Lines, names: Sequence[str]) -> Host[str, Any, Any]:
+        here = replace(self, device=torch.device("cpu"))
+
+        def takes(name: str) -> bool:
+            found = self._footprint(pairs[name])
+            return self.room.takes(found.shape, found.most)
+
+        load, compute, _ = here._card(pairs, lines)
+        return Host(takes, load, compute, here._memory(pairs, [name for name in names if takes(name)]))
 
     def _footprint(self, pair: Pair) -> Footprint:
         stored = [side.tensors[pair.tuned_name] for side in self.sides.values() if pair.tuned_name in side.tensors]

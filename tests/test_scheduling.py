@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lowrank_probe.cluster import grouped
-from lowrank_probe.device_jobs import COMPUTING, READ_AHEAD, Memory
-from lowrank_probe.scheduling import MAX_WORKERS, SHARE_OF_LARGEST, run_jobs
+from lowrank_probe.device_jobs import COMPUTING, READ_AHEAD, Host, Memory
+from lowrank_probe.scheduling import MAX_WORKERS, SHARE_OF_LARGEST, TOGETHER, run_jobs
 
 CPU = torch.device("cpu")
 
@@ -28,9 +28,14 @@ def identity(item):
     return item
 
 
-def jobs(items, job, device):
+def large(item):
+    """Entries of an item that is not small, whatever its number."""
+    return item * TOGETHER
+
+
+def jobs(items, job, device, entries=identity):
     """`run_jobs` on items that are their own sizes, with nothing to load."""
-    return run_jobs(items, identity, identity, lambda item, _: job(item), device)
+    return run_jobs(items, entries, identity, lambda item, _: job(item), device)
 
 
 @pytest.mark.parametrize("items", [[], [5], [3, 1, 2], [100, *range(1, 40)], [7] * 20, [0, 0, 0]], ids=str)
@@ -40,7 +45,7 @@ def test_every_item_comes_back_once(items):
 
 def test_one_after_the_other_largest_first_where_nothing_fits_beside():
     order = []
-    assert list(jobs([3, 9, 9, 1], lambda item: order.append(item) or item, CPU)) == [9, 9, 3, 1]
+    assert list(jobs([3, 9, 9, 1], lambda item: order.append(item) or item, CPU, large)) == [9, 9, 3, 1]
     assert order == [9, 9, 3, 1]
 
 
@@ -59,7 +64,7 @@ def test_matrices_beside_each_other_stay_within_a_share_of_the_largest():
             running.remove(size)
         return size
 
-    assert sorted(jobs(sizes, job, CPU)) == sorted(sizes)
+    assert sorted(jobs(sizes, job, CPU, large)) == sorted(sizes)
     assert 1 < max(most) <= MAX_WORKERS
     assert max(peaks) <= SHARE_OF_LARGEST * 1000
 
@@ -78,7 +83,7 @@ def test_a_larger_matrix_elsewhere_lets_more_go_beside_each_other():
 
     for largest, most in ((0, 10), (100, 40)):
         peaks.clear()
-        stream = run_jobs([10] * 12, identity, identity, lambda item, _: job(item), CPU, largest=largest)
+        stream = run_jobs([10] * 12, large, identity, lambda item, _: job(item), CPU, largest=large(largest))
         assert list(stream) == [10] * 12
         assert 10 <= max(peaks) <= most
     assert max(peaks) > 10
@@ -297,26 +302,24 @@ def test_on_several_devices_closing_stops_them_all():
     assert not [one for one in threading.enumerate() if one.name.startswith("device-")]
 
 
-def test_what_is_too_large_for_a_device_goes_to_the_host_one_by_one():
-    memory = Memory(20.0, identity, identity, identity, there=10.0)
-    lock, on_host, at_once = threading.Lock(), [], []
-
-    def host(item, _):
-        with lock:
-            on_host.append(item)
-            at_once.append(len(on_host))
-        time.sleep(0.002)
-        with lock:
-            on_host.remove(item)
-        return item, "host"
-
-    items = [12, 4, 30, 11, 10, 2]
-    card = (identity, lambda item, _: (item, "card"), ELSEWHERE)
-    done = list(run_jobs(items, identity, *card, memory, host=(identity, host, CPU)))
+@pytest.mark.parametrize("items", [[12, 4, 30, 11, 10, 2], [12, 30], [4, 2], []], ids=str)
+def test_beside_devices_the_cpu_does_what_is_its_own(items):
+    host = Host(lambda item: item > 10, identity, lambda item, _: (item, "host"))
+    done = list(run_jobs(items, identity, identity, lambda item, _: (item, "card"), ELSEWHERE, host=host))
     assert sorted(done) == sorted((item, "host" if item > 10 else "card") for item in items)
-    assert set(at_once) == {1}
-    every = run_jobs([12, 30], identity, *card, memory, host=(identity, host, CPU))
-    assert sorted(every) == [(12, "host"), (30, "host")]
+    assert not [one for one in threading.enumerate() if one.name.startswith("device-")]
+
+
+def test_beside_devices_the_cpu_computes_at_the_same_time():
+    together = threading.Barrier(2, timeout=10)
+    host = Host(lambda item: item == 7, identity, lambda item, _: together.wait() + item)
+    done = run_jobs([7, 3], identity, identity, lambda item, _: together.wait() + item, ELSEWHERE, host=host)
+    assert sum(done) == 7 + 3 + 1
+
+
+def test_small_matrices_go_beside_each_other_however_small_the_largest_is():
+    together = threading.Barrier(4, timeout=10)
+    assert list(jobs([1 << 20] * 4, lambda item: together.wait() * 0 + item, CPU)) == [1 << 20] * 4
 
 
 def test_matrices_beside_each_other_stay_within_the_memory_that_was_asked_for():

@@ -204,11 +204,15 @@ def test_one_that_does_not_fit_even_on_disk_is_named(tmp_path):
     with pytest.raises(ProbeError, match=r"matrix of 5000000000: needs --memory 3.7 GB, found 2.7 GB; .*--exclude"):
         _bound(room, "cpu", [3, 5_000_000_000], 3e9)
     assert _bound(room, "cpu", [3], 3e9) is not None, "in memory it fits"
-    # On a card only what the host has to take is looked at.
-    room = Room(8e9, 2e9, tmp_path)
-    assert _bound(room, "meta", [3_000_000_000], 3e9).there == 8e9
-    with pytest.raises(ProbeError, match="matrix of 5000000000"):
-        _bound(room, "meta", [3_000_000_000, 5_000_000_000], 3e9)
+    assert _bound(Room(8e9, 2e9, tmp_path), "meta", [5_000_000_000], 3e9).limit == 8e9
+
+
+def test_beside_cards_the_cpu_takes_what_is_too_large_and_what_is_small(tmp_path):
+    room = Room(8e9, math.inf, tmp_path)
+    assert room.takes((100_000, 4096), 9e9)
+    assert not room.takes((100_000, 4096), 7e9)
+    assert room.takes((100_000, 512), 7e9)
+    assert not room.takes((513, 100_000), 7e9)
 
 
 def test_room_is_what_was_asked_for_without_what_is_taken_anyway(tmp_path):
