@@ -103,9 +103,9 @@ class _Job:
         return self.waiting(piece) + self._grams(3, piece)
 
     def _weighted_bytes(self, piece: Piece) -> float:
-        """KᵀΔWL and its roots K (m, m), L (n, n), all float64."""
+        """KᵀΔWL and its roots K (m, m), of a table (m,), L (n, n), all float64."""
         m, n = piece.target.shape
-        return 8.0 * (m * n + m * m + n * n)
+        return 8.0 * (m * n + (m if piece.target.kind == "embedding" else m * m) + n * n)
 
     def _grams(self, count: int, piece: Piece) -> float:
         """Bytes of so many Gram matrices, or of one and a part of ΔW upcast."""
