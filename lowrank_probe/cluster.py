@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import torch
 
-from lowrank_probe.device_jobs import Done, Item, Loaded
+from lowrank_probe.device_jobs import Done, Item, Loaded, Memory
 from lowrank_probe.devices import Choice
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.running_models import first_line
@@ -72,11 +72,12 @@ def _knock(address: str) -> None:
 
 def cluster_jobs(
     items: Sequence[Item], entries: Callable[[Item], int], load: Callable[[Item], Loaded],
-    compute: Callable[[Item, Loaded], Done], device: torch.device,
+    compute: Callable[[Item, Loaded], Done], device: torch.device, memory: Memory | None = None,
 ) -> Generator[Done, None, None]:  # fmt: skip
     """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
     load, compute: as for `run_jobs`; they are pickled once, with what they hold, and run in this process's directory.
+    A task asks Ray for `BYTES_PER_ENTRY`, or for what `memory` says that it computes in, where that is more.
     Closing the iterator cancels what is under way. Raises what a job raised, and `ProbeError` for a job whose worker
     died again and again.
     """
@@ -93,8 +94,8 @@ def cluster_jobs(
         while todo or running:
             while todo and len(running) < AHEAD * _slots(on_gpu):
                 item = todo.pop()
-                memory = min(BYTES_PER_ENTRY * entries(item), most)
-                task = run.options(**asked, memory=memory, scheduling_strategy="SPREAD").remote(job, item)
+                needed = max(BYTES_PER_ENTRY * entries(item), memory.computing(item) if memory else 0)
+                task = run.options(**asked, memory=min(needed, most), scheduling_strategy="SPREAD").remote(job, item)
                 running[task] = item
             ready, _ = ray.wait(list(running), num_returns=1)
             for one in ready:

@@ -14,7 +14,7 @@ n = 14,336; `LEAST_RIDGE` is above that.
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from lowrank_probe.errors import OutputError
 from lowrank_probe.model_weights import view_of
 from lowrank_probe.options import Progress
-from lowrank_probe.unfinished import Unfinished
+from lowrank_probe.unfinished import Kept, Unfinished
 
 if TYPE_CHECKING:
     from lowrank_probe.extraction_work import Piece
@@ -50,7 +50,7 @@ class Moments:
     shares.
     """
 
-    store: Unfinished
+    store: Unfinished | Kept
     word: str
 
     def has(self, piece: "Piece") -> bool:
@@ -78,9 +78,19 @@ class Moments:
         return self._read(key, "G", device) if self.has(piece) and "G" in self.store.names(key) else None
 
     def put(self, piece: "Piece", shared: "Piece", tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Keep what was found for a piece, which shares C with an earlier one or itself."""
+        """Keep what was found for a piece, which shares C with an earlier one or itself; in an `Unfinished` only."""
+        assert isinstance(self.store, Unfinished)
         lower = {name: M.float() if M.ndim == 1 else packed_triangle(M) for name, M in tensors.items()}
         self.store.put(self._key(piece), lower, {"shared": self._key(shared), **facts})
+
+    def to_read(self) -> "Moments":
+        """The same to read only, in any process that sees the run's directory: no matrix travels with it."""
+        assert isinstance(self.store, Unfinished)
+        return replace(self, store=self.store.kept(self._prefix))
+
+    @property
+    def _prefix(self) -> str:
+        return f"moments-{self.word}"
 
     def _read(self, key: str, name: str, device: torch.device) -> Tensor:
         return full_matrix(self.store.get(key, name)).to(device)
@@ -89,7 +99,7 @@ class Moments:
         return self.store.facts(self._key(piece))
 
     def _key(self, piece: "Piece") -> str:
-        return piece.key(f"moments-{self.word}")
+        return piece.key(self._prefix)
 
 
 def packed_triangle(M: Tensor) -> Tensor:
@@ -186,6 +196,7 @@ def collect(
 
 
 def _check_room(moments: Moments, needed: int) -> None:
+    assert isinstance(moments.store, Unfinished)
     folder = moments.store.folder
     free = shutil.disk_usage(folder).free
     if needed > free:

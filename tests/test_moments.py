@@ -1,5 +1,9 @@
 """What is captured from running models against hooks, autograd and a replay of the experts."""
 
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers as hf
@@ -317,3 +321,31 @@ def test_pieces_that_are_no_products_are_left_to_the_plain_svd(tmp_path):
     assert not found.has(patches)
     assert found.n_tokens(patches) == 0
     assert all(found.n_tokens(piece) for piece in pieces if piece.target.kind == "linear")
+
+
+def test_other_processes_read_the_moments_where_they_lie(tmp_path):
+    model, _, _, selection = built(tmp_path, llama)
+    found, pieces = collected(model, selection, tmp_path)
+    sent = pickle.dumps(found.to_read())
+    assert len(sent) < 1000 * len(pieces)  # no matrix is in it
+    (tmp_path / "pickled").write_bytes(sent)
+    code = """
+import pickle, sys, torch
+from lowrank_probe.moments import Moments
+moments = pickle.loads(open(sys.argv[1], "rb").read())
+piece = pickle.loads(sys.stdin.buffer.read())
+cpu = torch.device("cpu")
+torch.save([moments.inputs(piece, cpu), moments.gradients(piece, cpu), moments.n_tokens(piece)], sys.argv[2])
+"""
+    for piece in pieces:
+        if piece.target.name in ("lm_head", "model.embed_tokens", "model.layers.1.self_attn.v_proj"):
+            command = [sys.executable, "-c", code, tmp_path / "pickled", tmp_path / "read"]
+            subprocess.run(command, input=pickle.dumps(piece), check=True, cwd="/")
+            C, G, n_tokens = torch.load(tmp_path / "read")
+            assert torch.equal(C, found.inputs(piece, CPU))
+            assert torch.equal(G, found.gradients(piece, CPU))
+            assert n_tokens == 60
+    reader = found.to_read()
+    found.store.remove()
+    with pytest.raises(OutputError, match=r"/log: cannot be read on .*; choose an --out that every node sees"):
+        reader.inputs(pieces[0], CPU)
