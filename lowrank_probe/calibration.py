@@ -115,11 +115,10 @@ class Calibrator:
     def _moments(self, work: Work, progress: Progress | None) -> Moments:
         moments = Moments(work.store, self.text.word)
         pieces = [piece for piece in work.pieces() if work.changed(piece)]
-        if all(moments.has(piece) for piece in pieces if piece.target.kind in SEEN):
-            return moments
-        self._collect(pieces, moments, progress)
-        running.free(self.device)
-        return moments
+        if not all(moments.has(piece) for piece in pieces if piece.target.kind in SEEN):
+            self._collect(pieces, moments, progress)
+            running.free(self.device)
+        return moments.to_read() if work.cluster else moments
 
     def _collect(self, pieces: Sequence[Piece], moments: Moments, progress: Progress | None) -> None:
         model, missing = running.load(self.tuned.local_path, self.kind, self.device)

@@ -127,6 +127,8 @@ def merge(
             print_verification("", check, "the merged checkpoint")
     for told in found.facts["notes"]:
         tell(f"note: {told}", quiet)
+    for told in found.facts["warnings"]:
+        tell(f"warning: {told}", False)
     tell(f"model: {found.path}", quiet)
     if check and tell_problems(check, "", quiet):
         raise typer.Exit(3)

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import torch
 
-from lowrank_probe.device_jobs import Done, Item, Loaded
+from lowrank_probe.device_jobs import Done, Item, Loaded, Memory
 from lowrank_probe.devices import Choice
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.running_models import first_line
@@ -78,13 +78,15 @@ def _knock(address: str) -> None:
 
 def cluster_jobs(
     items: Sequence[Item], entries: Callable[[Item], int], load: Callable[[Item], Loaded],
-    compute: Callable[[Item, Loaded], Done], device: torch.device, together: int = TOGETHER,
+    compute: Callable[[Item, Loaded], Done], device: torch.device, memory: Memory | None = None,
+    together: int = TOGETHER,
 ) -> Generator[Done, None, None]:  # fmt: skip
     """Yield compute(item, load(item)) for every item as their tasks finish, largest first; an exception ends the run.
 
     load, compute: as for `run_jobs`; they are pickled once, with what they hold, and run in this process's directory.
-    together: as in `grouped`. Closing the iterator cancels what is under way. Raises what a job raised, once all that
-    its task did before was yielded, and `ProbeError` for a task whose worker died again and again.
+    A task asks Ray for `BYTES_PER_ENTRY`, or for what `memory` says that it computes in, where that is more. together:
+    as in `grouped`. Closing the iterator cancels what is under way. Raises what a job raised, once all that its task
+    did before was yielded, and `ProbeError` for a task whose worker died again and again.
     """
     import ray
 
@@ -99,8 +101,10 @@ def cluster_jobs(
         while todo or running:
             while todo and len(running) < AHEAD * _slots(on_gpu):
                 group = todo.pop()
-                memory = min(BYTES_PER_ENTRY * max(map(entries, group)), most)
-                task = run.options(**asked, memory=memory, scheduling_strategy="SPREAD").remote(job, group)
+                needed = max(
+                    max(BYTES_PER_ENTRY * entries(item), memory.computing(item) if memory else 0) for item in group
+                )
+                task = run.options(**asked, memory=min(needed, most), scheduling_strategy="SPREAD").remote(job, group)
                 running[task] = group
             ready, _ = ray.wait(list(running), num_returns=1)
             for one in ready:

@@ -70,8 +70,6 @@ def extract(
         raise ProbeError("--servable makes an adapter of one rank: give it with --rank 16, no energy, auto or budget")
     if servable and tied_lora:
         raise ProbeError("--servable is LoRA on linear layers only, --tied-lora adapts a table; give one of them")
-    if options.ray is not None and calibration is not None:
-        raise ProbeError("--calibration runs the fine-tune in one process; leave --ray out")
     where = choose_device(options.device, options.ray)
     base_side, tuned_side = open_checkpoint(base), open_checkpoint(tuned)
     if tuned_side.is_adapter:
@@ -102,7 +100,9 @@ def extract(
     if calibration is not None:  # before any work: it imports transformers, and may not be possible
         from lowrank_probe.calibration import Calibrator
 
-        calibrator = Calibrator.open(calibration, base_side, tuned_side, where.device)
+        # On a cluster the model runs in this process, on what this machine has.
+        here = choose_device("auto") if where.cluster and where.device.type != "cpu" else where
+        calibrator = Calibrator.open(calibration, base_side, tuned_side, here.device)
     same = ("base", "tuned", "dtype")
     identity = {key: facts[key] for key in same} | {"seed": options.seed} | same_machine(facts)
     if not (base_side.files and tuned_side.files):  # a model in memory cannot be known again

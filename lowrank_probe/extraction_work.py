@@ -83,7 +83,7 @@ class _Job:
         """What `run_jobs` runs on its device."""
         return self.load, self.placed, self.device
 
-    def memory(self, pieces: Sequence[Piece], limit: float) -> Memory | None:
+    def memory(self, pieces: Sequence[Piece], limit: float) -> Memory:
         """What pieces take there; limit: of all that is held on a GPU at once."""
         held = Memory(limit, self.loading, self.waiting, self.computing)
         return self.room.bound(self.device, pieces, held, self.on_disk, lambda piece: piece.name)
@@ -145,9 +145,9 @@ class _Job:
         return 0.0
 
     def _weighted_bytes(self, piece: Piece) -> float:
-        """KᵀΔWL and its roots K (m, m), L (n, n), all float64."""
+        """KᵀΔWL and its roots K (m, m), of a table (m,), L (n, n), all float64."""
         m, n = piece.target.shape
-        return 8.0 * (m * n + m * m + n * n)
+        return 8.0 * (m * n + (m if piece.target.kind == "embedding" else m * m) + n * n)
 
     def _itemsize(self, piece: Piece) -> int:
         names = [(self.base, pair.name) for pair in piece.target.pieces[piece.copy]]

@@ -59,7 +59,7 @@ def factorise(
     if roots is None:
         return Factored(B.cpu(), A.cpu(), kept, upper, stored, found.method)
     norm = svd.fro_norm(M)
-    weighted = _errors(M, norm, B64 if roots.K is None else roots.K.T @ B64, A64 if roots.L is None else A64 @ roots.L)
+    weighted = _errors(M, norm, roots.left(B64), roots.right(A64))
     return Factored(B.cpu(), A.cpu(), fro_norm**2 - stored, upper, stored, found.method, weighted, norm)
 
 

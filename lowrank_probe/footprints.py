@@ -109,8 +109,8 @@ class Room:
     def bound(
         self, device: torch.device, items: Sequence[Item], on_card: Memory, on_disk: Callable[[Item], float],
         name: Callable[[Item], str],
-    ) -> Memory | None:  # fmt: skip
-        """What bounds `run_jobs` on a device; None for nothing. on_card: what items take where they are in memory, and
+    ) -> Memory:  # fmt: skip
+        """What bounds `run_jobs` on a device. on_card: what items take where they are in memory, and
         the most of all together on a card; on_disk: what one takes whose tensors lie on disk.
 
         Raises `ProbeError` for one that the host has no room for even so.
@@ -118,7 +118,7 @@ class Room:
         if device.type != "cpu":
             return replace(on_card, limit=min(on_card.limit, self.card))
         if math.isinf(self.host):
-            return None
+            return replace(on_card, limit=math.inf)
         for item in items:
             needed = min(on_disk(item), on_card.most(item))
             if needed > self.host:

@@ -25,7 +25,7 @@ from lowrank_probe.columns import MERGED, OVERLAP
 from lowrank_probe.errors import CheckpointError, OutputError, ProbeError
 from lowrank_probe.layers import place
 from lowrank_probe.merge_sides import other_bases, tokenizer_files
-from lowrank_probe.narrowing import CODES, dtype_word, narrowed, stored_dtype
+from lowrank_probe.narrowing import CODES, all_finite, dtype_word, narrowed, stored_dtype
 from lowrank_probe.options import Progress
 from lowrank_probe.outputs import copy_into, whole_directory, write_json
 from lowrank_probe.overlaps import overlap_rows
@@ -33,10 +33,11 @@ from lowrank_probe.remote_files import refuse_addresses
 from lowrank_probe.safetensors_files import write_file
 from lowrank_probe.safetensors_headers import read_json
 from lowrank_probe.strict_json import SCHEMA_VERSION, plain
-from lowrank_probe.sums import merged
+from lowrank_probe.sums import merged, whole
 from lowrank_probe.tensor_info import WIDTHS
 from lowrank_probe.torch_dtypes import DTYPES
 
+_NAMED: Final = 5  # tensors in a warning
 _KEPT_FACTORS: Final = 8  # pairs of factors in memory: those of all experts of a layer lie in one
 
 
@@ -81,7 +82,8 @@ def merge(
     several adapters before they are summed.
 
     Of an adapter's files only tokenizer and chat template go along, where the base has none or others; all else is
-    the base's. An adapter that names another base is told in `facts["notes"]`.
+    the base's. An adapter that names another base is told in `facts["notes"]`; tensors of the base with NaN or Inf that
+    no adapter changes are copied, listed in `facts["not_finite"]` and told in `facts["warnings"]`.
 
     `out` must be free; it is there whole or not at all. Raises `MatchError` naming tensor and adapter for another
     base's adapter, `CheckpointError` for DoRA and other variants and for quantized bases, `NumericsError` for NaN and
@@ -121,6 +123,7 @@ def merge(
         "base": str(side.path), "adapters": [str(adapter.path) for adapter in opened], "weights": factors_of,
         "dtype": target, "untied": planned.untied, "n_bytes": sum(job.sizes.values()), "notes": notes,
         "max_check": float(table["check"].max()), "n_changed": int(table["change"].ne("").sum()),
+        "not_finite": job.not_finite, "warnings": _warnings(job.not_finite),
     }  # fmt: skip
     return Merged(Path(out), table, overlap, facts)
 
@@ -136,6 +139,7 @@ class _Job:
         self.on_progress = on_progress
         self.rows: list[dict[str, Any]] = []
         self.sizes: dict[str, int] = {}  # bytes of the tensors of each file
+        self.not_finite: list[str] = []  # those that are copied with NaN or Inf in them
         self._read: OrderedDict[tuple[int, str], tuple[Tensor, Tensor]] = OrderedDict()
 
     def factors(self, change: Change) -> tuple[Tensor, Tensor]:
@@ -192,9 +196,12 @@ class _Job:
         }  # fmt: skip
         self.rows.append(row)
         if not changes:
-            return _cast(name, self.base.read_stored(source), DTYPES.get(dtype))
+            W = self.base.read_stored(source)
+            if W.is_floating_point() and not all_finite(W):
+                self.not_finite.append(name)
+            return _cast(name, W, DTYPES.get(dtype))
         if name in self.planned.grown:
-            return _cast(name, changes[0].adapter.read(changes[0].tensor), DTYPES[dtype])
+            return _cast(name, whole(changes[0]), DTYPES[dtype])
         found = merged(name, self.base.read(source), changes, DTYPES[dtype], self.factors)
         row |= {
             "fro_norm": found.fro_norm, "check": found.check,
@@ -242,6 +249,18 @@ def _file_name(file: Path) -> str:
     if file.suffix in (".bin", ".pt", ".pth"):
         return f"{file.stem.replace('pytorch_model', 'model')}.safetensors"
     return "model.safetensors"
+
+
+def _warnings(not_finite: Sequence[str]) -> list[str]:
+    """What to say of tensors that were copied with NaN or Inf in them; all of them are in the facts."""
+    if not not_finite:
+        return []
+    more = len(not_finite) - _NAMED
+    named = ", ".join(not_finite[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return [
+        f"{named}: NaN or Inf in the base, copied as {'it is' if len(not_finite) == 1 else 'they are'} because no "
+        "adapter changes that; is the base damaged?"
+    ]
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -3,6 +3,8 @@
 Legend: a product y = W·x of a matrix W (m, n) with one row x (n,): a token's, or of an expert a token's that was routed
 to it; g (m,) the gradient of a loss with respect to y. C = Σ x xᵀ (n, n), G = Σ g gᵀ (m, m), float64 sums of float32
 rows. Matrices that read the same rows (q, k, v; gate, up) share one C.
+A table E (m, n) is looked up: y = Eᵀx (n,), x the unit vector of a row. So C is diagonal, kept as its diagonal (m,):
+how often each row was looked up; and G is (n, n).
 
 On disk: the lower triangle rounded to float32, a quarter of the float64 matrix. As |C_ij| ≤ √(C_ii·C_jj), the rounding
 is at most 2⁻²⁴·tr C in the spectral norm, so that C + λ·tr C/n·I stays positive definite for λ > n·2⁻²⁴, 8.5e-4 at
@@ -12,7 +14,7 @@ n = 14,336; `LEAST_RIDGE` is above that.
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,15 +26,17 @@ from torch.overrides import TorchFunctionMode
 from lowrank_probe.errors import OutputError
 from lowrank_probe.model_weights import view_of
 from lowrank_probe.options import Progress
-from lowrank_probe.unfinished import Unfinished
+from lowrank_probe.unfinished import Kept, Unfinished
 
 if TYPE_CHECKING:
     from lowrank_probe.extraction_work import Piece
 
-# The kinds whose product with their input is seen; a table has no input rows, a convolution's overlap.
-SEEN: Final = ("linear", "conv1d", "parameter")
-# Where x and W are among the arguments of the functions that multiply them.
-_OPERANDS: Final = {"linear": (0, 1), "addmm": (1, 2), "matmul": (0, 1), "__matmul__": (0, 1), "mm": (0, 1)}
+# The kinds whose product with their input is seen; the inputs of a convolution overlap.
+SEEN: Final = ("linear", "conv1d", "parameter", "embedding")
+# Where x and W are among the arguments of the functions that multiply them, or look up the rows x of W.
+_OPERANDS: Final = {
+    "linear": (0, 1), "addmm": (1, 2), "matmul": (0, 1), "__matmul__": (0, 1), "mm": (0, 1), "embedding": (0, 1),
+}  # fmt: skip
 LIMIT_BYTES: Final = 4 << 30
 # The least λ that the rounding on disk allows for.
 LEAST_RIDGE: Final = 1e-3
@@ -42,10 +46,11 @@ LEAST_RIDGE: Final = 1e-3
 class Moments:
     """The moments of one text, kept in an extraction's store. word: names the text, so that another one's are others.
 
-    Of a piece: n_tokens, the rows that were seen, 0 where none was; mean_gradient = Σ‖g‖²/m; whose C it shares.
+    Of a piece: n_tokens, the rows that were seen, 0 where none was; mean_gradient = tr G over its size; whose C it
+    shares.
     """
 
-    store: Unfinished
+    store: Unfinished | Kept
     word: str
 
     def has(self, piece: "Piece") -> bool:
@@ -56,22 +61,36 @@ class Moments:
         return int(self._facts(piece)["n_tokens"]) if self.has(piece) else 0
 
     def mean_gradient(self, piece: "Piece") -> float:
-        """tr G/m, also where G itself is too large to be kept."""
+        """tr G/m, of a table tr G/n, also where G itself is too large to be kept."""
         return float(self._facts(piece)["mean_gradient"]) if self.has(piece) else 0.0
 
     def inputs(self, piece: "Piece", device: torch.device) -> Tensor | None:
-        """C (n, n) float32; None where the piece was never seen."""
-        return self._read(self._facts(piece)["shared"], "C", device) if self.n_tokens(piece) else None
+        """C (n, n) float32, of a table its diagonal (m,); None where the piece was never seen."""
+        if not self.n_tokens(piece):
+            return None
+        if piece.target.kind == "embedding":
+            return self.store.get(self._key(piece), "C").to(device)
+        return self._read(self._facts(piece)["shared"], "C", device)
 
     def gradients(self, piece: "Piece", device: torch.device) -> Tensor | None:
-        """G (m, m) float32; None where the piece was never seen, or has too many rows."""
+        """G (m, m) float32, of a table (n, n); None where the piece was never seen, or has too many outputs."""
         key = self._key(piece)
         return self._read(key, "G", device) if self.has(piece) and "G" in self.store.names(key) else None
 
     def put(self, piece: "Piece", shared: "Piece", tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Keep what was found for a piece, which shares C with an earlier one or itself."""
-        lower = {name: packed_triangle(M) for name, M in tensors.items()}
+        """Keep what was found for a piece, which shares C with an earlier one or itself; in an `Unfinished` only."""
+        assert isinstance(self.store, Unfinished)
+        lower = {name: M.float() if M.ndim == 1 else packed_triangle(M) for name, M in tensors.items()}
         self.store.put(self._key(piece), lower, {"shared": self._key(shared), **facts})
+
+    def to_read(self) -> "Moments":
+        """The same to read only, in any process that sees the run's directory: no matrix travels with it."""
+        assert isinstance(self.store, Unfinished)
+        return replace(self, store=self.store.kept(self._prefix))
+
+    @property
+    def _prefix(self) -> str:
+        return f"moments-{self.word}"
 
     def _read(self, key: str, name: str, device: torch.device) -> Tensor:
         return full_matrix(self.store.get(key, name)).to(device)
@@ -80,7 +99,7 @@ class Moments:
         return self.store.facts(self._key(piece))
 
     def _key(self, piece: "Piece") -> str:
-        return piece.key(f"moments-{self.word}")
+        return piece.key(self._prefix)
 
 
 def packed_triangle(M: Tensor) -> Tensor:
@@ -100,16 +119,18 @@ def full_matrix(lower: Tensor) -> Tensor:
     return M
 
 
+Watched = Mapping[tuple[bool, int], tuple[int, int, int]]
+
+
 class _Watch(TorchFunctionMode):
     """Calls take(i, x, y) for every product y of rows x with the i-th watched matrix, whichever module computes it.
 
     At the product itself, not at a module's call: so experts, which are entries of one parameter, are seen as well,
-    each with the rows that were routed to it. matrices: address → (i, m, n).
+    each with the rows that were routed to it. Of a table x (rows,) is which of its rows are looked up; that the output
+    head multiplies with it too, where they are tied, is not its own. matrices: (is it a table, address) → (i, m, n).
     """
 
-    def __init__(
-        self, matrices: Mapping[int, tuple[int, int, int]], take: Callable[[int, Tensor, Tensor], None]
-    ) -> None:
+    def __init__(self, matrices: Watched, take: Callable[[int, Tensor, Tensor], None]) -> None:
         super().__init__()
         self.matrices, self.take = matrices, take
 
@@ -121,9 +142,10 @@ class _Watch(TorchFunctionMode):
         if where and len(args) > max(where):
             x, W = args[where[0]], args[where[1]]
             if isinstance(x, Tensor) and isinstance(W, Tensor):
-                i, m, n = self.matrices.get(W.data_ptr(), (-1, 0, 0))
-                if i >= 0 and W.numel() == m * n and x.shape[-1] == n:
-                    self.take(i, x.detach().reshape(-1, n), y)
+                table = func is torch.nn.functional.embedding
+                i, m, n = self.matrices.get((table, W.data_ptr()), (-1, 0, 0))
+                if i >= 0 and W.numel() == m * n and (table or x.shape[-1] == n):
+                    self.take(i, x.detach().flatten() if table else x.detach().reshape(-1, n), y)
         return y
 
 
@@ -148,17 +170,20 @@ def collect(
     for table in model.modules():
         if isinstance(table, torch.nn.Embedding):  # a copy, as some models go on in place
             table.register_forward_hook(lambda module, args, y: y.requires_grad_().clone())
+    tables = [piece.target.kind == "embedding" for piece in watched]
     matrices = {
-        view_of(model, piece.target, piece.copy).data_ptr(): (i, *piece.target.shape) for i, piece in enumerate(watched)
+        (tables[i], view_of(model, piece.target, piece.copy).data_ptr()): (i, *piece.target.shape)
+        for i, piece in enumerate(watched)
     }
-    shapes = [piece.target.shape for piece in watched]
     groups = _sharing(matrices, partial(loss, 0), sequences[0], len(watched))
-    kept = {i for i, (m, _) in enumerate(shapes) if 8 * m**2 <= limit_bytes / 2}
-    sizes = [8 * (shapes[one[0]][1] ** 2 + sum(shapes[i][0] ** 2 for i in one if i in kept)) for one in groups]
+    inputs = [m if table else n**2 for table, (m, n) in zip(tables, (p.target.shape for p in watched), strict=True)]
+    outputs = [piece.target.shape[1 if table else 0] for piece, table in zip(watched, tables, strict=True)]
+    kept = {i for i, size in enumerate(outputs) if 8 * size**2 <= limit_bytes / 2}
+    sizes = [8 * (inputs[one[0]] + sum(outputs[i] ** 2 for i in one if i in kept)) for one in groups]
     _check_room(moments, sum(sizes) // 4)
     batches = list(_batches(groups, sizes, limit_bytes))
     for number, batch in enumerate(batches):
-        sums = _Sums({one[0] for one in batch}, {i for one in batch for i in one}, kept)
+        sums = _Sums({one[0] for one in batch}, {i for one in batch for i in one}, kept, inputs)
         for done, ids in enumerate(sequences):
             if progress:
                 progress("second moments", number * len(sequences) + done, len(batches) * len(sequences))
@@ -166,11 +191,12 @@ def collect(
                 loss(done, ids).backward()  # type: ignore[no-untyped-call]
         for one in batch:
             for i in one:
-                facts = {"n_tokens": sums.rows.get(one[0], 0), "mean_gradient": sums.squares.get(i, 0.0) / shapes[i][0]}
+                facts = {"n_tokens": sums.rows.get(one[0], 0), "mean_gradient": sums.squares.get(i, 0.0) / outputs[i]}
                 moments.put(watched[i], watched[one[0]], sums.take(i), facts)
 
 
 def _check_room(moments: Moments, needed: int) -> None:
+    assert isinstance(moments.store, Unfinished)
     folder = moments.store.folder
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -182,23 +208,33 @@ def _check_room(moments: Moments, needed: int) -> None:
 
 @dataclass
 class _Sums:
-    """What is summed in one pass. first: whose C; every: whose gradients; kept: whose G, if in `every`."""
+    """What is summed in one pass. first: whose C; every: whose gradients; kept: whose G, if in `every`.
+
+    inputs: entries of every C; of a table, its rows.
+    """
 
     first: set[int]
     every: set[int]
     kept: set[int]
+    inputs: Sequence[int]
     C: dict[int, Tensor] = field(default_factory=dict)
     G: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, int] = field(default_factory=dict)
     squares: dict[int, float] = field(default_factory=dict)
 
     def add(self, i: int, x: Tensor, y: Tensor) -> None:
-        """Take in the rows of one product, and on the way back its gradients."""
+        """Take in the rows of one product (of a table, which were looked up), and on the way back its gradients."""
         if not len(x):
             return
+        table = x.ndim == 1
         if i in self.first:
             self.rows[i] = self.rows.get(i, 0) + len(x)
-            _add(self.C, i, x)
+            if table:
+                self.C[i] = self.C.get(i, 0) + torch.bincount(x, minlength=self.inputs[i]).double()
+            else:
+                _add(self.C, i, x)
+        if i in self.every and table:
+            y.requires_grad_()  # of a frozen weight: a leaf
         if i in self.every and y.requires_grad:
             y.register_hook(  # type: ignore[no-untyped-call]
                 lambda g: self._add_gradient(i, g.detach().reshape(-1, g.shape[-1]))
@@ -225,16 +261,14 @@ def _add(sums: dict[int, Tensor], i: int, rows: Tensor) -> None:
         sums[i].addmm_(rows.T, rows)
 
 
-def _sharing(
-    matrices: Mapping[int, tuple[int, int, int]], run: Callable[[Tensor], Any], ids: Tensor, count: int
-) -> list[list[int]]:
-    """The matrices in groups that read the same rows: the same tensors in one pass over one sequence."""
+def _sharing(matrices: Watched, run: Callable[[Tensor], Any], ids: Tensor, count: int) -> list[list[int]]:
+    """The matrices in groups that read the same rows: the same tensors in one pass over one sequence; a table alone."""
     inputs: list[list[Tensor]] = [[] for _ in range(count)]
     with _Watch(matrices, lambda i, x, y: inputs[i].append(x)):
         run(ids)  # all inputs are held, so that an address stands for one tensor
     groups: dict[Any, list[int]] = {}
     for i, read in enumerate(inputs):
-        mark = tuple((x.data_ptr(), tuple(x.shape), float(x.double().sum())) for x in read)
+        mark = tuple((x.data_ptr(), tuple(x.shape), float(x.double().sum())) for x in read if x.ndim > 1)
         groups.setdefault(mark or i, []).append(i)
     return list(groups.values())
 

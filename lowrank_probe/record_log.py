@@ -86,14 +86,13 @@ class RecordLog:
 
     def read(self, at: int, count: int) -> bytearray:
         """`count` bytes from `at`. Raises OSError where the file ends before."""
-        found = bytearray(count)
-        view, done = memoryview(found), 0
-        while done < count:
-            got = os.preadv(self._fd, [view[done : done + (1 << 30)]], at + done)
-            if not got:
-                raise OSError(f"ends at {at + done}, expected {at + count} bytes")
-            done += got
-        return found
+        return read_at(self._fd, at, count)
+
+    def sync(self) -> None:
+        """Have all of it on the disk, where other machines that share the disk see it."""
+        with self._lock:
+            _sync(self._fd)
+            self._synced = time.monotonic()
 
     def _write(self, part: bytes | memoryview, at: int) -> int:
         """Write all of it; returns where it ends."""
@@ -101,6 +100,18 @@ class RecordLog:
             done = os.pwrite(self._fd, part, at)
             part, at = part[done:], at + done
         return at
+
+
+def read_at(fd: int, at: int, count: int) -> bytearray:
+    """`count` bytes of an open file from `at`. Raises OSError where it ends before."""
+    found = bytearray(count)
+    view, done = memoryview(found), 0
+    while done < count:
+        got = os.preadv(fd, [view[done : done + (1 << 30)]], at + done)
+        if not got:
+            raise OSError(f"ends at {at + done}, expected {at + count} bytes")
+        done += got
+    return found
 
 
 def scan(fd: int) -> tuple[list[Record], int]:

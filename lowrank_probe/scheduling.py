@@ -53,7 +53,7 @@ def run_jobs(
     if cluster:
         from lowrank_probe.cluster import cluster_jobs
 
-        yield from cluster_jobs(items, entries, load, compute, device)
+        yield from cluster_jobs(items, entries, load, compute, device, memory)
         return
     queue = sorted(items, key=entries, reverse=True)
     if device.type != "cpu":

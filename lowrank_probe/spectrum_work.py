@@ -78,7 +78,7 @@ class Job:
         """What `run_jobs` runs on its device."""
         return self.load, self.compute, self.settings.device
 
-    def memory(self, pairs: Sequence[Pair]) -> Memory | None:
+    def memory(self, pairs: Sequence[Pair]) -> Memory:
         """What pairs take there."""
         held = Memory(
             math.inf, lambda pair: self.footprint(pair).loading, lambda pair: self.footprint(pair).waiting,

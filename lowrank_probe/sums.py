@@ -15,7 +15,7 @@ from torch import Tensor
 from lowrank_probe.changes import Change
 from lowrank_probe.errors import NumericsError
 from lowrank_probe.float64 import EPS64, row_chunks
-from lowrank_probe.narrowing import beyond
+from lowrank_probe.narrowing import all_finite, beyond
 
 N_PROBES: Final = 2
 Factors = Callable[[Change], tuple[Tensor, Tensor]]
@@ -77,7 +77,7 @@ def merged(name: str, W: Tensor, changes: Sequence[Change], dtype: torch.dtype, 
     columns = W.shape[-1] if W.ndim == 3 and any(change.part.expert is not None for change in changes) else None
     view = W.reshape(-1, columns) if columns else W.flatten(1) if W.ndim > 1 else W.reshape(-1, 1)
     low = [_low_rank(change, W.shape, factors) for change in changes if change.kind == "lora"]
-    rest = [_replacing(name, change, view) for change in changes if change.kind in ("whole", "rows")]
+    rest = [_replacing(change, view) for change in changes if change.kind in ("whole", "rows")]
     added = [_bias(change) for change in changes if change.kind == "bias"]
     out = torch.empty(view.shape, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
@@ -143,10 +143,16 @@ def _low_rank(change: Change, stored: tuple[int, ...], factors: Factors) -> _Low
     return _LowRank(0 if expert is None else expert * stored[1], L, R)
 
 
-def _replacing(name: str, change: Change, view: Tensor) -> _Replacing:
+def whole(change: Change) -> Tensor:
+    """T, the tensor that an adapter holds whole, as stored. Raises `NumericsError` naming it for NaN or Inf."""
     T = change.adapter.read(change.tensor)
-    if not bool(torch.isfinite(T).all()):
+    if not all_finite(T):
         raise NumericsError(f"{change.tensor} in {change.adapter.tensors[change.tensor].file}: contains NaN or Inf")
+    return T
+
+
+def _replacing(change: Change, view: Tensor) -> _Replacing:
+    T = whole(change)
     rows = torch.tensor(change.rows) if change.kind == "rows" else None
     return _Replacing(change.weight, T.reshape(-1, view.shape[1]), rows)
 

@@ -115,7 +115,7 @@ class Comparison:
         wide = any(info.wide for info in [self.base.tensors[pair.name], *stored])
         return Footprint(self._shape(pair), 8 if wide else 4)
 
-    def _memory(self, pairs: Mapping[str, Pair], names: Sequence[str]) -> Memory | None:
+    def _memory(self, pairs: Mapping[str, Pair], names: Sequence[str]) -> Memory:
         prints = {name: self._footprint(pairs[name]) for name in names}
         held = Memory(
             math.inf, lambda name: prints[name].loading, lambda name: prints[name].waiting,

@@ -7,6 +7,7 @@ found for a matrix, and the number of the process at work. It is removed when th
 import json
 import math
 import shutil
+import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lowrank_probe import outputs
 from lowrank_probe.errors import OutputError
 from lowrank_probe.narrowing import CODES
 from lowrank_probe.outputs import LOG, UNFINISHED
-from lowrank_probe.record_log import Record, RecordLog
+from lowrank_probe.record_log import Record, RecordLog, read_at
 from lowrank_probe.strict_json import plain
 from lowrank_probe.torch_dtypes import DTYPES
 
@@ -33,6 +34,41 @@ class _Held:
     at: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a log holds of some matrices, to be read by other processes: they need the file, and are given the rest.
+
+    file: the log, by its absolute path. held: key → (facts, tensors).
+    """
+
+    file: Path
+    held: Mapping[str, tuple[dict[str, Any], dict[str, _Held]]]
+
+    def has(self, key: str) -> bool:
+        return key in self.held
+
+    def facts(self, key: str) -> dict[str, Any]:
+        """The facts kept under a key."""
+        return self.held[key][0]
+
+    def names(self, key: str) -> list[str]:
+        """The tensors kept under a key."""
+        return list(self.held[key][1])
+
+    def get(self, key: str, name: str) -> Tensor:
+        """One tensor kept under a key. Raises `OutputError` where this machine does not see the file."""
+        held = self.held[key][1][name]
+        try:
+            with self.file.open("rb") as log:
+                body = read_at(log.fileno(), held.at, math.prod(held.shape) * held.dtype.itemsize)
+        except OSError as error:
+            raise OutputError(
+                f"{self.file}: cannot be read on {socket.gethostname()} ({outputs.why(error)}); choose an --out that "
+                "every node sees"
+            ) from None
+        return _tensor(body, held.dtype, held.shape)
 
 
 class Unfinished:
@@ -93,11 +129,13 @@ class Unfinished:
             at += first * math.prod(shape[1:]) * held.dtype.itemsize
             shape = (count, *shape[1:])
         n_bytes = math.prod(shape) * held.dtype.itemsize
-        return (
-            torch.frombuffer(self._log.read(at, n_bytes) or bytearray(1), dtype=torch.uint8)[:n_bytes]
-            .view(held.dtype)
-            .reshape(shape)
-        )
+        return _tensor(self._log.read(at, n_bytes), held.dtype, shape)
+
+    def kept(self, prefix: str) -> Kept:
+        """What is there under keys that begin so, on the disk, for other processes to read."""
+        self._log.sync()
+        held = {key: (self.facts(key), tensors) for key, (_, tensors) in self._held.items() if key.startswith(prefix)}
+        return Kept((self.folder / LOG).absolute(), held)
 
     def remove(self) -> None:
         """Remove it, the log first (without it the rest is nothing), and the output directory if that is all in it."""
@@ -134,6 +172,11 @@ class Unfinished:
             held[name] = _Held(at, DTYPES[code], tuple(shape))
             at += math.prod(shape) * DTYPES[code].itemsize
         self._held[head["key"]] = record, held
+
+
+def _tensor(body: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    flat = torch.frombuffer(body or bytearray(1), dtype=torch.uint8)[: len(body)]
+    return flat.view(dtype).reshape(shape)
 
 
 def _scalar(value: Any) -> Any:

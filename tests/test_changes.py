@@ -73,6 +73,13 @@ def test_a_vocabulary_that_grew_brings_its_tokenizer_and_its_size(tmp_path):
     assert (tmp_path / "merged" / "LICENSE").read_text() == "MIT"
     with pytest.raises(lp.MatchError, match=r"a table of 44 rows, the base has 40: .* weight 1 only"):
         lp.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "half", weights=[0.5])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for table in (W for W in tensors.values() if len(W) == 44):  # and the head that is tied to it
+        table[43, 0] = float("inf")
+    save_file(tensors, file)
+    with pytest.raises(lp.NumericsError, match=r"embed_tokens.weight in .*adapter_model.safetensors: contains NaN"):
+        lp.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "damaged")
 
 
 def test_an_adapter_of_another_base_is_refused_by_tensor(tmp_path):

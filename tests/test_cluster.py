@@ -19,7 +19,10 @@ from test_cli import ENVIRONMENT, PROBE, fails, probe
 
 import lowrank_probe as lp
 from lowrank_probe import cluster
+from lowrank_probe.calibration import Calibration
+from lowrank_probe.demo_text import read_prose
 from lowrank_probe.errors import ProbeError
+from lowrank_probe.rank_choice import RankChoice
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -86,6 +89,24 @@ def test_an_adapter_is_that_of_one_machine(two, sides, tmp_path):
     for name in ("r2", "r4"):
         file = f"{name}/adapter_model.safetensors"
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize("choice", [{"ranks": (2, 4)}, {"budget": {"parameters": 12_000}}])
+def test_a_calibrated_adapter_is_that_of_one_machine(two, choice, tmp_path):
+    torch.set_num_threads(1)
+    pair = saved(tmp_path, *moved(lambda: llama(tie_word_embeddings=False), scale=0.2))
+    text = tmp_path / "calibration.txt"
+    text.write_text("\n\n".join(read_prose(120_000)[:40]), encoding="utf-8")
+    asked = {
+        "ranks": RankChoice(**choice), "targets": ("everything",), "calibration": Calibration(text, ((True, 0.01),)),
+    }  # fmt: skip
+    found = lp.extract(*pair, tmp_path / "a", options=lp.Options(ray=two.address), **asked)
+    expected = lp.extract(*pair, tmp_path / "b", options=lp.Options(device="cpu"), **asked)
+    assert found.facts["calibration"] == expected.facts["calibration"]
+    assert any(way["weighted_by"] == "inputs and gradients" for way in found.facts["calibration"]["tried"])
+    for label in found.adapters:
+        files = (tmp_path / side / label / "adapter_model.safetensors" for side in "ab")
+        assert next(files).read_bytes() == next(files).read_bytes()
 
 
 def test_functional_ranks_are_those_of_one_machine(two, tmp_path):
@@ -288,12 +309,6 @@ def test_what_cannot_be_is_one_line(two, sides, tmp_path):
     fails(
         "extract", *sides, "--rank", 2, "--ray", two.address, "--device", "cuda", "--out", tmp_path / "a",
         words=["--device cuda with --ray", "no GPU"],
-    )  # fmt: skip
-    text = tmp_path / "text.txt"
-    text.write_text("a\n", encoding="utf-8")
-    fails(
-        "extract", *sides, "--rank", 2, "--ray", two.address, "--calibration", text, "--out", tmp_path / "a",
-        words=["--calibration", "leave --ray out"],
     )  # fmt: skip
     assert not (tmp_path / "a").exists()
     with pytest.raises(ProbeError, match="a model in memory is not where the nodes are"):

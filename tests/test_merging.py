@@ -15,6 +15,7 @@ import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adapters import LORA, adapt, gpt2, llama
+from test_cli import probe
 from test_resizing import EXPERTS, mixtral
 
 import lowrank_probe as lp
@@ -284,6 +285,32 @@ def test_nan_overflow_and_quantized_bases_leave_nothing(tmp_path):
     with pytest.raises(lp.NumericsError, match=r"lora_A.weight in .*: contains NaN or Inf"):
         lp.merge(base, adapter, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_nan_in_what_no_adapter_touches_is_copied_and_named(tmp_path):
+    base, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj"])
+    assert lp.merge(base, adapter, tmp_path / "sound").facts["warnings"] == []
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"][3, 4] = math.nan
+    tensors["model.norm.weight"][0] = -math.inf
+    tensors["counts"] = torch.arange(3)  # a buffer of whole numbers
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    found = lp.merge(base, adapter, tmp_path / "merged")
+    assert sorted(found.facts["not_finite"]) == ["lm_head.weight", "model.norm.weight"]
+    (warning,) = found.facts["warnings"]
+    assert "lm_head.weight, model.norm.weight: NaN or Inf in the base, copied as they are" in warning
+    assert json.loads(found.to_json())["facts"]["warnings"] == [warning]
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(written["lm_head.weight"].nan_to_num(7.0), tensors["lm_head.weight"].nan_to_num(7.0))
+    _, stderr = probe("merge", base, adapter, "--out", tmp_path / "told", "--quiet")
+    assert stderr.splitlines() == [f"warning: {warning}"]
+    many = {name: W.fill_(math.inf) if "layernorm" in name else W for name, W in tensors.items()}
+    save_file(many, base / "model.safetensors", {"format": "pt"})
+    found = lp.merge(base, adapter, tmp_path / "many")
+    assert len(found.facts["not_finite"]) == 6
+    assert ", " in found.facts["warnings"][0]
+    assert found.facts["warnings"][0].count("weight") == 5
+    assert " and 1 more: NaN or Inf" in found.facts["warnings"][0]
 
 
 def test_dora_a_taken_directory_and_weights_that_do_not_fit(tmp_path):

@@ -1,5 +1,9 @@
 """What is captured from running models against hooks, autograd and a replay of the experts."""
 
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers as hf
@@ -9,7 +13,7 @@ from test_verification import IDS, SMALL, bert_config, gpt2, llama, t5
 from lowrank_probe import moments as module
 from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.errors import OutputError
-from lowrank_probe.extraction_work import Piece, pieces_of
+from lowrank_probe.extraction_work import pieces_of
 from lowrank_probe.model_weights import put_back, stored_matrix, view_of
 from lowrank_probe.moments import Moments, collect
 from lowrank_probe.selection import select
@@ -88,10 +92,16 @@ def test_moments_are_those_that_hooks_see(tmp_path, name):
     modules = dict(model.named_modules())
     plain = [p for p in pieces if p.target.module in modules and p.target.copies == 1 and p.target.kind in module.SEEN]
     assert len(plain) >= 8
+    tables = {piece.target.name: piece.target.shape[0] for piece in plain if piece.target.kind == "embedding"}
+    assert tables
     C, G = {}, {}
 
     def before(key):
         def hook(_, args):
+            if key in tables:
+                rows = torch.nn.functional.one_hot(args[0].flatten(), tables[key]).double()
+                C[key] = C.get(key, 0) + rows.sum(0)
+                return
             x = args[0].detach().double().flatten(0, -2)
             C[key] = C.get(key, 0) + x.T @ x
 
@@ -103,7 +113,7 @@ def test_moments_are_those_that_hooks_see(tmp_path, name):
                 g = g.double().flatten(0, -2)
                 G[key] = G.get(key, 0) + g.T @ g
 
-            (y[0] if isinstance(y, tuple) else y).register_hook(back)
+            (y[0] if isinstance(y, tuple) else y.requires_grad_()).register_hook(back)
 
         return hook
 
@@ -116,7 +126,7 @@ def test_moments_are_those_that_hooks_see(tmp_path, name):
     for piece in plain:
         key = piece.target.name
         assert torch.allclose(found.inputs(piece, CPU).double(), C[key], rtol=1e-5, atol=1e-6), key
-        assert found.n_tokens(piece) == 60
+        assert found.n_tokens(piece) == (C[key].sum() if key in tables else 60)
         if "router" in key or key.endswith("gate.weight"):
             continue  # its module returns more than the product
         wanted = G[key]
@@ -170,7 +180,7 @@ def test_matrices_that_read_the_same_rows_share_one_file(tmp_path):
         ["down_proj"], ["gate_proj", "up_proj"], ["k_proj", "q_proj", "v_proj"], ["o_proj"],
     ]  # fmt: skip
     held = [key for key in kept(tmp_path / "out", "moments-") if "C" in found.store.names(key)]
-    assert len(held) == 4 * 2 + 1  # and the output head
+    assert len(held) == 4 * 2 + 2  # and the output head, and the table
 
 
 def test_a_small_limit_takes_several_passes_and_changes_nothing(tmp_path):
@@ -280,11 +290,62 @@ def test_what_is_left_out_is_put_back(tmp_path):
             assert torch.equal(a, b) == (key not in whole), key
 
 
+def test_a_table_is_seen_where_it_is_looked_up_and_not_where_the_head_it_is_tied_to_multiplies_with_it(tmp_path):
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, **IDS, hidden_size=32, intermediate_size=48)).eval()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 0.02 * torch.randn_like(model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path / "tuned")
+    sides = open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "tuned")
+    selection = select(*sides, ["everything"], tied_lora=True)
+    found, pieces = collected(model, selection, tmp_path)
+    (table,) = [piece for piece in pieces if piece.target.kind == "embedding"]
+    assert found.n_tokens(table) == 60
+    assert torch.equal(found.inputs(table, CPU), torch.bincount(torch.cat(sequences()), minlength=300).float())
+
+
 def test_pieces_that_are_no_products_are_left_to_the_plain_svd(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model, _, _, selection = built(
+        tmp_path, lambda: hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=8, patch_size=4))
+    )
+    pieces = [piece for target in selection.chosen for piece in pieces_of(target)]
+    found = Moments(Unfinished(tmp_path / "out", {"a": 1}), "text")
+    pixels = [torch.randn(3, 8, 8, requires_grad=True) for _ in range(2)]
+    collect(model, lambda number, x: model(pixel_values=x[None]).logits.square().sum(), pixels, pieces, found)
+    (patches,) = [piece for piece in pieces if piece.target.kind == "conv"]
+    assert not found.has(patches)
+    assert found.n_tokens(patches) == 0
+    assert all(found.n_tokens(piece) for piece in pieces if piece.target.kind == "linear")
+
+
+def test_other_processes_read_the_moments_where_they_lie(tmp_path):
     model, _, _, selection = built(tmp_path, llama)
     found, pieces = collected(model, selection, tmp_path)
-    table = next(piece for piece in pieces if piece.target.kind == "embedding")
-    assert isinstance(table, Piece)
-    assert found.inputs(table, CPU) is None
-    assert found.gradients(table, CPU) is None
-    assert found.n_tokens(table) == 0
+    sent = pickle.dumps(found.to_read())
+    assert len(sent) < 1000 * len(pieces)  # no matrix is in it
+    (tmp_path / "pickled").write_bytes(sent)
+    code = """
+import pickle, sys, torch
+from lowrank_probe.moments import Moments
+moments = pickle.loads(open(sys.argv[1], "rb").read())
+piece = pickle.loads(sys.stdin.buffer.read())
+cpu = torch.device("cpu")
+torch.save([moments.inputs(piece, cpu), moments.gradients(piece, cpu), moments.n_tokens(piece)], sys.argv[2])
+"""
+    for piece in pieces:
+        if piece.target.name in ("lm_head", "model.embed_tokens", "model.layers.1.self_attn.v_proj"):
+            command = [sys.executable, "-c", code, tmp_path / "pickled", tmp_path / "read"]
+            subprocess.run(command, input=pickle.dumps(piece), check=True, cwd="/")
+            C, G, n_tokens = torch.load(tmp_path / "read")
+            assert torch.equal(C, found.inputs(piece, CPU))
+            assert torch.equal(G, found.gradients(piece, CPU))
+            assert n_tokens == 60
+    reader = found.to_read()
+    found.store.remove()
+    with pytest.raises(OutputError, match=r"/log: cannot be read on .*; choose an --out that every node sees"):
+        reader.inputs(pieces[0], CPU)

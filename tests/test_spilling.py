@@ -189,7 +189,8 @@ def _bound(room, device, sizes, on_disk):
 
 
 def test_without_a_bound_there_is_none(tmp_path):
-    assert _bound(Room(math.inf, math.inf, tmp_path), "cpu", [5, 3], 1.0) is None
+    free = _bound(Room(math.inf, math.inf, tmp_path), "cpu", [5, 3], 1.0)
+    assert (free.limit, free.most(5)) == (math.inf, 10.0)
 
 
 def test_on_the_host_those_on_disk_count_as_what_stays_in_memory(tmp_path):

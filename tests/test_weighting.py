@@ -103,3 +103,29 @@ def test_fewer_rows_than_inputs_are_no_trouble():
 def test_moments_of_nothing_are_refused():
     with pytest.raises(NumericsError, match="not positive definite"):
         root(torch.zeros(4, 4, dtype=torch.float64), 0.1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(shapes, st.integers(1, 6), st.integers(0, 10**6), st.sampled_from([0.01, 1.0]), st.booleans())
+def test_a_diagonal_root_of_a_table_is_that_of_the_dense_matrix(shape, r, seed, ridge, two_sided):
+    D, G, _ = problem(shape, seed)
+    counts = torch.randint(0, 5, shape[:1], generator=torch.Generator().manual_seed(seed)).double()
+    counts[0] = 3.0
+    L = root(G, ridge) if two_sided else None
+    found, BA = product(D, r, Roots(L, root(counts, ridge)))
+    dense, same = product(D, r, Roots(L, root(torch.diag(counts), ridge)))
+    assert found.weighted_norm == pytest.approx(dense.weighted_norm, rel=1e-9)
+    assert found.weighted == pytest.approx(dense.weighted, rel=1e-4, abs=1e-6 * dense.weighted_norm**2)
+    assert found.upper == pytest.approx(dense.upper, rel=1e-6)
+    assert torch.linalg.norm(D - BA) == pytest.approx(float(torch.linalg.norm(D - same)), rel=1e-4, abs=1e-5)
+
+
+def test_rows_that_are_looked_up_often_are_kept_and_a_row_that_never_is_has_a_weight():
+    D = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    counts = torch.zeros(40)
+    counts[:3] = 1000.0
+    K = root(counts, 0.01)
+    assert K[3:].numpy() == pytest.approx(math.sqrt(0.01 * 3000 / 40))
+    _, BA = product(D, 3, Roots(None, K))
+    often, never = (torch.linalg.norm((D - BA)[rows]) / D[rows].norm() for rows in (slice(3), slice(3, None)))
+    assert often < 0.03 < 0.5 < never
