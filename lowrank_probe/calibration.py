@@ -21,7 +21,8 @@ from lowrank_probe.allocation import Allotment
 from lowrank_probe.calibration_text import PARTS, CalibrationText, read_calibration
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import ProbeError
-from lowrank_probe.extraction_work import Piece, Work
+from lowrank_probe.extraction_jobs import Piece
+from lowrank_probe.extraction_work import Work
 from lowrank_probe.moments import LEAST_RIDGE, LIMIT_BYTES, SEEN, Moments, collect
 from lowrank_probe.options import Progress
 from lowrank_probe.ridge_choice import Candidate, Compared, compare, find_measure

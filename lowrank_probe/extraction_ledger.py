@@ -12,7 +12,8 @@ import numpy as np
 
 from lowrank_probe.allocation import Allotment
 from lowrank_probe.columns import CURVES
-from lowrank_probe.extraction_work import Piece, Work, pieces_of
+from lowrank_probe.extraction_jobs import Piece, pieces_of
+from lowrank_probe.extraction_work import Work
 from lowrank_probe.factorisation import relative
 from lowrank_probe.full_spectra import eigenvalue_error
 from lowrank_probe.targets import Selection, Target

@@ -29,7 +29,7 @@ from lowrank_probe.options import Progress
 from lowrank_probe.unfinished import Kept, Unfinished
 
 if TYPE_CHECKING:
-    from lowrank_probe.extraction_work import Piece
+    from lowrank_probe.extraction_jobs import Piece
 
 # The kinds whose product with their input is seen; the inputs of a convolution overlap.
 SEEN: Final = ("linear", "conv1d", "parameter", "embedding")

@@ -18,7 +18,7 @@ from lowrank_probe.errors import NumericsError
 from lowrank_probe.moments import Moments
 
 if TYPE_CHECKING:
-    from lowrank_probe.extraction_work import Piece
+    from lowrank_probe.extraction_jobs import Piece
 
 
 def root(C: Tensor, ridge: float) -> Tensor:

@@ -147,7 +147,7 @@ def test_what_a_job_raises_is_raised_here(two, sides, tmp_path):
 
 def run(items, compute, together=cluster.TOGETHER):
     """The jobs of items of one size, here."""
-    return cluster.cluster_jobs(items, lambda i: 64, lambda i: i, compute, torch.device("cpu"), together)
+    return cluster.cluster_jobs(items, lambda i: 64, lambda i: i, compute, torch.device("cpu"), together=together)
 
 
 def test_what_a_task_did_before_it_failed_is_not_lost(two, monkeypatch):

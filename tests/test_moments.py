@@ -13,7 +13,7 @@ from test_verification import IDS, SMALL, bert_config, gpt2, llama, t5
 from lowrank_probe import moments as module
 from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.errors import OutputError
-from lowrank_probe.extraction_work import pieces_of
+from lowrank_probe.extraction_jobs import pieces_of
 from lowrank_probe.model_weights import put_back, stored_matrix, view_of
 from lowrank_probe.moments import Moments, collect
 from lowrank_probe.selection import select

@@ -14,7 +14,7 @@ from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.device_jobs import Memory
 from lowrank_probe.devices import Choice
 from lowrank_probe.errors import OutputError, ProbeError
-from lowrank_probe.extraction_work import _Factors, pieces_of
+from lowrank_probe.extraction_jobs import FactorsJob, pieces_of
 from lowrank_probe.footprints import CARD_RESERVE, HOST_RESERVE, Footprint, Room, find_room
 from lowrank_probe.matching import match
 from lowrank_probe.options import Options
@@ -154,7 +154,7 @@ def test_factors_of_a_matrix_on_disk_are_those_of_one_in_memory(tmp_path, kind, 
     (folder := tmp_path / "spilled").mkdir()
     found = []
     for host in (math.inf, 1.0):
-        job = _Factors(*both, CPU, False, Room(math.inf, host, folder), {target.name: rank}, torch.float32, 0, None)
+        job = FactorsJob(*both, CPU, False, Room(math.inf, host, folder), {target.name: rank}, torch.float32, 0, None)
         delta = job.load(piece)
         assert (mapped(folder) > 0) == (host == 1.0)
         found.append(job.placed(piece, delta)[1])

@@ -9,7 +9,8 @@ from test_moments import CPU, loss_of, mixtral, sequences
 from test_verification import llama
 
 from lowrank_probe.checkpoints import open_checkpoint
-from lowrank_probe.extraction_work import Work, pieces_of
+from lowrank_probe.extraction_jobs import pieces_of
+from lowrank_probe.extraction_work import Work
 from lowrank_probe.moments import Moments, collect
 from lowrank_probe.options import Options
 from lowrank_probe.selection import select
