@@ -110,18 +110,19 @@ class Result:
         return json.dumps(plain(payload), ensure_ascii=False)
 
     def _long(self) -> pd.DataFrame:
-        parts = [
-            pd.DataFrame(
-                {
-                    "name": name,
-                    "index": np.arange(1, len(s) + 1, dtype=np.int32),
-                    "sigma": s,
-                    "sigma_denoised": self.denoised_values.get(name, np.full(len(s), math.nan)),
-                }
-            )
-            for name, s in self.singular_values.items()
-        ]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(LONG))
+        if not self.singular_values:
+            return pd.DataFrame(columns=list(LONG))
+        every = self.singular_values
+        counts = [len(s) for s in every.values()]
+        denoised = (self.denoised_values.get(name, np.full(len(s), math.nan)) for name, s in every.items())
+        return pd.DataFrame(
+            {
+                "name": pd.Series(list(every), dtype="str").repeat(counts).to_numpy(),
+                "index": np.concatenate([np.arange(1, count + 1, dtype=np.int32) for count in counts]),
+                "sigma": np.concatenate(list(every.values())),
+                "sigma_denoised": np.concatenate(list(denoised)),
+            }
+        )
 
 
 def notebook_html(lines: Sequence[str], table: pd.DataFrame) -> str:

@@ -21,6 +21,9 @@ from threadpoolctl import threadpool_limits
 from lowrank_probe.device_jobs import Card, Done, Host, Item, Loaded, Memory, beside_each_other, device_jobs
 
 MAX_WORKERS: Final = 4
+# Matrices of so many entries are small: up to MAX_SMALL go beside each other, which is what Python keeps busy.
+SMALL: Final = 1 << 18
+MAX_SMALL: Final = 8
 SHARE_OF_LARGEST: Final = 0.72
 # So many entries may be beside each other however small the largest matrix is: 100 MB in all.
 TOGETHER: Final = 1 << 22
@@ -74,7 +77,7 @@ def run_jobs(
     sizes = [entries(item) for item in queue]
     largest = max([largest, *sizes[:1]])
     limit = max(SHARE_OF_LARGEST * largest, TOGETHER)
-    workers = _workers(sizes, limit, cores)
+    workers, share = _workers(sizes, limit, cores)
 
     def job(item: Item) -> Done:
         return compute(item, load(item))
@@ -88,7 +91,6 @@ def run_jobs(
         finally:
             torch.set_num_threads(cores)
         return
-    share = max(1, cores // workers)
     running: dict[Future[Done], Item] = {}
     finished: set[Future[Done]] = set()
     with (
@@ -167,9 +169,14 @@ def _set_malloc(trimmed_from: int) -> None:
         _glibc.mallopt(-8, 1)  # M_ARENA_MAX: worker threads share one heap
 
 
-def _workers(sizes: Sequence[int], limit: float, cores: int) -> int:
-    """As many as fit beside each other most of the time; limit: entries of all together."""
+def _workers(sizes: Sequence[int], limit: float, cores: int) -> tuple[int, int]:
+    """(how many go beside each other, the threads of each); limit: entries of all together.
+
+    As many as fit most of the time. Of small matrices one a core: their linear algebra has nothing to share out.
+    """
     if not sizes:
-        return 1
+        return 1, cores
     typical = sorted(sizes)[len(sizes) // 2]
-    return max(1, min(cores, MAX_WORKERS, int(limit / max(1, typical))))
+    most = MAX_SMALL if typical <= SMALL else MAX_WORKERS
+    workers = max(1, min(cores, most, int(limit / max(1, typical))))
+    return workers, 1 if typical <= SMALL else max(1, cores // workers)
