@@ -185,6 +185,7 @@ class Place:
     expert: int | None = None
 
 
+@lru_cache(1 << 16)  # a mixture of experts has so many
 def place(name: str) -> Place:
     """Layer type, number, stack and expert of a tensor name.
 
@@ -236,7 +237,6 @@ def is_known(name: str) -> bool:
     return _rule(name) is not None
 
 
-@lru_cache(1 << 16)  # of a mixture of experts
 def _rule(name: str) -> str | None:
     if name.endswith(("in_proj_weight", "in_proj_bias")):  # torch.nn.MultiheadAttention; `in_proj.weight` is others'
         return "qkv"
