@@ -50,6 +50,8 @@ class Options:
         for name, asked in (("--memory", self.memory), ("--gpu-memory", self.gpu_memory)):
             if asked is not None and not asked >= LEAST_MEMORY:
                 raise ProbeError(f"{name} {file_size(asked)}: expected at least {file_size(LEAST_MEMORY)}")
+        if self.ray is not None and self.gpu_memory is not None:
+            raise ProbeError("--gpu-memory with --ray: a task has a GPU for itself; leave one of the two out")
 
     def facts(self) -> dict[str, Any]:
         """As the facts of a run keep them, JSON's own types; devices have facts of their own, clusters change none."""

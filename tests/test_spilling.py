@@ -229,3 +229,9 @@ def test_too_little_is_refused(name, option):
     with pytest.raises(ProbeError, match=f"{name} 500 MB: expected at least 1.5 GB"):
         Options(**{option: 5e8})
     assert getattr(Options(**{option: 1.5e9}), option) == 1.5e9
+
+
+def test_on_a_cluster_a_card_is_not_shared_out():
+    with pytest.raises(ProbeError, match="--gpu-memory with --ray: a task has a GPU for itself"):
+        Options(ray="auto", gpu_memory=8e9)
+    assert Options(ray="auto", memory=8e9).memory == 8e9
