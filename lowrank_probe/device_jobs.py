@@ -1,5 +1,6 @@
 """Per-matrix jobs on GPUs: on each card the next ones are read while a few compute, all from one queue."""
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ class Memory:
 
     def holds(self, items: Sequence[Any]) -> bool:
         """Whether these may be in the works at once."""
-        return sum(map(self.most, items)) <= self.limit
+        return math.isinf(self.limit) or sum(map(self.most, items)) <= self.limit
 
 
 @dataclass(frozen=True)

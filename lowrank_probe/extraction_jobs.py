@@ -86,12 +86,12 @@ class Job:
 
     def load(self, piece: Piece) -> Delta | None:
         """ΔW; None where it is 0."""
-        with self.room.place(self.device, self.most(piece)):
+        with self.room.place(self.device, lambda: self.most(piece)):
             return self.read(piece)
 
     def placed(self, piece: Piece, delta: Delta | None) -> "Found":
         """`compute`, on the disk where there is no room."""
-        with self.room.place(self.device, self.most(piece)):
+        with self.room.place(self.device, lambda: self.most(piece)):
             return self.compute(piece, delta)
 
     def read(self, piece: Piece) -> Delta | None:

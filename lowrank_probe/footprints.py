@@ -97,9 +97,11 @@ class Room:
     host: float
     folder: Path
 
-    def place(self, device: torch.device, most: float) -> AbstractContextManager[None]:
-        """What a matrix is read and computed in that takes at most so many bytes: of a host, its disk where needed."""
-        return spilling.on_disk(self.folder) if device.type == "cpu" and most > self.host else nullcontext()
+    def place(self, device: torch.device, most: Callable[[], float]) -> AbstractContextManager[None]:
+        """What a matrix is read and computed in that takes `most()` bytes: of a host, its disk where needed."""
+        if device.type != "cpu" or math.isinf(self.host) or most() <= self.host:
+            return nullcontext()
+        return spilling.on_disk(self.folder)
 
     def takes(self, shape: tuple[int, int], most: float) -> bool:
         """Whether a matrix (m, n) that takes so many bytes is the CPU's, where there are cards: it is too large for

@@ -99,7 +99,7 @@ class Job:
         return Host(takes, here.load, here.compute, here.memory([pair for pair in pairs if takes(pair)]))
 
     def _place(self, pair: Pair) -> AbstractContextManager[None]:
-        return self.room.place(self.settings.device, self.footprint(pair).most)
+        return self.room.place(self.settings.device, lambda: self.footprint(pair).most)
 
     def load(self, pair: Pair) -> _Loaded:
         clock = time.time() - self.started

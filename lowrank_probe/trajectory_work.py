@@ -124,12 +124,12 @@ class Comparison:
         return self.room.bound(self.device, names, held, lambda name: prints[name].on_disk, lambda name: name)
 
     def _placed(self, pairs: Mapping[str, Pair], lines: Lines, name: str, W: Tensor) -> tuple[str, Rows]:
-        with self.room.place(self.device, self._footprint(pairs[name]).most):
+        with self.room.place(self.device, lambda: self._footprint(pairs[name]).most):
             return self._matrix(lines, name, W)
 
     def _base_matrix(self, pairs: Mapping[str, Pair], name: str) -> Tensor:
         pair = pairs[name]
-        with self.room.place(self.device, self._footprint(pair).most):
+        with self.room.place(self.device, lambda: self._footprint(pair).most):
             W = read_part(self.base, pair.name, pair.part, self.device)
         conv1d = pair.lora is not None and is_conv1d(pair.name, self.base.config.get("model_type"))
         return W.T if conv1d else W
