@@ -198,8 +198,9 @@ class FactorsJob(Job):
     def computing(self, piece: Piece) -> float:
         """The Gram matrix, the same again for the proof of its top part, and the space that is searched, several
         times."""
-        k, r = min(piece.target.shape), self.ranks[piece.target.name]
-        searched = 8.0 * 6 * k * min(k, 3 * (r + 32))
+        k, r = min(piece.target.shape), min(self.ranks[piece.target.name], *piece.target.shape)
+        # The space that is searched, on the short side; on the long one what of it is kept, several times.
+        searched = 8.0 * 6 * (k * min(k, 3 * (r + 32)) + max(piece.target.shape) * min(k, r + 16))
         # All eigenvectors take more (`truncation`).
         whole = 0.0 if r <= k // 8 else 8.0 * 4 * k * k
         weighted = self._weighted_bytes(piece) if self.weighting is not None else 0.0

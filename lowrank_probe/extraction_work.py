@@ -16,6 +16,7 @@ from torch import Tensor
 from lowrank_probe.allocation import Unit
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.deltas import Delta, read_pair
+from lowrank_probe.device_jobs import Memory
 from lowrank_probe.devices import Choice
 from lowrank_probe.errors import NumericsError
 from lowrank_probe.extraction_jobs import FactorsJob, Job, Piece, SpectrumJob, pieces_of
@@ -92,13 +93,15 @@ class Work:
 
     def norms(self, left_out: Sequence[Left]) -> dict[tuple[str, str], float]:
         """(name, tuned name) → ‖ΔW‖_F of what no adapter carries; NaN where it cannot be told (NaN or Inf in it)."""
+        cpu, room = torch.device("cpu"), self.room
 
         def load(one: Left) -> float:
             pair, line = one
             try:
                 if pair is None:  # no tensor of that shape in the base
                     return difference_norm(self.base, line["name"], self.tuned, line["tuned_name"])
-                found = read_pair(pair, self.base, self.tuned, torch.device("cpu"), sides=False)
+                with room.place(cpu, lambda: held(one)):
+                    found = read_pair(pair, self.base, self.tuned, cpu, sides=False)
             except NumericsError:
                 return math.nan
             return found.fro_norm if isinstance(found, Delta) else float(found["fro_norm"])
@@ -109,7 +112,11 @@ class Work:
         def named(one: Left, norm: float) -> tuple[tuple[str, str], float]:
             return (one[1]["name"], one[1]["tuned_name"]), norm
 
-        with closing(run_jobs(list(left_out), size, load, named, torch.device("cpu"))) as jobs:
+        def held(one: Left) -> float:
+            return 8.0 * size(one)
+
+        memory = Memory(room.host, held, held, held)
+        with closing(run_jobs(list(left_out), size, load, named, cpu, memory)) as jobs:
             return dict(jobs)
 
     def moved(self, target: Target) -> bool:

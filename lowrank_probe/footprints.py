@@ -124,9 +124,10 @@ class Room:
         for item in items:
             needed = min(on_disk(item), on_card.most(item))
             if needed > self.host:
+                enough = math.ceil((needed + HOST_RESERVE) / 1e8) / 10
                 raise ProbeError(
-                    f"{name(item)}: needs --memory {file_size(needed + HOST_RESERVE)}, found "
-                    f"{file_size(self.host + HOST_RESERVE)}; give more, or leave it out with --exclude {name(item)}"
+                    f"{name(item)}: needs --memory {enough:g}GB, found {file_size(self.host + HOST_RESERVE)}; give "
+                    f"more, or leave it out with --exclude {name(item)}"
                 )
 
         def held(item: Item) -> float:

@@ -121,7 +121,8 @@ class HttpStore:
                 f"{name}: is no valid address, or redirects to none, or its proxy's is none (a port that is no number?)"
             ) from None
         except (OSError, HTTPError) as error:
-            reason = error.__cause__ or error
+            told = next((one for one in error.args if isinstance(one, BaseException)), error)  # urllib3's wrap them
+            reason = error.__cause__ or told
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise CheckpointError(f"{name}: {reason}") from None
             raise Passing(f"its server cannot be reached ({str(reason) or type(reason).__name__})") from None

@@ -42,8 +42,8 @@ class Settings:
     turn: AbstractContextManager[Any] = field(default_factory=nullcontext)
 
     def with_turns(self) -> "Settings":
-        """The same with a lock of its own where a device computes."""
-        return self if self.device.type == "cpu" else replace(self, turn=threading.Lock())
+        """The same with a lock of its own where a device computes, and none where the CPU does."""
+        return replace(self, turn=nullcontext() if self.device.type == "cpu" else threading.Lock())
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ the cores. How many may be in memory at once is bounded by the largest one: besi
 than 72 % of its entries, so that it alone sets the memory needed, unless all are small.
 """
 
+import bisect
 import ctypes
+import itertools
 import signal
 import sys
 import threading
@@ -172,11 +174,13 @@ def _set_malloc(trimmed_from: int) -> None:
 def _workers(sizes: Sequence[int], limit: float, cores: int) -> tuple[int, int]:
     """(how many go beside each other, the threads of each); limit: entries of all together.
 
-    As many as fit most of the time. Of small matrices one a core: their linear algebra has nothing to share out.
+    As many as fit most of the time. Of small matrices one a core: their linear algebra has nothing to share out. sizes:
+    descending; what is typical is where half of all entries is reached, so that vectors say nothing of matrices.
     """
     if not sizes:
         return 1, cores
-    typical = sorted(sizes)[len(sizes) // 2]
+    sums = list(itertools.accumulate(sizes))
+    typical = sizes[bisect.bisect_left(sums, sums[-1] / 2)]
     most = MAX_SMALL if typical <= SMALL else MAX_WORKERS
     workers = max(1, min(cores, most, int(limit / max(1, typical))))
     return workers, 1 if typical <= SMALL else max(1, cores // workers)

@@ -71,7 +71,8 @@ class Job:
         s = 8 if any(info.wide for info in stored) else 4
         if pair.lora is not None:
             return Footprint(pair.lora.shape, s, factored=True)
-        shape = pair.part.shape(stored[0].shape)
+        lies = stored[0].shape
+        shape = pair.part.shape(lies) if len(lies) > 1 else (math.prod(lies), 1)
         return Footprint(shape, s, any(info.quantized for info in stored), self.settings.options.exact_tail)
 
     def card(self) -> Card[Pair, _Loaded, Done]:

@@ -1,7 +1,7 @@
 """Matrices that do not fit in memory: their tensors in files on disk, mapped, so that the system keeps what it can.
 
-A tensor is its file's only name: it goes with the tensor, and nothing stays behind where the process is killed. The
-values, and the order in which they are summed, are what they are in memory.
+A file has no name, goes with its tensor, and nothing stays behind where the process is killed. Results are what they
+are in memory, to the last bit for a tall matrix; the Gram matrix of a wide one is summed in larger blocks.
 """
 
 import math
@@ -47,7 +47,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: str | torch.device =
     """
     folder, n_bytes = _folder.get(), math.prod(shape) * dtype.itemsize
     if folder is None or torch.device(device).type != "cpu" or n_bytes < LEAST:
-        return torch.empty(*shape, dtype=dtype, device=device)
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             _reserve(file.fileno(), n_bytes)
@@ -57,7 +57,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: str | torch.device =
             f"{folder}: no room for {file_size(n_bytes)} of a matrix that is larger than --memory ({error.strerror}); "
             "give --out on a larger disk, or more --memory"
         ) from None
-    return torch.frombuffer(mapped, dtype=dtype).view(*shape)
+    return torch.frombuffer(mapped, dtype=dtype).view(tuple(shape))
 
 
 def _reserve(file: int, n_bytes: int) -> None:

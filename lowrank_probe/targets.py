@@ -8,7 +8,7 @@ model that transformers loads (`modules.in_memory`).
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -20,6 +20,9 @@ from lowrank_probe.layers import Place, place
 from lowrank_probe.ledger import ledger_line, tensor_line
 from lowrank_probe.matching import Matching, Pair
 from lowrank_probe.modules import Kind, Modules
+
+# Entries that a norm takes at a time.
+_RUN: Final = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -158,18 +161,33 @@ def difference_norm(
 ) -> float:
     """‖W_tuned − W_base‖_F; what only the fine-tune has counts in full: added rows, a tensor that is new or of another
     width (base_name "" or of other trailing dimensions). Raises `NumericsError` naming the tensor for NaN and Inf."""
-    W = tuned.read(tuned_name, device)
-    old = base.read(base_name, device) if base_name else W[:0]
-    old = old if old.shape[1:] == W.shape[1:] else W[:0]
-    square = 0.0
-    for first in range(0, len(W), 4096):
-        part, before = W[first : first + 4096].double(), old[first : first + 4096].double()
-        square += float(torch.linalg.vector_norm(part[: len(before)] - before[: len(part)])) ** 2
-        square += float(torch.linalg.vector_norm(part[len(before) :])) ** 2
+    shape = tuned.tensors[tuned_name].shape
+    both = math.prod(shape)
+    if not base_name or base.tensors[base_name].shape[1:] != shape[1:]:
+        both = 0
+    elif shape:
+        both = min(both, math.prod(base.tensors[base_name].shape))
+    new = _runs(tuned, tuned_name, 0, both, device)
+    old = _runs(base, base_name, 0, both, device) if both else ()
+    square = sum(_square(x.double() - y.double()) for x, y in zip(new, old, strict=False))
+    square += sum(_square(x) for x in _runs(tuned, tuned_name, both, math.prod(shape), device))
     if not math.isfinite(square):
         file = tuned.tensors[tuned_name].file
         raise NumericsError(f"{tuned_name} in {file}: contains NaN or Inf; leave it out with --exclude {tuned_name}")
     return math.sqrt(square)
+
+
+def _runs(side: Checkpoint, name: str, start: int, stop: int, device: torch.device | str) -> Iterator[torch.Tensor]:
+    """The flat tensor's entries from start to stop, a few at a time."""
+    counts = [min(_RUN, stop - first) for first in range(start, stop, _RUN)]
+    if side.lies_flat(name):
+        return side.read_runs(name, start, counts, torch.device(device))
+    flat = side.read(name, device).reshape(-1)[start:stop]
+    return iter(torch.split(flat, _RUN)) if counts else iter(())
+
+
+def _square(run: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(run, dtype=torch.float64)) ** 2
 
 
 @dataclass

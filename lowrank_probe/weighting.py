@@ -106,7 +106,8 @@ class Weighting:
         table = piece.target.kind == "embedding"
         if roots is not None:
             gradients = roots.L if table else roots.K
-            mean = self.moments.mean_gradient(piece) if gradients is None else 1.0
+            # One whose output the loss was not traced through (its inputs are no activations) has none.
+            mean = (self.moments.mean_gradient(piece) or self.unseen_gradient) if gradients is None else 1.0
             return mean * self.n_tokens / self.moments.n_tokens(piece)
         rows = 1.0 if self.is_unmet(piece) else self.n_tokens / (piece.target.shape[0] if table else 1)
         return rows * self.unseen_gradient

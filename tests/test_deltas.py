@@ -16,6 +16,7 @@ from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.deltas import Delta, read_pair, streams
 from lowrank_probe.matching import match
 from lowrank_probe.options import Options
+from lowrank_probe.targets import difference_norm
 
 NAN = math.nan
 
@@ -98,6 +99,26 @@ def test_without_its_sides_nan_is_named_and_counted_too(tmp_path):
     (moved,) = [one for one in match(*both, Options()).pairs if one.key == name]
     with pytest.raises(NumericsError, match=f"{name} in .*tuned/model.safetensors: contains 2 NaN"):
         read_pair(moved, *both, torch.device("cpu"), sides=False)
+
+
+@pytest.mark.parametrize("grown", [0, 40_000])
+def test_a_norm_is_taken_a_few_entries_at_a_time_and_is_that_of_all(tmp_path, grown):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(40_000, 64, generator=generator).bfloat16()  # 2.6 million entries: more than one run
+    tuned = torch.cat([base * 1.5, torch.randn(grown, 64, generator=generator).bfloat16()])
+    both = [open_checkpoint(path) for path in sides(tmp_path, {"a.weight": base}, {"a.weight": tuned})]
+    expected = torch.linalg.norm(torch.cat([tuned[:40_000].double() - base.double(), tuned[40_000:].double()]))
+    for one, other in ((both[0], both[1]), tuple(open_checkpoint({"a.weight": W}) for W in (base, tuned))):
+        assert difference_norm(one, "a.weight", other, "a.weight") == pytest.approx(float(expected), rel=1e-12)
+        whole = difference_norm(one, "", other, "a.weight")
+        assert whole == pytest.approx(float(torch.linalg.norm(tuned.double())), rel=1e-12)
+
+
+def test_a_scalar_beside_matrices_is_a_vector(tmp_path):
+    base = {"logit_scale": torch.tensor(2.6), "fc1.weight": torch.randn(32, 16)}
+    tuned = {"logit_scale": torch.tensor(2.7), "fc1.weight": base["fc1.weight"] + 0.1 * torch.randn(32, 16)}
+    for one in (lp.spectrum(base, tuned, device="cpu"), lp.spectrum(*sides(tmp_path, base, tuned), device="cpu")):
+        assert statuses(one) == {"logit_scale": "vector", "fc1.weight": "analysed"}
 
 
 # ---------------------------------------------------------------------------------------------- Conv1D, tied heads

@@ -196,6 +196,7 @@ def test_certificates_are_checked(tmp_path, certified):
     with serving(tmp_path / "m", context=context) as server:
         message = refused(server.address, "CERTIFICATE_VERIFY_FAILED", "self-signed certificate")
         assert message.startswith(f"{server.address}/adapter_config.json: ")
+        assert "tries" not in message, "no second try helps"
         command = [PROBE, "spectrum", server.address, server.address, "--device", "cpu", "--out", tmp_path / "run"]
         trusting = {**ENVIRONMENT, "SSL_CERT_FILE": str(tmp_path / "public.pem"), "no_proxy": "127.0.0.1"}
         done = subprocess.run(command, env=trusting, capture_output=True, text=True, check=False)

@@ -118,9 +118,16 @@ def test_closing_waits_for_what_runs_and_drops_the_rest():
 
 
 def test_workers_share_the_cores():
-    seen = set(jobs([100] + [1] * 10, lambda _: torch.get_num_threads(), CPU))
-    assert seen <= {1, 4}
-    assert 1 in seen
+    def threads(sizes):
+        return set(run_jobs(sizes, large, identity, lambda item, _: torch.get_num_threads(), CPU, largest=large(10)))
+
+    assert threads([3] * 12) == {2}, "two beside each other, on half of the cores each"
+    assert threads([1] * 12) == {1}
+    assert threads([3] * 12 + [0] * 100) == {2}, "vectors say nothing of the matrices"
+
+
+def test_small_matrices_have_a_core_each():
+    assert set(jobs([1 << 16] * 12, lambda _: torch.get_num_threads(), CPU)) == {1}
 
 
 ELSEWHERE = torch.device("meta")  # any device that is no CPU: what runs there is the caller's business

@@ -202,7 +202,7 @@ def test_on_the_host_those_on_disk_count_as_what_stays_in_memory(tmp_path):
 
 def test_one_that_does_not_fit_even_on_disk_is_named(tmp_path):
     room = Room(math.inf, 2e9, tmp_path)
-    with pytest.raises(ProbeError, match=r"matrix of 5000000000: needs --memory 3.7 GB, found 2.7 GB; .*--exclude"):
+    with pytest.raises(ProbeError, match=r"matrix of 5000000000: needs --memory 3.7GB, found 2.7 GB; .*--exclude"):
         _bound(room, "cpu", [3, 5_000_000_000], 3e9)
     assert _bound(room, "cpu", [3], 3e9) is not None, "in memory it fits"
     assert _bound(Room(8e9, 2e9, tmp_path), "meta", [5_000_000_000], 3e9).limit == 8e9
@@ -235,3 +235,27 @@ def test_on_a_cluster_a_card_is_not_shared_out():
     with pytest.raises(ProbeError, match="--gpu-memory with --ray: a task has a GPU for itself"):
         Options(ray="auto", gpu_memory=8e9)
     assert Options(ray="auto", memory=8e9).memory == 8e9
+
+
+def test_the_cpu_beside_a_card_does_not_wait_for_its_eigen_solver(tmp_path):
+    paths = _pair(tmp_path, "tall")
+    both = [open_checkpoint(path) for path in paths]
+    settings = Settings(torch.device("meta"), Options()).with_turns()
+    job = Job(*both, {}, settings, 0.0, Room(math.inf, math.inf, tmp_path))
+    assert job.on(torch.device("meta")).settings.turn is not settings.turn
+    (pair,) = match(*both, Options()).pairs
+    here = job.on(CPU)
+    with settings.turn:
+        assert here.compute(pair, here.load(pair)).row["n_kept"] == 700
+
+
+def test_a_high_rank_of_a_long_matrix_takes_its_long_factors(tmp_path):
+    both = [open_checkpoint(path) for path in _pair(tmp_path, "tall")]
+    (target,) = select(*both, ["everything"]).chosen
+    (piece,) = pieces_of(target)
+
+    def on_disk(rank):
+        room = Room(math.inf, math.inf, tmp_path)
+        return FactorsJob(*both, CPU, False, room, {target.name: rank}, torch.float32, 0, None).on_disk(piece)
+
+    assert on_disk(80) - on_disk(16) > 8 * 4 * 3200 * 64
