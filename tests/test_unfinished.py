@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import ENVIRONMENT, fails, probe
 
 import lowrank_probe as lp
-from lowrank_probe import OutputError, spectra
+from lowrank_probe import OutputError, spectrum_work
 from lowrank_probe.outputs import is_unfinished
 from lowrank_probe.unfinished import Unfinished
 
@@ -73,9 +73,9 @@ def same(a, b):
 
 def resumed(planted, out, **options):
     """(result, names of the matrices that were read) of a run that goes on."""
-    read, read_pair = [], spectra.read_pair
+    read, read_pair = [], spectrum_work.read_pair
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spectra, "read_pair", lambda one, *rest: (read.append(one.key), read_pair(one, *rest))[1])
+        patch.setattr(spectrum_work, "read_pair", lambda one, *rest: (read.append(one.key), read_pair(one, *rest))[1])
         return lp.spectrum(*planted, out=out, **options), read
 
 
@@ -317,7 +317,7 @@ def test_a_disk_that_is_full_says_so_and_keeps_what_was_finished(planted, tmp_pa
 
 AT = """
 import os, signal, sys
-from lowrank_probe import outputs, record_log, reports, spectra, trajectories, unfinished
+from lowrank_probe import outputs, record_log, reports, spectrum_work, trajectories, unfinished
 
 def die(*arguments, **more):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -340,7 +340,7 @@ if where == "owning":
 elif where == "beginning":
     os.pwrite = half
 elif where == "computing":
-    spectra.analyse = after(5, spectra.analyse)
+    spectrum_work.analyse = after(5, spectrum_work.analyse)
 elif where == "comparing":
     trajectories.similarity_rows = after(5, trajectories.similarity_rows)
 elif where == "appending":
