@@ -47,12 +47,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Host(Generic[Item, Loaded, Done]):
-    """What the CPU does beside the cards. takes: whether an item is for it; memory: what is held there."""
+    """What the CPU does beside the cards. takes: whether an item is for it; memory, every: as of `run_jobs` there."""
 
     takes: Callable[[Item], bool]
     load: Callable[[Item], Loaded]
     compute: Callable[[Item, Loaded], Done]
     memory: Memory | None = None
+    every: Sequence[int] = ()
 
 
 def device_jobs(

@@ -75,14 +75,15 @@ class Job:
         return self.room.bound(self.device, pieces, held, self.on_disk, lambda piece: piece.name)
 
     def host(self, pieces: Sequence[Piece]) -> Host[Piece, Delta | None, "Found"]:
-        """What the CPU does of these, beside cards."""
+        """What the CPU does of these, all of the run, beside cards."""
         here = self.on(torch.device("cpu"))
 
         def takes(piece: Piece) -> bool:
             return self.room.takes(piece.target.shape, self.most(piece))
 
-        memory = here.memory([piece for piece in pieces if takes(piece)], math.inf)
-        return Host(takes, here.load, here.placed, memory)
+        taken = [piece for piece in pieces if takes(piece)]
+        every = [math.prod(piece.target.shape) for piece in taken]
+        return Host(takes, here.load, here.placed, here.memory(taken, math.inf), every)
 
     def load(self, piece: Piece) -> Delta | None:
         """ΔW; None where it is 0."""

@@ -164,8 +164,8 @@ class Work:
         largest = max(math.prod(info.shape) for info in self.base.tensors.values())  # read for its norm at least
         memory = job.memory(todo, IN_FLIGHT * 4 * max(map(size, every), default=0))
         jobs = run_jobs(
-            todo, size, *job.card(), memory, largest, self.cluster, [job.on(other).card() for other in self.others],
-            job.host(todo),
+            todo, size, *job.card(), memory, largest, [*map(size, every)], self.cluster,
+            [job.on(other).card() for other in self.others], job.host(every),
         )  # fmt: skip
         with interruptible() as asked_to_stop, closing(jobs):
             for piece, tensors, facts in jobs:

@@ -43,6 +43,7 @@ def run_jobs(
     device: torch.device,
     memory: Memory | None = None,
     largest: int = 0,
+    every: Sequence[int] = (),
     cluster: bool = False,
     others: Sequence[Card[Item, Loaded, Done]] = (),
     host: Host[Item, Loaded, Done] | None = None,
@@ -50,10 +51,11 @@ def run_jobs(
     """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
     entries: the size of an item's matrix. memory: what is held on the device, where that is bounded. largest: entries
-    of the largest matrix that the run reads at all, where that is none of the items: on a CPU it sets how many go
-    beside each other. cluster: as tasks of Ray (`cluster`). others: further GPUs of the same kind, which take items
-    from the same queue. host: what the CPU does beside them. Closing the iterator (Ctrl-C) waits for what is running
-    and drops the rest.
+    of the largest matrix that the run reads at all, where that is none of the items; every: of all matrices of the
+    run, where some are finished already. On a CPU they set how many go beside each other, and so the threads of each,
+    with which the last digits move: not by what is left to do. cluster: as tasks of Ray (`cluster`). others: further
+    GPUs of the same kind, which take items from the same queue. host: what the CPU does beside them. Closing the
+    iterator (Ctrl-C) waits for what is running and drops the rest.
     """
     if cluster:
         from lowrank_probe.cluster import cluster_jobs
@@ -72,14 +74,16 @@ def run_jobs(
             streams.append(device_jobs(mine, entries, [(load, compute, device), *others], memory))
         if on_host:
             assert host is not None
-            streams.append(run_jobs(on_host, entries, host.load, host.compute, torch.device("cpu"), host.memory))
+            cpu = torch.device("cpu")
+            streams.append(run_jobs(on_host, entries, host.load, host.compute, cpu, host.memory, every=host.every))
         yield from beside_each_other(streams)
         return
     cores = torch.get_num_threads()
     sizes = [entries(item) for item in queue]
-    largest = max([largest, *sizes[:1]])
+    every = sorted(every or sizes, reverse=True)
+    largest = max([largest, *every[:1]])
     limit = max(SHARE_OF_LARGEST * largest, TOGETHER)
-    workers, share = _workers(sizes, limit, cores)
+    workers, share = _workers(every, limit, cores)
 
     def job(item: Item) -> Done:
         return compute(item, load(item))

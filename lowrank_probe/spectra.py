@@ -217,9 +217,9 @@ class _Run:
         total = sum(size(pair) for pair in self.matching.pairs)
         done = sum(size(pair) for pair in self.matching.pairs if pair.key in self.done)
         todo = [pair for pair in self.matching.pairs if pair.key not in self.done]
-        free = [pair for pair in todo if pair.key not in self.tied]
+        free = [pair for pair in self.matching.pairs if pair.key not in self.tied]
         running = run_jobs(
-            todo, size, *job.card(), job.memory(free), cluster=choice.cluster,
+            todo, size, *job.card(), job.memory(free), every=[*map(size, self.matching.pairs)], cluster=choice.cluster,
             others=[job.on(other).card() for other in choice.others], host=job.host(free),
         )  # fmt: skip
         # Closed here: left to the garbage collector, what a second Ctrl-C raises would be printed and ignored.

@@ -90,14 +90,16 @@ class Job:
         )
 
     def host(self, pairs: Sequence[Pair]) -> Host[Pair, _Loaded, Done]:
-        """What the CPU does of these, beside cards."""
+        """What the CPU does of these, all of the run, beside cards."""
         here = self.on(torch.device("cpu"))
 
         def takes(pair: Pair) -> bool:
             found = self.footprint(pair)
             return self.room.takes(found.shape, found.most)
 
-        return Host(takes, here.load, here.compute, here.memory([pair for pair in pairs if takes(pair)]))
+        taken = [pair for pair in pairs if takes(pair)]
+        every = [pair.entries(self.base, self.tuned) for pair in taken]
+        return Host(takes, here.load, here.compute, here.memory(taken), every)
 
     def _place(self, pair: Pair) -> AbstractContextManager[None]:
         return self.room.place(self.settings.device, lambda: self.footprint(pair).most)

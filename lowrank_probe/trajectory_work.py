@@ -73,7 +73,7 @@ class Comparison:
         done = sum(sizes[name] for name in rows)
         jobs = run_jobs(
             todo, sizes.__getitem__, *self._card(pairs, lines), self._memory(pairs, todo),
-            host=self._host(pairs, lines, todo),
+            every=list(sizes.values()), host=self._host(pairs, lines, names),
         )  # fmt: skip
         with interruptible() as asked_to_stop, closing(jobs):
             for name, found in jobs:
@@ -108,7 +108,9 @@ class Comparison:
             return self.room.takes(found.shape, found.most)
 
         load, compute, _ = here._card(pairs, lines)
-        return Host(takes, load, compute, here._memory(pairs, [name for name in names if takes(name)]))
+        taken = [name for name in names if takes(name)]
+        every = [math.prod(self._shape(pairs[name])) for name in taken]
+        return Host(takes, load, compute, here._memory(pairs, taken), every)
 
     def _footprint(self, pair: Pair) -> Footprint:
         stored = [side.tensors[pair.tuned_name] for side in self.sides.values() if pair.tuned_name in side.tensors]

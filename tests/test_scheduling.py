@@ -126,6 +126,18 @@ def test_workers_share_the_cores():
     assert threads([3] * 12 + [0] * 100) == {2}, "vectors say nothing of the matrices"
 
 
+def test_what_is_left_of_a_run_has_the_threads_of_the_whole():
+    def threads(left, every):
+        jobs_left = run_jobs(
+            left, large, identity, lambda item, _: torch.get_num_threads(), CPU, largest=large(10),
+            every=[*map(large, every)],
+        )  # fmt: skip
+        return set(jobs_left)
+
+    assert threads([1], [3] * 12 + [1]) == {2}
+    assert threads([1], [1]) == {1}
+
+
 def test_small_matrices_have_a_core_each():
     assert set(jobs([1 << 16] * 12, lambda _: torch.get_num_threads(), CPU)) == {1}
 

@@ -317,7 +317,7 @@ def test_a_disk_that_is_full_says_so_and_keeps_what_was_finished(planted, tmp_pa
 
 AT = """
 import os, signal, sys
-from lowrank_probe import outputs, record_log, reports, spectrum_work, trajectories, unfinished
+from lowrank_probe import outputs, record_log, reports, spectrum_work, trajectory_work, unfinished
 
 def die(*arguments, **more):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -342,7 +342,7 @@ elif where == "beginning":
 elif where == "computing":
     spectrum_work.analyse = after(5, spectrum_work.analyse)
 elif where == "comparing":
-    trajectories.similarity_rows = after(5, trajectories.similarity_rows)
+    trajectory_work.similarity_rows = after(5, trajectory_work.similarity_rows)
 elif where == "appending":
     os.pwrite = after(6, os.pwrite, half)
 elif where == "writing":
