@@ -105,7 +105,7 @@ def grid(models: tuple[str, ...]) -> Iterator[Row]:
         for method in ("full", "lora", "dora"):
             for checkpointing in (False, True):
                 for batch, seq in SIZES:
-                    step = Step(method=method, checkpointing=checkpointing, batch=batch, seq=seq)  # type: ignore[arg-type]
+                    step = Step(method=method, checkpointing=checkpointing, batch=batch, seq=seq)
                     yield run(model, step)
 
 

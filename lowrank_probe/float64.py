@@ -19,11 +19,11 @@ EPS64: Final = 2.0**-53
 CHUNK_ENTRIES: Final = 1 << 17
 # The same for the Gram matrix, where every block costs one more pass over G.
 GRAM_ENTRIES: Final = 3 << 17
+# And where A lies on disk: a block of columns is a run of bytes in every row, read by pages.
+SPILLED_ENTRIES: Final = 1 << 24
 # Rows of the Gram matrix computed at a time, at least, and parts of it at most.
 PANEL: Final = 256
 PANELS: Final = 4
-# The same where A lies on disk: a block of columns is a run of bytes in every row, read by pages.
-SPILLED_ENTRIES: Final = 1 << 24
 # On a GPU, where every chunk is a launch and many are a wait.
 DEVICE_ENTRIES: Final = 1 << 24
 

@@ -64,6 +64,7 @@ class Footprint:
         size = math.prod(self.shape)
         if self.factored:
             return self.waiting
+        # Copies of both sides and ΔW where some rows did not move; steps and errors in bf16, draws, ΔW in float32.
         noise = self.waiting + (2 + 2 + 4 + (self.s - 4)) * size
         return self.waiting + max(noise, grams(3, self.shape), 16.0 * size * self.exact_tail)
 
@@ -112,8 +113,8 @@ class Room:
         self, device: torch.device, items: Sequence[Item], on_card: Memory, on_disk: Callable[[Item], float],
         name: Callable[[Item], str],
     ) -> Memory:  # fmt: skip
-        """What bounds `run_jobs` on a device. on_card: what items take where they are in memory, and
-        the most of all together on a card; on_disk: what one takes whose tensors lie on disk.
+        """What bounds `run_jobs` on a device. on_card: what items take where they are in memory, and the most of all
+        together on a card; on_disk: what one takes whose tensors lie on disk.
 
         Raises `ProbeError` for one that the host has no room for even so.
         """
