@@ -254,12 +254,16 @@ import torch
 from lowrank_probe import cluster
 cluster.join(sys.argv[1], "auto")
 cluster.RETRIES = 0
+yielded = sys.argv[2]
 def compute(item, _):
     if item:
+        while not os.path.exists(yielded):
+            time.sleep(0.01)
         {end}
     return item
-jobs = cluster.cluster_jobs(range(4), lambda i: 1, lambda i: i, compute, torch.device("cpu"))
-next(jobs)
+jobs = cluster.cluster_jobs(range(4), lambda i: 4 - i, lambda i: i, compute, torch.device("cpu"))
+assert next(jobs) == 0
+open(yielded, "w").close()
 time.sleep(3)
 jobs.close()
 del jobs
@@ -268,8 +272,8 @@ time.sleep(1)
 
 
 @pytest.mark.parametrize("end", ["raise ValueError('of a job')", "os.kill(os.getpid(), 9)"])
-def test_jobs_that_end_badly_unseen_are_not_printed(two, end):
-    command = [sys.executable, "-c", STOPPING.format(end=end), two.address]
+def test_jobs_that_end_badly_unseen_are_not_printed(two, end, tmp_path):
+    command = [sys.executable, "-c", STOPPING.format(end=end), two.address, str(tmp_path / "yielded")]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     told = [line for line in done.stderr.splitlines() if "A worker died or was killed" not in line]  # Ray's own
     assert (done.returncode, told) == (0, [])
