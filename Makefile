@@ -1,5 +1,5 @@
 # The two set-up commands: `make demo` and `make test`. Each makes the environment first where there is none.
-# `make slow`: the tests of more than ten seconds each, and those that download a model.
+# `make slow`: the tests of more than six seconds each, and those that download a model.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin

@@ -322,6 +322,7 @@ def test_a_narrow_dark_page_fits(page):
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+@pytest.mark.slow
 def test_five_thousand_matrices(driver, tmp_path):
     result = build(layers=60, hidden=64, copies=12, hostile=HOSTILE)
     file = tmp_path / "large.html"

@@ -43,6 +43,7 @@ def test_what_is_read_back_is_what_was_saved(saved):
     assert told["budgets"][0]["price_per_hour"] == 2.5 * told["budgets"][0]["n_cards_priced"]
 
 
+@pytest.mark.slow
 def test_every_kind_of_run_is_read_back(tmp_path):
     shape = lp.budget(LLAMA_8B).shape
     spread = (lp.budget(LLAMA_8B, method="full", precision="mixed", gpus=8, fsdp=3),)
@@ -63,6 +64,7 @@ def test_the_page_is_rebuilt_with_its_measurement(saved, tmp_path):
     assert page.read_text(encoding="utf-8") == first
 
 
+@pytest.mark.slow
 def test_the_command_keeps_the_measurement(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     run = ("budget", tmp_path, "--method", "lora", "--seq", "64", "--measure", "--out", tmp_path / "out", "--json")

@@ -117,6 +117,7 @@ def test_better_than_plain_on_text_that_decided_nothing(trained, text, tmp_path)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["probe", "r16", "r4", "r8"]
 
 
+@pytest.mark.slow
 def test_the_reported_distance_is_that_of_the_adapter_through_peft(trained, text, tmp_path):
     found = extract(*trained, tmp_path / "a", ranks=2, calibration=Calibration(text))
     (chosen,) = [one for one in found.facts["calibration"]["tried"] if one["chosen"]]
@@ -138,6 +139,7 @@ def test_the_reported_distance_is_that_of_the_adapter_through_peft(trained, text
         assert distance(adapted, part) == pytest.approx(chosen[part], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_budget_goes_by_weighted_energies(trained, text, tmp_path):
     choice = RankChoice(budget={"parameters": 20_000})
     found = extract(*trained, tmp_path / "a", ranks=choice, calibration=Calibration(text))
@@ -152,6 +154,7 @@ def test_a_budget_goes_by_weighted_energies(trained, text, tmp_path):
     assert chosen["report"] < ways["plain SVD", "inf"]["report"]
 
 
+@pytest.mark.slow
 def test_a_matrix_without_a_rank_by_its_plain_energy_gets_one_by_what_it_does(trained, text, tmp_path):
     base, tuned = trained
     shutil.copytree(tuned, tmp_path / "tuned")
@@ -182,6 +185,7 @@ def test_a_matrix_without_a_rank_by_its_plain_energy_gets_one_by_what_it_does(tr
         assert rows.loc[target, "optimal_error_high"] == pytest.approx(optimum, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_experts_that_no_token_meets_take_part_and_say_so(text, tmp_path):
     torch.manual_seed(0)
     sizes = SIZES | {"hidden_size": 32, "intermediate_size": 16, "num_key_value_heads": 1}
@@ -216,6 +220,7 @@ def test_experts_that_no_token_meets_take_part_and_say_so(text, tmp_path):
     assert "model.layers.0.mlp.experts.gate_up_proj" in found.facts["calibration"]["plain"]
 
 
+@pytest.mark.slow
 def test_a_frozen_matrix_beside_an_energy(trained, text, tmp_path):
     base, tuned = trained
     shutil.copytree(tuned, tmp_path / "tuned")

@@ -20,6 +20,7 @@ def test_resize_says_why_a_module_is_left_out(tmp_path):
     assert rankless.endswith(" more")
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path):
     base, adapter, _ = adapt(tmp_path, llama(), r=4, target_modules=["q_proj", "up_proj"])
     small, merged, again, free = (tmp_path / name for name in ("small", "merged", "again", "x"))

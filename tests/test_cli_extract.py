@@ -21,6 +21,7 @@ def written(out):
     return kept, (out / "README.md").read_text(encoding="utf-8"), (out / "probe" / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_lora_on_a_tied_table_holds_unmerged_only_and_verify_exits_3(tied, tmp_path):
     asked = ("extract", *tied, "--targets", "embedding,q", "--rank", 32, "--verify")
     stdout, stderr = probe(*asked, "--tied-lora", "--out", tmp_path / "a", code=3)

@@ -246,6 +246,7 @@ def test_the_command_prints_and_writes(decaying, tmp_path):
     assert sorted(payload["facts"]["adapters"]) == ["r2", "r4"]
 
 
+@pytest.mark.slow
 def test_the_command_fails_in_one_line(decaying, tmp_path):
     fails("extract", decaying[0], decaying[0], "--out", tmp_path / "a", words=["identical"], code=3)
     fails("extract", *decaying, "--rank", "0", "--out", tmp_path / "a", words=["rank is 0"])
@@ -254,6 +255,7 @@ def test_the_command_fails_in_one_line(decaying, tmp_path):
     assert "expected a rank" in probe("extract", *decaying, "--rank", "x", "--out", tmp_path / "a", code=2)[1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_files(decaying, tmp_path):
     probe("extract", *decaying, "--rank", "3", "--out", tmp_path / "whole")
     command = [PROBE, "extract", *map(str, decaying), "--rank", "3", "--out", str(tmp_path / "killed")]

@@ -371,6 +371,7 @@ def test_plotly_accepts_every_figure_and_the_page_draws_the_same(size):
             assert trace.name == spec.get("name")
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_figures_are_written_as_svg_and_png(result, tmp_path):
     paths = figures.write(result, tmp_path / "figures")

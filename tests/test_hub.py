@@ -174,6 +174,7 @@ def test_a_repository_without_weights(tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["refuse", "break"])
 def test_a_download_that_breaks_off(tmp_path, content, fault):
     with serving(content, fault) as (address, _):

@@ -323,6 +323,7 @@ def test_pieces_that_are_no_products_are_left_to_the_plain_svd(tmp_path):
     assert all(found.n_tokens(piece) for piece in pieces if piece.target.kind == "linear")
 
 
+@pytest.mark.slow
 def test_other_processes_read_the_moments_where_they_lie(tmp_path):
     model, _, _, selection = built(tmp_path, llama)
     found, pieces = collected(model, selection, tmp_path)

@@ -191,6 +191,7 @@ def test_report_of_no_run_says_so(tmp_path):
         reports.report(tmp_path)
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_report_writes_the_figures_where_asked(result, tmp_path):
     result.save(tmp_path / "run")

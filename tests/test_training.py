@@ -487,6 +487,7 @@ def test_a_full_run_that_diverges_leaves_page_and_table_and_decides_nothing(
     assert "ranks" not in again.figures
 
 
+@pytest.mark.slow
 def test_another_seeds_sound_full_run_serves_instead(sides, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "run_fit", diverging("full-s0", "lora-r1-mlp-s1"))
     recipe = lp.Recipe(steps=8, batch=4, length=32, evaluations=1)

@@ -15,6 +15,8 @@ from lowrank_probe import training, training_reports
 from lowrank_probe.training_figures import training_specs
 from lowrank_probe.training_terminal import print_training
 
+pytestmark = pytest.mark.slow  # it trains first
+
 FIGURES = ("loss", "ranks", "parameters", "curves", "search", "memory", "subspaces", "amplification")
 GROUPS = ("attention", "mlp")
 ESCAPED = html.escape(HOSTILE, quote=False)

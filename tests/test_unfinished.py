@@ -396,6 +396,7 @@ def test_a_default_directory_is_resumed_by_its_name(planted, whole, tmp_path):
     assert not is_unfinished(run)
 
 
+@pytest.mark.slow
 def test_a_failed_run_leaves_its_work_in_out_and_nothing_in_a_default_directory(tmp_path):
     base, tuned = pair(tmp_path)
     name = "model.layers.1.self_attn.k_proj.weight"

@@ -408,6 +408,7 @@ def test_nan_weights_are_an_error(tmp_path):
         verify(base, tuned, adapter)
 
 
+@pytest.mark.slow
 def test_nothing_is_printed(pairs, tmp_path):
     base, tuned, targets = pairs["t5"]
     adapter = adapter_of(base, tuned, tmp_path / "a", 2, targets)
