@@ -39,7 +39,7 @@ def null_values(index: NDArray[np.int64], shape: tuple[int, int]) -> Values:
 
 def group_of(table: pd.DataFrame) -> "pd.Series[str]":
     """Each matrix's layer type as shown (`layers.labels`), as plotly text."""
-    shown = labels(table["stack"].astype(str), table["layer_type"].astype(str))
+    shown = labels(*(table[name].astype(str).to_numpy() for name in ("stack", "layer_type")))
     names = shown_names(shown)
     return pd.Series([names[label] for label in shown], index=table.index, dtype=object)
 
@@ -184,7 +184,7 @@ def packed_spectra(result: Result, points: int) -> dict[str, Any]:
         rows.append([number, n_raw, n_denoised, *numbers(_noise(row))])
     values = np.concatenate([empty, *parts]).astype("<f4")
     return {
-        "types": labels(result.table["stack"], result.table["layer_type"]),
+        "types": labels(*(result.table[name].to_numpy() for name in ("stack", "layer_type"))),
         "grids": [{"index": index.tolist(), "noise": noise} for _, index, noise in grids.values()],
         "rows": rows,
         "values": base64.b64encode(values.tobytes()).decode("ascii"),

@@ -126,10 +126,12 @@ def singular_values_spec(result: Result, name: str | None = None, *, with_menu: 
     """`figures.singular_values`; without a menu unless asked for."""
     table = result.table[result.table["name"].isin(result.singular_values.keys())]
     shown = even_selection(table, MAX_SPECTRA) if with_menu else table
-    rows: list[Mapping[Any, Any]] = shown.to_dict("records")
     first = opening(shown) if name is None else int((shown["name"] == name).to_numpy().argmax())
-    points = [spectrum_points(result, row, MAX_POINTS) for row in (rows if with_menu else rows[first : first + 1])]
-    x, y = points[first if with_menu else 0] if points else ([[]] * 5, [[]] * 5)
+    if not with_menu:
+        shown, first = shown[first : first + 1], 0
+    rows: list[Mapping[Any, Any]] = shown.to_dict("records")
+    points = [spectrum_points(result, row, MAX_POINTS) for row in rows]
+    x, y = points[first] if points else ([[]] * 5, [[]] * 5)
     dots = {"mode": "lines+markers", "marker": {"size": 4}}
     grey = {"fill": "tozeroy", "fillcolor": "rgba(128,128,128,.2)", "line": {"color": INK, "width": 1}}
     styles: dict[str, Spec] = {

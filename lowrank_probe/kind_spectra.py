@@ -49,6 +49,13 @@ class _End:
     tail: float
 
 
+# What `_end` reads of a row.
+_TOLD_BY: Final = (
+    "name", "rows", "cols", "storage", "noise_model", "noise_std", "fro_norm", "denoised_fro_norm", "resolved",
+    "unchanged_fraction", "signal_rank", "decidable_signal_rank", "numerical_rank",
+)  # fmt: skip
+
+
 def _end(row: dict[str, Any], s: Any, denoised: Any) -> _End | None:
     """The end of one spectrum; None where it has none, or where storage noise does not let it be seen."""
     rank = row["signal_rank"]
@@ -97,7 +104,7 @@ def find_low_rank(result: "Result", table: pd.DataFrame) -> list[Finding]:
         seen = group[group["decidable_signal_rank"].astype(bool)]
         found = [
             _end(row, result.singular_values.get(row["name"]), result.denoised_values.get(row["name"]))
-            for row in seen.to_dict("records")
+            for row in seen[list(_TOLD_BY)].to_dict("records")
         ]
         known = [end for end in found if end is not None]
         if (

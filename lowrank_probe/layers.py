@@ -197,6 +197,14 @@ def place(name: str) -> Place:
     module = module_of(name)
     expert = _EXPERT.search(module)
     number = _NUMBER.search(_EXPERT.sub("experts", module))
+    layer_type, stack = _kind(_numberless(name))
+    return Place(layer_type, int(number[1]) if number else None, stack, int(expert[1]) if expert else None)
+
+
+@lru_cache(1 << 12)
+def _kind(name: str) -> tuple[str, str]:
+    """(layer type, stack) of a `_numberless` tensor name."""
+    module = module_of(name)
     stack = next((tower for tower, pattern in _TOWERS if pattern.search(module)), "")
     if not stack:
         side = re.search(r"(?:^|\.)(encoder|decoder)\.", module)
@@ -206,7 +214,7 @@ def place(name: str) -> Place:
         layer_type = f"cross_{layer_type}"
     if "experts" in module.split(".") and layer_type in {"q", "o", "gate", "up", "gate_up", "down"}:
         layer_type = f"expert_{layer_type}"
-    return Place(layer_type, int(number[1]) if number else None, stack, int(expert[1]) if expert else None)
+    return layer_type, stack
 
 
 def several_stacks(places: Iterable[tuple[str, str]]) -> bool:
@@ -234,9 +242,19 @@ def labels(stack: Iterable[str], layer_type: Iterable[str], apart: bool | None =
 
 def is_known(name: str) -> bool:
     """Whether a rule gives the tensor its type; else the type is its module's own last name."""
-    return _rule(name) is not None
+    return _rule(_numberless(name)) is not None
 
 
+def _numberless(name: str) -> str:
+    """The name with 0 for the numbers of its blocks and experts, which no rule tells apart.
+
+    >>> _numberless("model.layers.3.mlp.experts.7.up_proj.weight"), _numberless("up_blocks.2.to_out.1.weight")
+    ('model.layers.0.mlp.experts.0.up_proj.weight', 'up_blocks.0.to_out.1.weight')
+    """
+    return re.sub(r"\.\d+(?=\.(?!(?:weight|bias)$)\D)", ".0", name)
+
+
+@lru_cache(1 << 12)
 def _rule(name: str) -> str | None:
     if name.endswith(("in_proj_weight", "in_proj_bias")):  # torch.nn.MultiheadAttention; `in_proj.weight` is others'
         return "qkv"

@@ -272,8 +272,15 @@ def page_table(table: pd.DataFrame, columns: Mapping[str, Column], main: tuple[s
         }
         for name in shown
     ]
-    values = [[_cell(value) for value in table[name].tolist()] for name in shown]
+    values = [_cells(table[name]) for name in shown]
     return {"columns": described, "rows": [list(row) for row in zip(*values, strict=True)]}
+
+
+def _cells(column: "pd.Series[Any]") -> list[Any]:
+    """`_cell` of every value, once for those that are the same."""
+    values = column.to_numpy().tolist()
+    known = {value: _cell(value) for value in set(values)}
+    return [known[value] for value in values]
 
 
 def _cell(value: Any) -> Any:

@@ -117,7 +117,7 @@ class Result:
         denoised = (self.denoised_values.get(name, np.full(len(s), math.nan)) for name, s in every.items())
         return pd.DataFrame(
             {
-                "name": pd.Series(list(every), dtype="str").repeat(counts).to_numpy(),
+                "name": pd.Series(list(every), dtype="str").repeat(counts).array,
                 "index": np.concatenate([np.arange(1, count + 1, dtype=np.int32) for count in counts]),
                 "sigma": np.concatenate(list(every.values())),
                 "sigma_denoised": np.concatenate(list(denoised)),

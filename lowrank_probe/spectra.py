@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-import torch
-
 from lowrank_probe.checkpoints import Checkpoint, Source, open_checkpoint
 from lowrank_probe.deltas import find_tied
 from lowrank_probe.devices import Choice, choose_device
@@ -179,10 +176,10 @@ class _Kept:
 
     def put(self, done: Done) -> None:
         arrays = {"values": done.values, "denoised": done.denoised}
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items() if x is not None}
         self.store.put(
-            self.prefix + done.pair.key, tensors, {"line": done.line, "row": done.row, "times": list(done.times)}
-        )
+            self.prefix + done.pair.key, {name: x for name, x in arrays.items() if x is not None},
+            {"line": done.line, "row": done.row, "times": list(done.times)},
+        )  # fmt: skip
 
 
 class _Run:

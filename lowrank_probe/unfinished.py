@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lowrank_probe import outputs
@@ -104,12 +105,20 @@ class Unfinished:
     def has(self, key: str) -> bool:
         return key in self._held
 
-    def put(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def put(self, key: str, tensors: Mapping[str, Tensor | NDArray[np.float64]], facts: Mapping[str, Any]) -> None:
         """Keep the tensors and facts of one matrix under a key, such as "factors-00012-003"; the last ones count."""
-        flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        infos = [(name, CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in flat.items()]
+        infos, body = list[tuple[str, str, tuple[int, ...]]](), list[memoryview]()
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor):
+                flat = tensor.detach().cpu().contiguous()
+                infos.append((name, CODES[flat.dtype], tuple(flat.shape)))
+                values = flat.reshape(-1).view(torch.uint8).numpy()
+            else:
+                values = np.ascontiguousarray(tensor, np.float64)
+                infos.append((name, "F64", values.shape))
+            if values.size:
+                body.append(values.data.cast("B"))
         head = {"key": key, "facts": dict(facts), "tensors": infos}
-        body = [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in flat.values() if tensor.numel()]
         self._note(self._append(head, body), head)
 
     def facts(self, key: str) -> dict[str, Any]:
@@ -156,9 +165,8 @@ class Unfinished:
             )
 
     def _append(self, head: Mapping[str, Any], body: Sequence[memoryview] = ()) -> Record:
-        text = json.dumps(head, ensure_ascii=False, separators=(",", ":"), default=_scalar)
         try:
-            return self._log.append(text.encode(), body)
+            return self._log.append(_JSON.encode(head).encode(), body)
         except OSError as error:
             raise OutputError(f"{self.folder}: cannot write {LOG}: {outputs.why(error)}") from None
 
@@ -183,6 +191,9 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{value!r} cannot be kept")
+
+
+_JSON: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_scalar)
 
 
 def difference(there: Any, here: Any, where: str = "") -> str:

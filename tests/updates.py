@@ -164,7 +164,8 @@ def sparse(W, i):
 
 
 def whole_rows(W, i):
-    return adam(W, i) * (torch.rand(W.shape[0], 1, generator=torch.Generator().manual_seed(i + 1)) < 0.1)
+    drawn = torch.rand(W.shape[0], 1, generator=torch.Generator().manual_seed(i + 1))
+    return adam(W, i) * ((drawn < 0.1) | (drawn == drawn.min()))  # one at least
 
 
 def multiplicative(W, i):
