@@ -3,10 +3,11 @@
 A pair of 10,000 experts' matrices (k, k) in bf16, their update of rank 8. The whole process of `probe spectrum` on one
 core (one after the other, so that times add up), or on a GPU with `--device cuda`, beside a process that only starts and
 beside float64 Gram + `eigvalsh` alone. On one core the rest is told apart by the run's own timeline: reading, the noise
-of storage, and all else: scheduling, rows, what is kept at once, tables and the page. Writes
-docs/benchmarks-small-matrices.md (…-cuda.md on a GPU).
+of storage, and all else: scheduling, rows, what is kept at once, tables and the page; for k = 512 and 1,024 too, where
+fewer do: what seven times as many cost more, the less of two (a disk that is busy elsewhere once stops a run for longer than all
+of this takes). Writes docs/benchmarks-small-matrices.md (…-cuda.md on a GPU).
 
-    python benchmarks/small_matrices.py                    # about 5 minutes
+    python benchmarks/small_matrices.py                    # about 8 minutes
     python benchmarks/small_matrices.py --device cuda      # about 2 minutes on one H200
     python benchmarks/small_matrices.py --count 500        # a look
 """
@@ -27,29 +28,34 @@ from accuracy import publish
 from gpu import probe_s, start_s
 from safetensors.torch import save_file
 
+import lowrank_probe as lp
 from lowrank_probe.float64 import eigvalsh, gram
 
 COUNT: Final = 10_000
 WIDTH: Final = 256
 EXPERTS: Final = 128
 OVERHEAD_BAR_MS: Final = 1.0
+PHASES: Final = ("read", "spectrum", "noise")
+# k → how many: seven times as many are measured beside them.
+WIDER: Final = {512: 200, 1024: 60}
 
 
-def make_pair(root: Path, count: int) -> tuple[Path, Path]:
-    """(base, tuned) directories: count matrices of experts, ‖ΔW‖/‖W‖ = 2e-2."""
+def make_pair(root: Path, count: int, width: int = WIDTH) -> tuple[Path, Path]:
+    """(base, tuned) directories: count matrices of experts (width, width), ‖ΔW‖/‖W‖ = 2e-2."""
     generator = torch.Generator().manual_seed(0)
     base, tuned = {}, {}
     for i in range(count):
-        W = 0.02 * torch.randn(WIDTH, WIDTH, generator=generator)
-        B, A = (torch.randn(WIDTH, 8, generator=generator) for _ in range(2))
+        W = 0.02 * torch.randn(width, width, generator=generator)
+        B, A = (torch.randn(width, 8, generator=generator) for _ in range(2))
         D = B @ A.T
         name = f"model.layers.{i // EXPERTS}.mlp.experts.{i % EXPERTS}.up_proj.weight"
         base[name] = W.bfloat16()
         tuned[name] = (W + 2e-2 * D * torch.linalg.norm(W) / torch.linalg.norm(D)).bfloat16()
     for side, tensors in (("base", base), ("tuned", tuned)):
-        (root / side).mkdir()
+        (root / side).mkdir(parents=True)
         save_file(tensors, root / side / "model.safetensors")
         (root / side / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}), encoding="utf-8")
+    os.sync()  # a run that keeps what it finished would wait for these files too
     return root / "base", root / "tuned"
 
 
@@ -61,6 +67,18 @@ def kernel_s(device: torch.device, rounds: int = 200) -> float:
     for _ in range(rounds):
         eigvalsh(gram(A))
     return (time.perf_counter() - started) / rounds
+
+
+def more_ms(root: Path, width: int, few: int) -> float:
+    """Milliseconds a matrix beside reading, solver and noise: what 6·few matrices more than few cost, in one process."""
+    rest = []
+    for n in (few, few, 7 * few):  # the first one warms up
+        where = Path(tempfile.mkdtemp(dir=root))
+        sides = make_pair(where, n, width)
+        started = time.perf_counter()
+        found = lp.spectrum(*sides, device="cpu", out=where / "out")
+        rest.append(time.perf_counter() - started - sum(found.facts["seconds"][name] for name in PHASES))
+    return 1e3 * (rest[2] - rest[1]) / (6 * few)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started, alone = start_s(device), kernel_s(device)
         whole = probe_s("spectrum", *sides, "--device", options.device, "--out", root / "out")
         times = pd.read_csv(root / "out" / "timeline.csv")
+        wider = (
+            {k: min(more_ms(root, k, few) for _ in range(2)) for k, few in WIDER.items()}
+            if device.type == "cpu" and n == COUNT
+            else {}
+        )
     phases = (times["stop_s"] - times["start_s"]).groupby(times["phase"]).sum()
 
     def each(seconds: float) -> str:
@@ -93,15 +116,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rest = (whole - started) / n - alone
     bars: list[tuple[str, bool]] = []
     if device.type == "cpu":
-        rows += [(f"… {phase}", each(phases[phase])) for phase in ("read", "spectrum", "noise")]
+        rows += [(f"… {phase}", each(phases[phase])) for phase in PHASES]
         rest = (whole - started - float(phases.sum())) / n
         rows.append(("… all else", f"{1e3 * rest:.2f}"))
+        rows += [(f"all else at k = {k:,}", f"{ms:.2f}") for k, ms in wider.items()]
     told = (
         "beside reading, the eigen-solver and the noise of storage"
         if device.type == "cpu"
         else "beyond Gram + eigvalsh"
     )
-    bars.append((f"{1e3 * rest:.2f} ms a matrix {told}, bar {OVERHEAD_BAR_MS:g}", 1e3 * rest <= OVERHEAD_BAR_MS))
+    for k, ms in {WIDTH: 1e3 * rest, **wider}.items():
+        bars.append((f"k = {k:,}: {ms:.2f} ms a matrix {told}, bar {OVERHEAD_BAR_MS:g}", ms <= OVERHEAD_BAR_MS))
     note = f"{n:,} matrices of {WIDTH} × {WIDTH}, bf16; {'one core' if device.type == 'cpu' else torch.cuda.get_device_name()}."
     publish(
         "small_matrices", "Small matrices", note, [("", ("what", "ms a matrix"), rows)], bars, write=n == COUNT,

@@ -92,7 +92,7 @@ class Result:
             "summary.csv": lambda p: self.summary.to_csv(p, index=False),
             "ledger.csv": lambda p: self.ledger.to_csv(p, index=False),
             "timeline.csv": lambda p: self.timeline.to_csv(p, index=False, float_format="%.6f"),
-            "singular_values.parquet": lambda p: self._long().to_parquet(p, index=False),
+            "singular_values.parquet": self._write_values,
             "report.html": lambda p: p.write_text(render(self), encoding="utf-8"),
             "facts.json": lambda p: p.write_text(facts_text(self.facts, p.parent, _READ), encoding="utf-8"),
         }
@@ -109,20 +109,24 @@ class Result:
         }
         return json.dumps(plain(payload), ensure_ascii=False)
 
-    def _long(self) -> pd.DataFrame:
-        if not self.singular_values:
-            return pd.DataFrame(columns=list(LONG))
+    def _write_values(self, file: Path) -> None:
+        """One row a singular value; the names as a dictionary, so that none is written a thousand times."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
         every = self.singular_values
         counts = [len(s) for s in every.values()]
         denoised = (self.denoised_values.get(name, np.full(len(s), math.nan)) for name, s in every.items())
-        return pd.DataFrame(
-            {
-                "name": pd.Series(list(every), dtype="str").repeat(counts).array,
-                "index": np.concatenate([np.arange(1, count + 1, dtype=np.int32) for count in counts]),
-                "sigma": np.concatenate(list(every.values())),
-                "sigma_denoised": np.concatenate(list(denoised)),
-            }
+        codes = pa.array(np.repeat(np.arange(len(every), dtype=np.int32), counts))
+        indices = [np.arange(1, count + 1, dtype=np.int32) for count in counts]
+        columns = (
+            pa.DictionaryArray.from_arrays(codes, pa.array(list(every), pa.string())),
+            np.concatenate([np.empty(0, np.int32), *indices]),
+            np.concatenate([np.empty(0), *every.values()]),
+            np.concatenate([np.empty(0), *denoised]),
         )
+        # Without pandas' own notes on the columns they are read as plain ones.
+        parquet.write_table(pa.table(dict(zip(LONG, columns, strict=True))), file, store_schema=False)
 
 
 def notebook_html(lines: Sequence[str], table: pd.DataFrame) -> str:
