@@ -181,6 +181,15 @@ def open_span(file: File, start: int, stop: int) -> Span:
     return handle
 
 
+def fill(view: memoryview, span: Span) -> None:
+    """Read as many bytes as `view` has. Raises EOFError where it ends before, and what reading raises."""
+    while view:
+        got = span.readinto(view)
+        if not got:
+            raise EOFError
+        view = view[got:]
+
+
 def read_text(file: File) -> str:
     """All of a text file. Raises `OSError` here, `CheckpointError` there, and `ValueError` where it is no UTF-8."""
     if isinstance(file, RemoteFile):

@@ -5,26 +5,22 @@ read with positioned reads into memory that we own, and every fault of a file be
 Source: the safetensors specification, version 0.4.
 """
 
-import itertools
 import json
 import math
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_probe import spilling
 from lowrank_probe.errors import CheckpointError
-from lowrank_probe.remote_files import open_span
-from lowrank_probe.remote_store import Span
+from lowrank_probe.remote_files import fill, open_span
+from lowrank_probe.staged_reads import staged_runs
 from lowrank_probe.tensor_info import WIDTHS, TensorInfo
 from lowrank_probe.torch_dtypes import TORCH_DTYPES
-
-STAGE_BYTES: Final = 1 << 23
 
 
 def write_file(
@@ -73,45 +69,19 @@ def read_runs(
     if not sum(counts):
         yield from (torch.empty(0, dtype=dtype, device=device) for _ in counts)
         return
-    start = info.start + first * dtype.itemsize
+    start, sizes = info.start + first * dtype.itemsize, [count * dtype.itemsize for count in counts]
+    device = torch.device(device)
     try:
-        with closing(open_span(info.file, start, start + sum(counts) * dtype.itemsize)) as handle:
+        with closing(open_span(info.file, start, start + sum(sizes))) as handle:
+            if device.type == "cuda":
+                for out in staged_runs(handle, start, sizes, device):
+                    yield out.view(dtype)
+                return
             for count in counts:
                 out = spilling.empty((count,), dtype, device)
-                (_fill_from_host if out.is_cuda else _fill)(out.view(torch.uint8), handle)
+                fill(memoryview(out.view(torch.uint8).numpy().data), handle)
                 yield out
     except EOFError:
         raise CheckpointError(f"{info.file}: ends inside tensor {info.name} (changed while it was read?)") from None
     except OSError as error:
         raise CheckpointError(f"{info.file}: cannot read tensor {info.name}: {error.strerror}") from None
-
-
-def _fill(out: Tensor, handle: Span) -> None:
-    view = memoryview(out.numpy().data)
-    filled = 0
-    while filled < len(view):
-        got = handle.readinto(view[filled:])
-        if not got:
-            raise EOFError
-        filled += got
-
-
-_own = threading.local()
-
-
-def _fill_from_host(out: Tensor, handle: Span) -> None:
-    """Through two small page-locked buffers a thread, one filled while the other is copied.
-
-    Page-locking memory of the tensor's own size stops the whole device for as long as reading it takes.
-    """
-    every = vars(_own).setdefault("stages", {})
-    if out.device not in every:
-        stages = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        every[out.device] = itertools.cycle([(stage, torch.cuda.Event()) for stage in stages])  # type: ignore[no-untyped-call]
-    stream = torch.cuda.current_stream(out.device)  # that of the copies; the thread's own device may be another
-    for piece in torch.split(out, STAGE_BYTES):
-        stage, copied = next(every[out.device])
-        copied.synchronize()
-        _fill(stage[: len(piece)], handle)
-        piece.copy_(stage[: len(piece)], non_blocking=True)
-        copied.record(stream)

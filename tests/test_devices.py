@@ -11,7 +11,7 @@ import lowrank_probe as lp
 from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.devices import choose_device, decide, float64_s, start
 from lowrank_probe.errors import ProbeError
-from lowrank_probe.safetensors_files import STAGE_BYTES
+from lowrank_probe.staged_reads import STAGE_BYTES
 
 META = torch.device("meta")  # an accelerator that answers to nothing
 
@@ -83,3 +83,15 @@ def test_a_buffer_is_filled_again_only_when_a_second_card_has_copied_it(tmp_path
     with torch.cuda.device(1):
         torch.cuda._sleep(1 << 31)  # copies to it wait for about a second
     assert torch.equal(side.read("a.weight", "cuda:1").cpu(), side.read("a.weight"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_tensor_on_a_card_is_that_of_the_file(tmp_path):
+    A = torch.arange(3 * STAGE_BYTES // 4 + 5, dtype=torch.float32)
+    side = open_checkpoint(write(tmp_path, {"a.weight": A, "b.weight": A[:7].bfloat16()}))
+    for _ in range(3):
+        assert torch.equal(side.read("a.weight", "cuda").cpu(), A)
+        assert torch.equal(side.read("b.weight", "cuda").cpu(), A[:7].bfloat16())
+        assert torch.equal(
+            side.read("a.weight", "cuda", span=(3, 2 * STAGE_BYTES // 4)).cpu(), A[3:][: 2 * STAGE_BYTES // 4]
+        )
