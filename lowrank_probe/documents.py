@@ -91,8 +91,13 @@ def json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                raise ProbeError(f"{path}: line {number} is not valid JSON") from None
+            except json.JSONDecodeError as error:
+                raise ProbeError(
+                    f"{path}: line {number} is not valid JSON ({error.msg} at column {error.colno}); expected one JSON "
+                    "value a line: mend it or leave it out"
+                ) from None
+            except (ValueError, RecursionError) as error:
+                raise ProbeError(f"{path}: line {number} is not JSON that can be read ({error})") from None
 
 
 def paragraphs(lines: Iterable[str]) -> Iterator[str]:
@@ -177,10 +182,21 @@ def _document(value: Any, where: str) -> list[Document]:
     elif isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
         found = [Document(fields["completion"], fields["prompt"])]
     else:
-        told = f"the keys {', '.join(map(str, value))}" if isinstance(value, dict) else type(value).__name__
-        raise ProbeError(f"{where} has no text: expected {EXPECTED}, found {told}")
+        raise ProbeError(f"{where} has no text: expected {EXPECTED}, found {what_it_is(value)}")
     _check(found[0].prompt + found[0].text, where)
     return found if found[0].text.strip() else []
+
+
+def what_it_is(value: Any) -> str:
+    """What was found in the place of a text.
+
+    >>> what_it_is({"answer": "a"}), what_it_is({"text": 5, "id": 1}), what_it_is([1])
+    ('the key answer', 'the keys text (int), id (int)', 'list')
+    """
+    if not isinstance(value, dict) or not value:
+        return type(value).__name__
+    keys = [str(key) if isinstance(one, str) else f"{key} ({type(one).__name__})" for key, one in value.items()]
+    return f"the key{'s' if len(keys) > 1 else ''} {', '.join(keys)}"
 
 
 def _messages(messages: Any, where: str) -> tuple[dict[str, Any], ...]:

@@ -112,9 +112,14 @@ def rank_word(rank: Any, largest: Any) -> str:
 
 
 def interval_word(low: Any, high: Any, largest: Any) -> str:
-    """Both ends of an interval of ranks; one where they agree."""
-    ends = [rank_word(low, largest), rank_word(high, largest)]
-    return ends[0] if ends[0] == ends[1] else "–".join(ends)
+    """Both ends of an interval of ranks; one where they agree.
+
+    >>> interval_word(1, 4, 8), interval_word(4, 4, 8), interval_word(4, None, 8), interval_word(None, None, 8)
+    ('1–4', '4', '≥ 4', '> 8')
+    """
+    if pd.isna(low) or pd.isna(high):
+        return rank_word(low, largest) if pd.isna(low) else f"≥ {low}"
+    return str(low) if low == high else f"{low}–{high}"
 
 
 def _read_functional(file: Path) -> pd.DataFrame:

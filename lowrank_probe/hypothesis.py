@@ -197,8 +197,8 @@ def _functional(row: Mapping[str, Any] | None, limit: float) -> Said:
         return Said(missing=("the loss of its truncated update",))
     low, high, largest = row["low"], row["high"], row["largest_rank"]
     told = (
-        f"truncated to r={rank_word(row['functional_rank'], largest)} it loses nothing "
-        f"({interval_word(low, high, largest)}, within {number(row['tolerance_nats'])})"
+        f"truncated to r={rank_word(row['functional_rank'], largest)} it costs at most "
+        f"{number(row['tolerance_nats'])} nats (r {interval_word(low, high, largest)})"
     )
     if not pd.isna(high) and high <= limit and low == 0:
         hardly = "does not need it" if high == 0 else "hardly needs it"

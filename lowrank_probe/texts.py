@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lowrank_probe.documents import json_lines, paragraphs
+from lowrank_probe.documents import json_lines, paragraphs, what_it_is
 from lowrank_probe.errors import ProbeError
 
 # Any of these is in a directory that has a tokenizer (transformers makes up an empty one where none is).
@@ -53,7 +53,7 @@ def _jsonl(path: Path, lines: Iterable[str]) -> Iterator[str]:
     for number, value in json_lines(path, lines):
         text = value.get("text") if isinstance(value, dict) else value
         if not isinstance(text, str):
-            found = f"the keys {', '.join(map(str, value))}" if isinstance(value, dict) else type(value).__name__
+            found = what_it_is(value)
             raise ProbeError(f'{path}: line {number} has no text: expected a string or {{"text": "…"}}, found {found}')
         if text.strip():
             yield text

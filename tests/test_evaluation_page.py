@@ -79,7 +79,7 @@ def test_the_ranks_figure_has_intervals_and_arrows_beyond_the_grid():
     x = np.log2(1 + np.array([16, 16, 64, 16, 16]))
     assert alone["x"] == pytest.approx(x, rel=1e-5)
     assert alone["error_x"]["arrayminus"] == pytest.approx(x - np.log2(9), rel=1e-4)
-    assert alone["customdata"][2] == "down alone: rank > 64, 95 %: 8–> 64"
+    assert alone["customdata"][2] == "down alone: rank > 64, 95 %: ≥ 8"
     assert len(without["x"]) == 4
 
 
