@@ -65,6 +65,7 @@ def certified(
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(k, q, generator=generator, dtype=torch.float64).to(G.device)
     basis = qr(block)[0]
+    largest = float(torch.diagonal(G).max())
     for _ in range(rounds):
         # One Krylov step: span{X, GX, G²X}, then keep its q best Ritz vectors (a restarted block Lanczos).
         GX = mm(G, basis)
@@ -81,7 +82,8 @@ def certified(
         counted = theta[:r] > 4e-10 * theta[0]
         if bool((column[:r] > 3e-4 * theta[:r])[counted].any()):
             continue
-        mu = float(theta[p]) * (1 + 1e-3) + 1e-12 * trace
+        mu = float(theta[p]) * (1 + 1e-3)
+        mu += min(1e-12 * trace, 2 * _margin(k, largest, mu))
         upper = upper_bounds(theta[:r].cpu().numpy(), mu, off)
         slack = float((upper - theta[:r].cpu().numpy()).sum())
         bar = 0.5 * ENERGY_BAR * trace
@@ -117,14 +119,17 @@ def _bounded_by(G: Tensor, V: Tensor, mu: float) -> bool:
     GV = mm(G, V)
     X, Y = torch.cat([mm(V, mm(V.T, GV)) - GV, -V], dim=1), torch.cat([V, GV], dim=1)
     shifted = (G + mm(X, Y.T)).neg_() if G.is_cpu else torch.addmm(G, X, Y.T, beta=-1, alpha=-1)
-    # Backward error of the float64 factorisation and of forming it (Demmel 1989: ≈ k·ε·‖·‖).
-    margin = 8 * k * EPS64 * (float(torch.diagonal(G).max()) + mu)
-    shifted.diagonal().add_(mu - margin)
+    shifted.diagonal().add_(mu - _margin(k, float(torch.diagonal(G).max()), mu))
     if not shifted.is_cpu:
         failed = torch.empty((), dtype=torch.int32, device=shifted.device)
         torch.linalg.cholesky_ex(shifted, out=(shifted, failed))  # in place
         return int(failed) == 0
     return positive_definite(shifted.numpy())
+
+
+def _margin(k: int, largest: float, mu: float) -> float:
+    """Backward error of the float64 factorisation and of forming it (Demmel 1989: ≈ k·ε·‖·‖); largest: of diag G."""
+    return 8 * k * EPS64 * (largest + mu)
 
 
 def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 10) -> NDArray[np.float64]:

@@ -28,9 +28,10 @@ ROUNDS: Final = 4
 
 def certified(
     tall: Tensor, r: int, *, oversample: int = 16, seed: int = 0, tail_bar: float
-) -> tuple[NDArray[np.float64], Tensor, Tensor] | None:
-    """(upper bounds of the r largest eigenvalues of G, their Ritz vectors V (k, r), A·V) in float64; None where float32
-    does not prove Σ of them within tail_bar of what they leave of tr G, nor within 5e-7·tr G.
+) -> tuple[NDArray[np.float64], Tensor, Tensor] | float:
+    """(upper bounds of the r largest eigenvalues of G, their Ritz vectors V (k, r), A·V) in float64; where float32 does
+    not prove Σ of them within tail_bar of what they leave of tr G, nor within 5e-7·tr G, how many rounds it would take
+    in float64, at the rate of the first two (0: not known).
 
     tall: A, (long, k) on the CPU, r < k ≤ long. As `svd.top_spectrum`, whose bounds these are, but μ is proven with the
     float32 Gram matrix Ĝ and its Cholesky factorisation, and rounding is added to it: ‖Ĝ − G‖ ≤ 4√long·u·tr G (Higham &
@@ -41,13 +42,14 @@ def certified(
     G: Matrix = np.matmul(single.T, single)  # numpy sees the symmetry and does half the work (syrk)
     k, trace = G.shape[0], float(np.trace(G, dtype=np.float64))
     if not TRACE_RANGE[0] < trace < TRACE_RANGE[1]:
-        return None
+        return 0.0
     q = min(k, r + oversample)
     drawn = torch.randn(k, q, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     basis: Matrix = np.linalg.qr(drawn.numpy().astype(np.float32))[0]
     GX: Matrix = G @ basis
     before = math.inf
-    for _ in range(ROUNDS):
+    open_: list[float] = []  # after each round, log of what is unproven over what may be
+    for left in reversed(range(ROUNDS)):
         # One Krylov step: span{X, GX, G²X}, then its q best Ritz vectors.
         wide = np.linalg.qr(np.concatenate([basis, GX, G @ GX], axis=1)[:, : min(k, 3 * q)])[0]
         GW = G @ wide
@@ -63,9 +65,14 @@ def certified(
         total = trace
         if trace - float(theta[:r].sum()) < 1e-3 * trace:  # float32 does not say what is left
             total = fro_norm(tall if tall.is_contiguous() else tall.T) ** 2
-        if _slack(theta[:r], mu, off) > _bar(total, theta[:r], tail_bar):
-            if off > 0.5 * before:  # as good as float32 makes it
-                return None
+        if total - float(theta[:r].sum()) < 1e-6 * total:  # the update has this rank: two rounds show it in float64
+            return 2.0
+        bar = max(_bar(total, theta[:r], tail_bar), 1e-300)
+        open_.append(math.log(max(_slack(theta[:r], mu, off), 1e-300)) - math.log(bar))
+        if open_[-1] > 0:
+            # As good as float32 makes it, or too slow.
+            if off > 0.5 * before or (len(open_) > 1 and open_[-1] > left * (open_[0] - open_[1])):
+                break
             before = off
             continue
         lower, V, AV, off = _refined(tall, basis[:, :p])
@@ -73,7 +80,9 @@ def certified(
         enough = float((upper - lower[:r]).sum()) <= _bar(total, lower[:r], tail_bar)
         if enough and _bounded_by(G, V, shift):
             return upper, V[:, :r], AV[:, :r]
-    return None
+    if len(open_) < 2 or open_[0] <= 0:
+        return 0.0
+    return 1 + open_[0] / (open_[0] - open_[1]) if open_[0] > open_[1] else math.inf
 
 
 def _single(A: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from lowrank_probe.krylov import certified
 KRYLOV_FROM: Final = 384
 # By how much of the squared error a truncation may miss the optimum: (1 + 5e-5)² − 1, with a margin.
 TAIL_BAR: Final = 5e-5
+# Floating-point operations of a matrix product that take as long as all eigenvectors, in units of k³.
+EIGH_COST: Final = 8
 _turns: Final[dict[torch.device, threading.Lock]] = {}
 
 
@@ -72,8 +74,18 @@ def _eigenvectors(A: Tensor, r: int) -> tuple[NDArray[np.float64], Tensor]:
 
 def _leading(tall: Tensor, r: int, seed: int) -> tuple[NDArray[np.float64], Tensor, Tensor] | None:
     """(upper bounds, V, tall·V) of the r largest eigenvalues of tallᵀ·tall by block Krylov; None without a proof."""
-    if tall.is_cpu and (found := single_precision.certified(tall, r, seed=seed, tail_bar=TAIL_BAR)) is not None:
-        return found
+    if tall.is_cpu:
+        found = single_precision.certified(tall, r, seed=seed, tail_bar=TAIL_BAR)
+        if isinstance(found, tuple):
+            return found
+        if found * _round_cost(tall.shape[1], r) > EIGH_COST * tall.shape[1] ** 3:
+            return None
     G = gram(tall.T)
     wide = certified(G, r, seed=seed, tail_bar=TAIL_BAR) if float(torch.diagonal(G).sum()) > 0 else None
     return None if wide is None else (wide[1], wide[2], product(tall, wide[2]))
+
+
+def _round_cost(k: int, r: int) -> int:
+    """Operations of one round of `krylov.certified`: six products with G, QR and eigenvectors of three blocks."""
+    q = r + 32
+    return 12 * k**2 * q + 4 * k * (3 * q) ** 2 + EIGH_COST * (3 * q) ** 3

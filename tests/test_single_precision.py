@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_probe import single_precision
+from lowrank_probe import single_precision, truncation
 from lowrank_probe.definite import BLOCK, positive_definite
 from lowrank_probe.truncation import TAIL_BAR, truncate
 
@@ -28,7 +28,7 @@ def test_the_bounds_hold_and_are_tight(shape, scale, decay):
     exact = spectrum_of(A)
     tall = A if shape[0] > shape[1] else A.T
     found = single_precision.certified(tall, 8, tail_bar=TAIL_BAR)
-    assert found is not None
+    assert isinstance(found, tuple)
     upper, V, AV = found
     assert V.shape == (500, 8)
     assert torch.allclose(AV, tall.double() @ V, rtol=0, atol=1e-12 * float(exact[0]) ** 0.5)
@@ -47,7 +47,7 @@ def test_noise_with_spikes_is_bracketed():
     A = matrix((600, 500), s) + torch.from_numpy(0.1 * rng.standard_normal((600, 500))).float()
     exact = spectrum_of(A)
     found = single_precision.certified(A, 3, tail_bar=TAIL_BAR)
-    assert found is not None
+    assert isinstance(found, tuple)
     upper, _, AV = found
     lower = (AV**2).sum(dim=0).numpy()
     assert np.all((lower <= exact[:3] * (1 + 1e-12)) & (exact[:3] <= upper * (1 + 1e-12)))
@@ -56,15 +56,45 @@ def test_noise_with_spikes_is_bracketed():
 @pytest.mark.parametrize(
     "A",
     [
-        matrix((600, 500), np.r_[1.0 / np.arange(1, 6), np.zeros(495)]),  # below float32's own errors from the 6th on
         1e-25 * matrix((600, 500), 1.0 / np.arange(1, 501)),  # squares underflow
         1e10 * matrix((600, 500), 1.0 / np.arange(1, 501)),  # G² overflows
         torch.zeros(600, 500),
     ],
-    ids=["rank 5", "tiny", "huge", "zero"],
+    ids=["tiny", "huge", "zero"],
 )
-def test_what_float32_cannot_prove_is_left_to_float64(A):
-    assert single_precision.certified(A, 8, tail_bar=TAIL_BAR) is None
+def test_what_float32_cannot_hold_is_left_to_float64(A):
+    assert single_precision.certified(A, 8, tail_bar=TAIL_BAR) == 0.0
+
+
+def test_what_takes_many_rounds_is_left_to_the_eigenvectors(monkeypatch):
+    A = torch.randn(600, 500, generator=torch.Generator().manual_seed(0))  # no gap anywhere
+    assert single_precision.certified(A, 32, tail_bar=TAIL_BAR) > 8
+    monkeypatch.setattr(truncation, "certified", None)  # float64's iteration
+    found = truncate(A, 32)
+    assert found.method == "eigh"
+    assert found.s.numpy() ** 2 == pytest.approx(spectrum_of(A)[:32], rel=1e-9)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_merged_adapter_at_more_than_its_rank_is_proven_at_once(stored):
+    A = matrix((600, 500), np.r_[1.0 / np.arange(1, 6), np.zeros(495)])
+    if stored:  # on a base in float32
+        W = 0.02 * torch.randn(600, 500, generator=torch.Generator().manual_seed(0))
+        A = (W + A) - W
+    assert single_precision.certified(A, 8, tail_bar=TAIL_BAR) == 2.0
+    found = truncate(A, 8)
+    assert found.method == "krylov"
+    exact = spectrum_of(A)
+    assert found.s[:5].numpy() ** 2 == pytest.approx(exact[:5], rel=1e-9)
+    assert np.all(exact[:8] <= found.upper + 1e-15 * exact.sum())
+    assert (found.upper - found.s.numpy() ** 2).sum() <= 1e-12 * exact.sum()
+
+
+def test_what_float32_nearly_proves_is_proven_in_float64():
+    A = matrix((1024, 1024), 1.0 / np.arange(1, 1025))
+    rounds = single_precision.certified(A, 64, tail_bar=TAIL_BAR)
+    assert 2 < rounds < 8
+    assert truncate(A, 48).method == "krylov"
 
 
 def test_a_missed_direction_is_noticed():
