@@ -3,11 +3,11 @@
 A pair of 10,000 experts' matrices (k, k) in bf16, their update of rank 8. The whole process of `probe spectrum` on one
 core (one after the other, so that times add up), or on a GPU with `--device cuda`, beside a process that only starts and
 beside float64 Gram + `eigvalsh` alone. On one core the rest is told apart by the run's own timeline: reading, the noise
-of storage, and all else: scheduling, rows, what is kept at once, tables and the page; for k = 512 and 1,024 too, where
-fewer do: what seven times as many cost more, the less of two (a disk that is busy elsewhere once stops a run for longer than all
-of this takes). Writes docs/benchmarks-small-matrices.md (…-cuda.md on a GPU).
+of storage, and all else: scheduling, rows, what is kept at once, tables and the page. Then the same on all cores; and for
+k = 512 and 1,024, where fewer do, what seven times as many cost more, the less of two (a disk that is busy elsewhere once
+stops a run for longer than all of this takes). Writes docs/benchmarks-small-matrices.md (…-cuda.md on a GPU).
 
-    python benchmarks/small_matrices.py                    # about 8 minutes
+    python benchmarks/small_matrices.py                    # about 10 minutes
     python benchmarks/small_matrices.py --device cuda      # about 2 minutes on one H200
     python benchmarks/small_matrices.py --count 500        # a look
 """
@@ -35,6 +35,7 @@ COUNT: Final = 10_000
 WIDTH: Final = 256
 EXPERTS: Final = 128
 OVERHEAD_BAR_MS: Final = 1.0
+ONE_THREAD: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 PHASES: Final = ("read", "spectrum", "noise")
 # k → how many: seven times as many are measured beside them.
 WIDER: Final = {512: 200, 1024: 60}
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device, n = torch.device(options.device), options.count
     if device.type == "cpu":
-        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        os.environ |= dict.fromkeys(ONE_THREAD, "1")
         torch.set_num_threads(1)
         from threadpoolctl import threadpool_limits
 
@@ -103,6 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {k: min(more_ms(root, k, few) for _ in range(2)) for k, few in WIDER.items()}
             if device.type == "cpu" and n == COUNT
             else {}
+        )
+        for name in ONE_THREAD:
+            os.environ.pop(name, None)
+        cores = os.cpu_count() or 1
+        together = (
+            probe_s("spectrum", *sides, "--device", "cpu", "--out", root / "all") if device.type == "cpu" else 0.0
         )
     phases = (times["stop_s"] - times["start_s"]).groupby(times["phase"]).sum()
 
@@ -119,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows += [(f"… {phase}", each(phases[phase])) for phase in PHASES]
         rest = (whole - started - float(phases.sum())) / n
         rows.append(("… all else", f"{1e3 * rest:.2f}"))
+        rows.append((f"the whole process on {cores} cores, less its start", each(together - started)))
         rows += [(f"all else at k = {k:,}", f"{ms:.2f}") for k, ms in wider.items()]
     told = (
         "beside reading, the eigen-solver and the noise of storage"

@@ -61,6 +61,9 @@ def choose_device(asked: str, ray: str | None = None) -> Choice:
         return _choices[asked]
 
 
+_starting: list[threading.Thread] = []
+
+
 def start(asked: str, work: str, then: str) -> None:
     """Find, probe and warm up the device in the background, while the caller imports and reads headers.
 
@@ -76,7 +79,14 @@ def start(asked: str, work: str, then: str) -> None:
                 importlib.import_module(work).warm_up(device)
             importlib.import_module(then)
 
-    threading.Thread(target=quietly, daemon=True).start()
+    _starting.append(threading.Thread(target=quietly, daemon=True))
+    _starting[-1].start()
+
+
+def started() -> None:
+    """Wait until what `start` began is done: no process is forked while another thread imports."""
+    for thread in _starting:
+        thread.join()
 
 
 def find_device(asked: str) -> torch.device:

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Final
 
@@ -21,6 +21,8 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from lowrank_probe.device_jobs import Card, Done, Host, Item, Loaded, Memory, beside_each_other, device_jobs
+from lowrank_probe.devices import started
+from lowrank_probe.process_jobs import Processes, pays
 
 MAX_WORKERS: Final = 4
 # Matrices of so many entries are small: up to MAX_SMALL go beside each other, which is what Python keeps busy.
@@ -63,20 +65,58 @@ def run_jobs(
         yield from cluster_jobs(items, entries, load, compute, device, memory)
         return
     queue = sorted(items, key=entries, reverse=True)
-    if device.type != "cpu":
-        _set_malloc(TRIMMED_FROM)
-        mine, on_host = queue, list[Item]()
-        if host is not None:
-            mine = [item for item in queue if not host.takes(item)]
-            on_host = [item for item in queue if host.takes(item)]
-        streams = []
-        if mine:
-            streams.append(device_jobs(mine, entries, [(load, compute, device), *others], memory))
+    if device.type == "cpu":
+        with _processes(every or [*map(entries, queue)], load, compute, memory) as processes:
+            yield from _cpu_jobs(queue, entries, load, compute, memory, largest, every, processes)
+        return
+    _set_malloc(TRIMMED_FROM)
+    mine, on_host = queue, list[Item]()
+    if host is not None:
+        mine = [item for item in queue if not host.takes(item)]
+        on_host = [item for item in queue if host.takes(item)]
+    streams = []
+    with ExitStack() as stack:
         if on_host:
             assert host is not None
-            cpu = torch.device("cpu")
-            streams.append(run_jobs(on_host, entries, host.load, host.compute, cpu, host.memory, every=host.every))
+            processes = stack.enter_context(_processes(host.every, host.load, host.compute, host.memory))
+            streams.append(_cpu_jobs(on_host, entries, host.load, host.compute, host.memory, 0, host.every, processes))
+        if mine:
+            streams.append(device_jobs(mine, entries, [(load, compute, device), *others], memory))
         yield from beside_each_other(streams)
+
+
+def _processes(
+    every: Sequence[int], load: Callable[[Item], Loaded], compute: Callable[[Item, Loaded], Done], memory: Memory | None
+) -> AbstractContextManager[Processes | None]:
+    """Processes for the small ones of all matrices of a run, of so many entries each; None where they do not pay.
+
+    By all of them, not by what is left to do: their linear algebra has one thread there.
+    """
+    cores = torch.get_num_threads()
+    if not pays(sum(size <= SMALL for size in every), cores, memory):
+        return nullcontext()
+    started()
+    return Processes(load, compute, cores)
+
+
+def _cpu_jobs(
+    queue: list[Item],
+    entries: Callable[[Item], int],
+    load: Callable[[Item], Loaded],
+    compute: Callable[[Item, Loaded], Done],
+    memory: Memory | None,
+    largest: int,
+    every: Sequence[int],
+    processes: Processes | None,
+) -> Generator[Done, None, None]:
+    """`run_jobs` on the CPU; processes: for the small ones."""
+    if processes is not None:
+        large, small = (
+            [item for item in queue if entries(item) > SMALL],
+            [item for item in queue if entries(item) <= SMALL],
+        )
+        yield from _cpu_jobs(large, entries, load, compute, memory, largest, every, None)
+        yield from processes.run(small)
         return
     cores = torch.get_num_threads()
     sizes = [entries(item) for item in queue]
