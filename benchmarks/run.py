@@ -45,7 +45,7 @@ SCRIPTS = (
     Script("Spectrum, Extract", "chaos", ("benchmarks-chaos",)),
     Script("Breadth", "against_weightwatcher", ("benchmarks-weightwatcher",)),
     Script("Breadth", "report", ("benchmarks-report",)),
-    Script("Breadth, Extract", "gpu", ("benchmarks-gpu", "benchmarks-gpu-16-layers"), gpu=True),
+    Script("Breadth, Extract, Scale", "gpu", ("benchmarks-gpu", "benchmarks-gpu-16-layers"), gpu=True),
     Script("Extract", "extract", ("benchmarks-extract",)),
     Script("Extract", "extract_edges", ("extract-edges",)),
     Script("Extract", "resize", ("benchmarks-resize",)),
