@@ -55,6 +55,11 @@ class Checkpoint:
         return sorted((file for file in {info.file for info in self.tensors.values()} if file.exists()), key=str)
 
     @property
+    def is_on_disk(self) -> bool:
+        """Whether it lies in files of this machine, which forked processes can read, too."""
+        return isinstance(self.path, Path) and bool(self.files)
+
+    @property
     def local_path(self) -> Path:
         """Its path on this machine. Raises `CheckpointError` where it is read over a network."""
         refuse_addresses(str(self.path))

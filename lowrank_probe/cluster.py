@@ -17,7 +17,7 @@ import torch
 
 from lowrank_probe.device_jobs import Done, Item, Loaded, Memory
 from lowrank_probe.devices import Choice
-from lowrank_probe.errors import ProbeError
+from lowrank_probe.errors import ProbeError, WorkerDiedError
 from lowrank_probe.running_models import first_line
 
 # Times that a task is started again after its worker or its node died.
@@ -86,7 +86,7 @@ def cluster_jobs(
     load, compute: as for `run_jobs`; they are pickled once, with what they hold, and run in this process's directory.
     A task asks Ray for `BYTES_PER_ENTRY`, or for what `memory` says that it computes in, where that is more. together:
     as in `grouped`. Closing the iterator cancels what is under way. Raises what a job raised, once all that its task
-    did before was yielded, and `ProbeError` for a task whose worker died again and again.
+    did before was yielded, and `WorkerDiedError` for a task whose worker died again and again.
     """
     import ray
 
@@ -190,7 +190,7 @@ def _result(reference: Any, group: list[Any]) -> tuple[list[Any], Exception | No
     except ray.exceptions.RayError as error:
         name = getattr(group[0], "name", group[0])
         others = f" or one of the {len(group) - 1} smaller ones of its task" if len(group) > 1 else ""
-        raise ProbeError(
+        raise WorkerDiedError(
             f"{name}{others}: its worker died {RETRIES + 1} times ({type(error).__name__}: {first_line(error)}); more "
             "memory for a worker, or fewer of them on a node?"
         ) from None

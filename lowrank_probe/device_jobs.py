@@ -47,13 +47,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Host(Generic[Item, Loaded, Done]):
-    """What the CPU does beside the cards. takes: whether an item is for it; memory, every: as of `run_jobs` there."""
+    """What the CPU does beside the cards. takes: whether an item is for it; memory, every, forks: as of `run_jobs`."""
 
     takes: Callable[[Item], bool]
     load: Callable[[Item], Loaded]
     compute: Callable[[Item, Loaded], Done]
     memory: Memory | None = None
     every: Sequence[int] = ()
+    forks: bool = False
 
 
 def device_jobs(

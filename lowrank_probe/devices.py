@@ -84,7 +84,7 @@ def start(asked: str, work: str, then: str) -> None:
 
 
 def started() -> None:
-    """Wait until what `start` began is done: no process is forked while another thread imports."""
+    """Wait until what `start` began is done: a process that is forked while it imports could not import any more."""
     for thread in _starting:
         thread.join()
 

@@ -7,6 +7,7 @@
     ├── NoFormulaError      activations that have no closed form; they can be measured
     ├── UnchangedError      two checkpoints without a difference, where one was wanted; exit code 3
     ├── OutputError         a run directory that cannot be written
+    ├── WorkerDiedError     a process that worked for this one was killed; what is finished is kept
     └── Interrupted         Ctrl-C; it carries what was finished (in `spectra`)
 
 Library code raises them with the bare fact; only `lowrank_probe.cli.main` turns them into text and exit code 1.
@@ -39,6 +40,10 @@ class UnchangedError(ProbeError):
 
 class OutputError(ProbeError):
     """A run directory or file that cannot be written: in use, no space, not permitted."""
+
+
+class WorkerDiedError(ProbeError):
+    """A worker process was killed, by someone or for want of memory: another run may go on from what is finished."""
 
 
 def printable(text: object) -> str:

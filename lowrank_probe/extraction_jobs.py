@@ -61,6 +61,11 @@ class Job:
     keep_sides: bool
     room: Room
 
+    @property
+    def forks(self) -> bool:
+        """Whether forked processes can do it."""
+        return self.base.is_on_disk and self.tuned.is_on_disk
+
     def on(self, device: torch.device) -> "Job":
         """The same on another device."""
         return replace(self, device=device)
@@ -83,7 +88,7 @@ class Job:
 
         taken = [piece for piece in pieces if takes(piece)]
         every = [math.prod(piece.target.shape) for piece in taken]
-        return Host(takes, here.load, here.placed, here.memory(taken, math.inf), every)
+        return Host(takes, here.load, here.placed, here.memory(taken, math.inf), every, self.forks)
 
     def load(self, piece: Piece) -> Delta | None:
         """ΔW; None where it is 0."""

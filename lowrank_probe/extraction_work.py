@@ -116,7 +116,8 @@ class Work:
             return 8.0 * size(one)
 
         memory = Memory(room.host, held, held, held)
-        with closing(run_jobs(list(left_out), size, load, named, cpu, memory)) as jobs:
+        forks = self.base.is_on_disk and self.tuned.is_on_disk
+        with closing(run_jobs(list(left_out), size, load, named, cpu, memory, forks=forks)) as jobs:
             return dict(jobs)
 
     def moved(self, target: Target) -> bool:
@@ -165,7 +166,7 @@ class Work:
         memory = job.memory(todo, IN_FLIGHT * 4 * max(map(size, every), default=0))
         jobs = run_jobs(
             todo, size, *job.card(), memory, largest, [*map(size, every)], self.cluster,
-            [job.on(other).card() for other in self.others], job.host(every),
+            [job.on(other).card() for other in self.others], job.host(every), job.forks,
         )  # fmt: skip
         with interruptible() as asked_to_stop, closing(jobs):
             for piece, tensors, facts in jobs:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from lowrank_probe.errors import OutputError, ProbeError
+from lowrank_probe.errors import OutputError, ProbeError, WorkerDiedError
 
 ANOTHER_OUT: Final = "choose another --out"
 # The log of what a run has finished, while it is not finished itself (`unfinished`).
@@ -121,6 +121,8 @@ def new_directory(wanted: Path) -> Iterator[Path]:
                 raise OutputError(f"{root}: cannot be made: {why(error)}") from None
         try:
             yield root
+        except WorkerDiedError as error:
+            raise WorkerDiedError(f"{error}; the same command with --out {root} goes on from there") from None
         except ProbeError:  # it would fail again
             shutil.rmtree(root / UNFINISHED, ignore_errors=True)
             raise

@@ -12,10 +12,13 @@ import os
 import pickle
 import signal
 import sys
+import traceback
+import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final
 
@@ -26,42 +29,52 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lowrank_probe.device_jobs import Memory
-from lowrank_probe.errors import ProbeError
+from lowrank_probe.errors import WorkerDiedError
+from lowrank_probe.malloc import KEPT, set_malloc
 
-# Fewer small matrices than this are done before the processes pay.
-MANY: Final = 200
+# Entries of all small matrices from which processes pay: those of 128 of 256 × 256 take a core a second.
+MANY: Final = 1 << 23
 # For more, the process that takes the results has no time.
 MAX_PROCESSES: Final = 16
 # Items given to each beyond the one that it does.
 AHEAD: Final = 2
 _PDEATHSIG: Final = 1  # of prctl
-_KEPT: Final = 1 << 30  # bytes of freed memory that a process keeps for the next matrix
-_TRIM_THRESHOLD: Final = -1  # of mallopt
 
 
-def pays(n_small: int, cores: int, memory: Memory | None) -> bool:
-    """Whether so many small matrices go to processes; not where memory is bounded, which is that of one process."""
+def pays(entries: int, cores: int, memory: Memory | None) -> bool:
+    """Whether small matrices of so many entries in all go to processes; not where memory is bounded, which is that of
+    one process, and not where this one may have none (`multiprocessing.Pool`'s workers)."""
     bounded = memory is not None and not math.isinf(memory.limit)
-    return sys.platform == "linux" and cores > 1 and n_small >= MANY and not bounded
+    alone = multiprocessing.current_process().daemon
+    return sys.platform == "linux" and cores > 1 and entries >= MANY and not bounded and not alone
 
 
 class Processes:
     """Worker processes, forked at once: to be made before threads compute, and closed.
 
-    load, compute: as of `run_jobs`; linear algebra has one thread in each. They leave Ctrl-C to this process and end
-    with it.
+    load, compute: as of `run_jobs`; linear algebra has one thread in each. They leave Ctrl-C to this process, and end
+    with the thread that made them. Raises OSError where the system has no more processes.
     """
 
     def __init__(self, load: Callable[[Any], Any], compute: Callable[[Any, Any], Any], cores: int) -> None:
         self.count = min(cores, MAX_PROCESSES)
         fork = multiprocessing.get_context("fork")
         self._pool = ProcessPoolExecutor(self.count, fork, _begin, (load, compute, os.getpid()))
-        self._pool.submit(os.getpid).result()  # which forks them all
+        try:
+            with _no_interrupt(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12 on
+                self._pool.submit(os.getpid).result()  # which forks them all
+        except BrokenProcessPool as error:
+            self._end()
+            raise self._died() from error
+        except BaseException:
+            self._end()
+            raise
 
     def run(self, items: Sequence[Any]) -> Generator[Any, None, None]:
         """Yield compute(item, load(item)) for every item as they finish; what one raises is raised.
 
-        Raises `ProbeError` where a process dies.
+        Raises `WorkerDiedError` where a process dies.
         """
         todo, running = deque(items), set[Future[bytes]]()
         try:
@@ -71,14 +84,23 @@ class Processes:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield pickle.loads(future.result())
-        except BrokenProcessPool:
-            raise ProbeError(
-                f"one of {self.count} worker processes died (killed, or out of memory?); give --memory, with which "
-                "matrices stay in one process"
-            ) from None
+        except BrokenProcessPool as error:
+            raise self._died() from error
         finally:
             for future in running:
                 future.cancel()
+
+    def _died(self) -> WorkerDiedError:
+        return WorkerDiedError(
+            f"one of {self.count} worker processes died (killed, or out of memory?); with --memory matrices stay in "
+            "one process"
+        )
+
+    def _end(self) -> None:
+        for process in [*(self._pool._processes or {}).values()]:
+            process.kill()
+            process.join()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> "Processes":
         return self
@@ -95,12 +117,12 @@ _job: list[Callable[..., Any]] = []
 def _begin(load: Callable[[Any], Any], compute: Callable[[Any, Any], Any], parent: int) -> None:
     """In a new process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before that
         os._exit(1)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_TRIM_THRESHOLD, _KEPT)
+    set_malloc(KEPT)
     torch.set_num_threads(1)
     threadpool_limits(1)
     _job[:] = load, compute
@@ -109,8 +131,25 @@ def _begin(load: Callable[[Any], Any], compute: Callable[[Any, Any], Any], paren
 def _do(item: Any) -> bytes:
     load, compute = _job
     found = io.BytesIO()
-    _Pickler(found, pickle.HIGHEST_PROTOCOL).dump(compute(item, load(item)))
+    try:
+        _Pickler(found, pickle.HIGHEST_PROTOCOL).dump(compute(item, load(item)))
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # those that cannot be pickled raise what they like
+            raise RuntimeError("".join(traceback.format_exception(error))) from None
+        raise
     return found.getvalue()
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Within it this thread, and a process forked by it, holds Ctrl-C back."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Pickler(pickle.Pickler):

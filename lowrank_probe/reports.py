@@ -279,6 +279,8 @@ def page_table(table: pd.DataFrame, columns: Mapping[str, Column], main: tuple[s
 def _cells(column: "pd.Series[Any]") -> list[Any]:
     """`_cell` of every value, once for those that are the same."""
     values = column.to_numpy().tolist()
+    if column.dtype == object:  # where 1 and True are the same, and lists have no hash
+        return [_cell(value) for value in values]
     known = {value: _cell(value) for value in set(values)}
     return [known[value] for value in values]
 

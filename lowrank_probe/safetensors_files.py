@@ -74,8 +74,9 @@ def read_runs(
     try:
         with closing(open_span(info.file, start, start + sum(sizes))) as handle:
             if device.type == "cuda":
-                for out in staged_runs(handle, start, sizes, device):
-                    yield out.view(dtype)
+                with closing(staged_runs(handle, start, sizes, device)) as runs:  # before the file
+                    for out in runs:
+                        yield out.view(dtype)
                 return
             for count in counts:
                 out = spilling.empty((count,), dtype, device)

@@ -1,4 +1,5 @@
-"""Run per-matrix jobs: in worker threads on a CPU; on a GPU a few at a time, while the next ones are being read.
+"""Run per-matrix jobs: on a CPU in worker threads, or small ones in processes; on a GPU a few at a time, while the
+next ones are being read.
 
 Linear algebra of small matrices does not fill several cores, so matrices run beside each other, each on its share of
 the cores. How many may be in memory at once is bounded by the largest one: beside each other, matrices never hold more
@@ -6,10 +7,8 @@ than 72 % of its entries, so that it alone sets the memory needed, unless all ar
 """
 
 import bisect
-import ctypes
 import itertools
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -22,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from lowrank_probe.device_jobs import Card, Done, Host, Item, Loaded, Memory, beside_each_other, device_jobs
 from lowrank_probe.devices import started
+from lowrank_probe.malloc import KEPT, TRIMMED_FROM, set_malloc, trim
 from lowrank_probe.process_jobs import Processes, pays
 
 MAX_WORKERS: Final = 4
@@ -31,10 +31,6 @@ MAX_SMALL: Final = 8
 SHARE_OF_LARGEST: Final = 0.72
 # So many entries may be beside each other however small the largest matrix is: 100 MB in all.
 TOGETHER: Final = 1 << 22
-# glibc: bytes from which a block is mapped by itself, and its default for giving the top of a heap back.
-MAPPED_FROM: Final = 10_000_000
-TRIMMED_FROM: Final = 1 << 17
-_glibc = ctypes.CDLL(None) if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt") else None
 
 
 def run_jobs(
@@ -49,6 +45,7 @@ def run_jobs(
     cluster: bool = False,
     others: Sequence[Card[Item, Loaded, Done]] = (),
     host: Host[Item, Loaded, Done] | None = None,
+    forks: bool = False,
 ) -> Generator[Done, None, None]:
     """Yield compute(item, load(item)) for every item as they finish, largest first; an exception ends the run.
 
@@ -56,8 +53,9 @@ def run_jobs(
     of the largest matrix that the run reads at all, where that is none of the items; every: of all matrices of the
     run, where some are finished already. On a CPU they set how many go beside each other, and so the threads of each,
     with which the last digits move: not by what is left to do. cluster: as tasks of Ray (`cluster`). others: further
-    GPUs of the same kind, which take items from the same queue. host: what the CPU does beside them. Closing the
-    iterator (Ctrl-C) waits for what is running and drops the rest.
+    GPUs of the same kind, which take items from the same queue. host: what the CPU does beside them. forks: whether
+    load and compute may run in forked processes, where many matrices are small (`process_jobs`): those come after the
+    large ones. Closing the iterator (Ctrl-C) waits for what is running and drops the rest.
     """
     if cluster:
         from lowrank_probe.cluster import cluster_jobs
@@ -66,10 +64,10 @@ def run_jobs(
         return
     queue = sorted(items, key=entries, reverse=True)
     if device.type == "cpu":
-        with _processes(every or [*map(entries, queue)], load, compute, memory) as processes:
+        with _processes(forks, every or [*map(entries, queue)], load, compute, memory) as processes:
             yield from _cpu_jobs(queue, entries, load, compute, memory, largest, every, processes)
         return
-    _set_malloc(TRIMMED_FROM)
+    set_malloc(TRIMMED_FROM)
     mine, on_host = queue, list[Item]()
     if host is not None:
         mine = [item for item in queue if not host.takes(item)]
@@ -78,7 +76,7 @@ def run_jobs(
     with ExitStack() as stack:
         if on_host:
             assert host is not None
-            processes = stack.enter_context(_processes(host.every, host.load, host.compute, host.memory))
+            processes = stack.enter_context(_processes(host.forks, host.every, host.load, host.compute, host.memory))
             streams.append(_cpu_jobs(on_host, entries, host.load, host.compute, host.memory, 0, host.every, processes))
         if mine:
             streams.append(device_jobs(mine, entries, [(load, compute, device), *others], memory))
@@ -86,17 +84,22 @@ def run_jobs(
 
 
 def _processes(
-    every: Sequence[int], load: Callable[[Item], Loaded], compute: Callable[[Item, Loaded], Done], memory: Memory | None
-) -> AbstractContextManager[Processes | None]:
-    """Processes for the small ones of all matrices of a run, of so many entries each; None where they do not pay.
+    forks: bool, every: Sequence[int], load: Callable[[Item], Loaded], compute: Callable[[Item, Loaded], Done],
+    memory: Memory | None,
+) -> AbstractContextManager[Processes | None]:  # fmt: skip
+    """Processes for the small ones of all matrices of a run, of so many entries each; None where they do not pay, or
+    the system has none left.
 
     By all of them, not by what is left to do: their linear algebra has one thread there.
     """
     cores = torch.get_num_threads()
-    if not pays(sum(size <= SMALL for size in every), cores, memory):
+    if not forks or not pays(sum(size for size in every if size <= SMALL), cores, memory):
         return nullcontext()
     started()
-    return Processes(load, compute, cores)
+    try:
+        return Processes(load, compute, cores)
+    except OSError:
+        return nullcontext()
 
 
 def _cpu_jobs(
@@ -155,7 +158,7 @@ def _cpu_jobs(
                         queue.remove(item)
                         running[pool.submit(job, item)] = item
                 if not queue:
-                    _set_malloc(TRIMMED_FROM)
+                    set_malloc(TRIMMED_FROM)
                 for future in finished:  # while the next ones compute
                     yield future.result()
                 finished = wait(running, return_when=FIRST_COMPLETED).done
@@ -197,22 +200,12 @@ def _freed_memory_kept() -> Iterator[None]:
 
     Every page that comes from the system is cleared first, which takes a tenth of the time of matrices of 1024 × 1024.
     """
-    _set_malloc(1 << 30)
+    set_malloc(KEPT)
     try:
         yield
     finally:
-        _set_malloc(TRIMMED_FROM)
-        if _glibc is not None:
-            _glibc.malloc_trim(0)  # all but the top of a thread's heap, which goes as the last matrices are freed
-
-
-def _set_malloc(trimmed_from: int) -> None:
-    """Have glibc map large matrices by themselves and unmap them when freed, and give the top of a heap back to the
-    system when so many bytes of it are free."""
-    if _glibc is not None:
-        _glibc.mallopt(-1, trimmed_from)  # M_TRIM_THRESHOLD
-        _glibc.mallopt(-3, MAPPED_FROM)  # M_MMAP_THRESHOLD; by default up to 32 MiB, as it finds fit
-        _glibc.mallopt(-8, 1)  # M_ARENA_MAX: worker threads share one heap
+        set_malloc(TRIMMED_FROM)
+        trim()  # all but the top of a thread's heap, which goes as the last matrices are freed
 
 
 def _workers(sizes: Sequence[int], limit: float, cores: int) -> tuple[int, int]:

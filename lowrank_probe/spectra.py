@@ -217,7 +217,7 @@ class _Run:
         free = [pair for pair in self.matching.pairs if pair.key not in self.tied]
         running = run_jobs(
             todo, size, *job.card(), job.memory(free), every=[*map(size, self.matching.pairs)], cluster=choice.cluster,
-            others=[job.on(other).card() for other in choice.others], host=job.host(free),
+            others=[job.on(other).card() for other in choice.others], host=job.host(free), forks=job.forks,
         )  # fmt: skip
         # Closed here: left to the garbage collector, what a second Ctrl-C raises would be printed and ignored.
         with interruptible() as asked_to_stop, closing(running) as jobs:

@@ -61,6 +61,11 @@ class Job:
         """The same on another device."""
         return replace(self, settings=replace(self.settings, device=device).with_turns())
 
+    @property
+    def forks(self) -> bool:
+        """Whether forked processes can do it."""
+        return all(side.is_on_disk for side in (self.base, self.tuned) if side is not None)
+
     def footprint(self, pair: Pair) -> Footprint:
         """What its matrix takes."""
         stored = [
@@ -99,7 +104,7 @@ class Job:
 
         taken = [pair for pair in pairs if takes(pair)]
         every = [pair.entries(self.base, self.tuned) for pair in taken]
-        return Host(takes, here.load, here.compute, here.memory(taken), every)
+        return Host(takes, here.load, here.compute, here.memory(taken), every, self.forks)
 
     def _place(self, pair: Pair) -> AbstractContextManager[None]:
         return self.room.place(self.settings.device, lambda: self.footprint(pair).most)

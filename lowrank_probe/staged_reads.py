@@ -6,8 +6,8 @@ tensor's own size would stop the whole device for as long as reading it takes.
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -39,11 +39,12 @@ _free: dict[torch.device, deque[_Stage]] = {}
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
+def _pool(device: torch.device) -> ThreadPoolExecutor:
+    """Those of one card: another that is held up must not wait for them."""
     return ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
 
-def staged_runs(span: Span, start: int, sizes: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+def staged_runs(span: Span, start: int, sizes: Sequence[int], device: torch.device) -> Generator[Tensor, None, None]:
     """The bytes of an open file from `start` on, (size,) uint8 on the device for each of the sizes in turn.
 
     span: opened at `start`, to be closed when this has ended; what comes over a network is read by this thread, and not
@@ -62,7 +63,7 @@ def staged_runs(span: Span, start: int, sizes: Sequence[int], device: torch.devi
             fill(_view(stage, next(places)[1]), span)
             return stage
         while len(coming) < AHEAD and (place := next(places, None)) is not None:
-            coming.append(_pool().submit(_read, span.fileno(), *place, device))
+            coming.append(_pool(device).submit(_read, span.fileno(), *place, device))
         return coming.popleft().result()
 
     try:
@@ -76,10 +77,9 @@ def staged_runs(span: Span, start: int, sizes: Sequence[int], device: torch.devi
                 _free[device].append(stage)
             yield out
     finally:
-        for future in coming:  # which read from the file
-            if not future.cancel():
-                with suppress(OSError, EOFError):
-                    _free[device].append(future.result())
+        left = [future for future in coming if not future.cancel()]
+        wait(left)  # they read from the file
+        _free[device].extend(future.result() for future in left if future.exception() is None)
 
 
 def _pieces(start: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -111,7 +111,7 @@ def _take(device: torch.device) -> _Stage:
         return stage
     on_gpu = device.type == "cuda"
     buffer = torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
-    return _Stage(buffer, torch.cuda.Event() if on_gpu else None)  # type: ignore[no-untyped-call]
+    return _Stage(buffer, torch.cuda.Event(blocking=True) if on_gpu else None)  # type: ignore[no-untyped-call]
 
 
 def _view(stage: _Stage, count: int) -> memoryview:

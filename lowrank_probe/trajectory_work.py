@@ -73,7 +73,7 @@ class Comparison:
         done = sum(sizes[name] for name in rows)
         jobs = run_jobs(
             todo, sizes.__getitem__, *self._card(pairs, lines), self._memory(pairs, todo),
-            every=list(sizes.values()), host=self._host(pairs, lines, names),
+            every=list(sizes.values()), host=self._host(pairs, lines, names), forks=self._forks,
         )  # fmt: skip
         with interruptible() as asked_to_stop, closing(jobs):
             for name, found in jobs:
@@ -110,7 +110,12 @@ class Comparison:
         load, compute, _ = here._card(pairs, lines)
         taken = [name for name in names if takes(name)]
         every = [math.prod(self._shape(pairs[name])) for name in taken]
-        return Host(takes, load, compute, here._memory(pairs, taken), every)
+        return Host(takes, load, compute, here._memory(pairs, taken), every, self._forks)
+
+    @property
+    def _forks(self) -> bool:
+        """Whether forked processes can do it."""
+        return all(side.is_on_disk for side in (self.base, *self.sides.values()))
 
     def _footprint(self, pair: Pair) -> Footprint:
         stored = [side.tensors[pair.tuned_name] for side in self.sides.values() if pair.tuned_name in side.tensors]

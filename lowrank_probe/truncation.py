@@ -47,7 +47,8 @@ class Truncation:
 def truncate(A: Tensor, r: int, *, seed: int = 0) -> Truncation:
     """The truncated SVD of rank r of A (m, n), bracketed: eigenvectors of the float64 Gram matrix of the short side, or
     for r ≤ k/8 a certified block Krylov iteration, on a CPU in float32 first (`single_precision`), else in float64
-    (`top_spectrum`), which falls back on them: the error is then within 5e-5 of the optimum, or within 1e-6·‖A‖_F.
+    (`top_spectrum`), which falls back on them: the error is then within 5e-5 of the optimum, or within 1e-6·‖A‖_F, or
+    as near as float64 proves, where next to nothing is left.
 
     r is cut to min(m, n). The last step is a Rayleigh–Ritz on A itself, so that what is kept is exact and small values
     keep the digits that squaring costs. Deterministic for a given seed.

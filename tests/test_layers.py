@@ -459,3 +459,18 @@ def test_types_sort_as_data_flows_and_unknown_ones_before_the_head():
         "embedding", "q", "down", "dense", "lm_head",
     ]  # fmt: skip
     assert sorted(ORDER, key=sort_key) == list(ORDER)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer_type", "layer"),
+    [
+        ("blocks.2.attn1.to_out.0.weight", "o", 2),
+        ("blocks.2.attn1.to_out.1.weight", "to_out", 2),  # the dropout beside it
+        ("net.3.1.weight", "3", 3),
+        ("net.4.1.weight", "4", 4),
+        ("h.7.mlp.w1.weight", "up", 7),
+        ("layers.7.mlp.w1.weight", "gate", 7),
+    ],
+)
+def test_numbers_that_tell_types_apart(name, layer_type, layer):
+    assert (place(name).layer_type, place(name).layer) == (layer_type, layer)

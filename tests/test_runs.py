@@ -308,3 +308,18 @@ def test_saving_twice_replaces(tmp_path):
     result = build(layers=1, types=("q",))
     result.save(tmp_path)
     pd.testing.assert_frame_equal(lp.load(tmp_path).table, result.table)
+
+
+def test_a_run_without_spectra_comes_back(everything, tmp_path):
+    result = replace(everything, singular_values={}, denoised_values={})
+    back = lp.load(result.save(tmp_path / "run"))
+    assert back.singular_values == {}
+    pd.testing.assert_frame_equal(back.table, everything.table)
+
+
+def test_spectra_are_read_by_pandas_as_plain_columns(everything, tmp_path):
+    long = pd.read_parquet(everything.save(tmp_path / "run") / "singular_values.parquet")
+    assert [str(kind) for kind in long.dtypes] == ["str", "int32", "float64", "float64"]
+    first = long[long["name"] == next(iter(everything.singular_values))]
+    np.testing.assert_array_equal(first["sigma"], next(iter(everything.singular_values.values())))
+    assert list(first["index"]) == list(range(1, len(first) + 1))

@@ -141,3 +141,18 @@ def test_truncation_of_large_and_small_numbers_is_that_of_float64():
     for scale in (1e-12, 1e10, 1e14):
         found, plain = truncate(A * scale, 8), truncate(A, 8)
         np.testing.assert_allclose(found.s.numpy() / scale, plain.s.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", ["lognormal", "few"])
+def test_a_low_rank_with_uneven_rows_is_proven_too(rows, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    B = torch.randn(1024, 8, generator=generator)
+    scale = torch.exp(0.5 * torch.randn(1024, 1, generator=generator))
+    B = B * scale if rows == "lognormal" else B * (torch.arange(1024)[:, None] < 20)
+    A = B @ torch.randn(8, 1024, generator=generator)
+    monkeypatch.setattr(truncation, "_eigenvectors", None)
+    found = truncate(A, 64)
+    exact = spectrum_of(A)
+    assert found.s[:8].numpy() ** 2 == pytest.approx(exact[:8], rel=1e-9)
+    assert np.all(exact[:64] <= found.upper + 1e-14 * exact.sum())
+    assert (found.upper - found.s.numpy() ** 2).sum() <= 1e-10 * exact.sum()

@@ -64,7 +64,7 @@ def test_one_that_is_left_early_gives_its_buffers_back(file):
         # The file may be closed now: nobody reads from it any more.
     made = len(staged_reads._free[CPU])
     assert 1 <= made <= staged_reads.AHEAD
-    staged_reads._pool().submit(int).result()
+    staged_reads._pool(CPU).submit(int).result()
     assert len(staged_reads._free[CPU]) == made
 
 

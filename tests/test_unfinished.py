@@ -430,3 +430,15 @@ def test_a_trajectory_killed_anywhere_ends_in_the_same_files(growing, saved, tmp
         assert (tmp_path / "run" / name).read_bytes() == (saved[0] / name).read_bytes(), name
     names = [sorted(path.name for path in run.iterdir()) for run in (tmp_path / "run", saved[0])]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("values", [np.empty(0), np.arange(6.0)[::-2], np.arange(3, dtype=np.float32)], ids=str)
+def test_arrays_come_back_as_float64(tmp_path, values):
+    store = Unfinished(tmp_path / "run", {})
+    store.put("a", {"values": values, "mask": torch.arange(6.0).reshape(2, 3).T}, {"n": np.int64(3)})
+    again = Unfinished(tmp_path / "run", {})
+    for one in (store, again):
+        assert one.get("a", "values").dtype == torch.float64
+        assert one.get("a", "values").tolist() == values.tolist()
+        assert torch.equal(one.get("a", "mask"), torch.arange(6.0).reshape(2, 3).T)
+        assert one.facts("a") == {"n": 3}
