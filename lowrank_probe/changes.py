@@ -150,7 +150,9 @@ class _Planner:
                 self._other_shape(known, tensor, modules)
             else:
                 self._add(known, "whole", tensor)
-        elif table and place(name).layer_type == "lm_head":
+        elif module is None and (tied := self._tied(name, self.adapter.tensors[tensor].shape)):
+            self._alias(tied, tensor)
+        elif table and place(name).layer_type == "lm_head" and name.endswith("weight"):
             shape = module.shape if module else self.adapter.tensors[tensor].shape
             stored = self.base.tensors[table].shape
             if not module and shape[1:] == stored[1:] and shape[0] > stored[0]:
@@ -163,6 +165,26 @@ class _Planner:
             raise MatchError(
                 f"{self.adapter.path}: holds {tensor}, for which {self.base.path} has no place; is this the base it "
                 "was trained on?"
+            )
+
+    def _tied(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """The base's name of a tensor that models of its kind have under this one, too: a table of words that both
+        towers look up (T5, BART), the bias of an output head (BERT)."""
+        near = re.sub(r"\.decoder\.bias$", ".bias", name)
+        if near == name and name.endswith(".embed_tokens.weight"):
+            near = _table(self.base) or name
+        known = self.base.tensors.get(near)
+        return near if near != name and known is not None and known.shape == shape else None
+
+    def _alias(self, name: str, tensor: str) -> None:
+        """Another copy of what replaces a tensor of the base; one is enough where all are alike."""
+        own = [one for one in self.made.changes.get(name, ()) if one.number == self.number]
+        if not own:
+            self._add(name, "whole", tensor)
+        elif own[0].kind != "whole" or not torch.equal(self.adapter.read(own[0].tensor), self.adapter.read(tensor)):
+            raise MatchError(
+                f"{self.adapter.path}: {tensor} differs from {own[0].tensor}, and {self.base.path} has both as {name}; "
+                "keep the adapter unmerged"
             )
 
     def _stored(self, name: str) -> str | None:

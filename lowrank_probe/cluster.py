@@ -8,6 +8,7 @@ Ray does it again elsewhere where its worker or its node dies. Inputs and --out 
 import logging
 import math
 import os
+import re
 import socket
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
@@ -57,9 +58,7 @@ def join(address: str, asked: str) -> Choice:
             _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # OSError, ValueError, RuntimeError, and what gRPC raises
-            raise ProbeError(
-                f"--ray {address}: no cluster answers ({first_line(error)}); start one with ray start --head"
-            ) from None
+            raise ProbeError(f"--ray {address}: {_why_not(address, error)}") from None
         if not address.startswith("ray://"):
             _joined[ray.get_runtime_context().gcs_address] = address
     has_gpu = ray.cluster_resources().get("GPU", 0) >= 1
@@ -67,6 +66,26 @@ def join(address: str, asked: str) -> Choice:
         expected = "auto, cpu or cuda" if has_gpu else "auto or cpu (the cluster has no GPU)"
         raise ProbeError(f"--device {asked} with --ray: expected {expected}")
     return Choice(torch.device("cuda" if has_gpu and asked != "cpu" else "cpu"), cluster=True)
+
+
+def _why_not(address: str, error: Exception) -> str:
+    """Why there is no cluster to join, and the mend."""
+    said = first_line(error)
+    found = re.search(r"\S+:\d+(?=\D*$)", said)
+    if re.search("auth|token", said, re.IGNORECASE) or (found is not None and _listens(found[0])):
+        return (
+            f"the cluster does not let this process in ({said}); has it the same version of Ray and the same token "
+            "(RAY_AUTH_MODE, RAY_AUTH_TOKEN or ~/.ray/auth_token)?"
+        )
+    return f"no cluster answers ({said}); start one with ray start --head"
+
+
+def _listens(address: str) -> bool:
+    try:
+        _knock(address)
+    except OSError:
+        return False
+    return True
 
 
 def _knock(address: str) -> None:

@@ -102,7 +102,9 @@ TABLE: Final[dict[str, Column]] = {
         for p in (0.5, 0.9)
         for end, word in (("low", "lower"), ("high", "upper"))
     },
-    "decidable_signal_rank": Column("whether signal_rank can be trusted: resolved ≥ 0.5"),
+    "decidable_signal_rank": Column(
+        "whether signal_rank can be trusted: resolved ≥ 0.5, and its end is among the values kept"
+    ),
     "decidable_r50": Column("whether the r50 bracket can be trusted: resolved ≥ 0.5"),
     "decidable_r90": Column("whether the r90 bracket can be trusted: resolved ≥ 0.5"),
     "scale": Column("⟨ΔW, W_base⟩ / ‖W_base‖²: the c of the best fit W_tuned ≈ (1 + c)·W_base"),

@@ -1,7 +1,8 @@
 """Read a pair of matrices, or one adapter's factors: one `Delta` a matrix that changed, else its line of the ledger.
 
 Legend: m out, n in; ΔW = W_tuned − W_base, upcast first and subtracted after: float64 where a side is stored in
-float32 or wider, else float32 (the difference of two bf16 or two fp16 values of similar size is exact in float32).
+float32 or wider, else float32: exact for two bf16 or two fp16 values of similar size, and what is lost of others is
+measured.
 """
 
 import math
@@ -37,6 +38,7 @@ class Delta:
     cosine: of both sides; dot: ⟨ΔW, W_base⟩, summed in the precision of ΔW; both NaN for an adapter, and where the
     sides were not kept.
     quantized: at least one side was dequantized, so that its rounding is not that of its values' type.
+    lost: ‖E‖_F of what rounding to float32 left out of ΔW; 0 where the sides were not kept.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Delta:
     tuned: Tensor | None = None
     quantized: bool = False
     dot: float = math.nan
+    lost: float = 0.0
 
     @property
     def relative_update(self) -> float:
@@ -84,15 +87,19 @@ def read_pair(
         parts: Runs = zip(_parts(delta), _parts(a), _parts(b), strict=True)
     else:
         delta, parts = _streamed(pair, base, tuned, device)
-    sums = torch.zeros(4 if sides else 2, dtype=torch.float64, device=device)
+    narrow = sides and delta.dtype == torch.float32
+    sums = torch.zeros(2 + 2 * sides + narrow, dtype=torch.float64, device=device)
     for out, y, x in parts:
         x, y = x.to(delta.dtype), y.to(delta.dtype)
         torch.sub(x, y, out=out)
         found = [_square(y), _square(out)]
         if sides:
             found += [_square(x), torch.dot(out.reshape(-1), y.reshape(-1)).double()]
+        if narrow:
+            found.append(_square(_lost(x, y, out)))
         sums += torch.stack(found)
-    base_sq, delta_sq, tuned_sq, dot = [*sums.tolist(), math.nan, math.nan][:4]
+    told = sums.tolist()
+    base_sq, delta_sq, tuned_sq, dot = [*told, math.nan, math.nan][:4]
     if not math.isfinite(base_sq + delta_sq):  # and so the tuned
         _raise_not_finite([(base, pair.name), (tuned, pair.tuned_name)], pair.part)
     norm, base_norm = math.sqrt(delta_sq), math.sqrt(base_sq)
@@ -106,7 +113,7 @@ def read_pair(
     return Delta(
         pair.key, pair.place, (delta.shape[0], delta.shape[1]), before.dtype, after.dtype, norm, base_norm, cosine,
         dense=delta, base=a if sides else None, tuned=b if sides else None,
-        quantized=before.quantized or after.quantized, dot=dot,
+        quantized=before.quantized or after.quantized, dot=dot, lost=math.sqrt(told[4]) if narrow else 0.0,
     )  # fmt: skip
 
 
@@ -192,6 +199,14 @@ def _read_lora(
         pair.key, pair.place, (B.shape[0], A.shape[1]), base.tensors[pair.name].dtype if base else "",
         adapter.tensors[module.name_A].dtype, norm, base_norm, math.nan, factors=(B, A, module.scaling),
     )  # fmt: skip
+
+
+def _lost(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """x − y − out, exactly, for out = fl(x − y) in their precision. Source: Knuth, TAOCP 2, 4.2.2 (TwoSum)."""
+    minus_y = out - x
+    lost = out - minus_y
+    torch.sub(x, lost, out=lost)
+    return lost.sub_(minus_y.add_(y))
 
 
 def _sum_squares(A: Tensor) -> float:

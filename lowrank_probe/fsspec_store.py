@@ -23,16 +23,19 @@ def filesystem(address: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations
 
+    from lowrank_probe.remote_files import shown  # which imports this module when it is needed
+
     protocol = address.partition("::")[0].partition("://")[0]
+    root = shown(address)
     try:
         return url_to_fs(address)  # type: ignore[no-any-return]
     except ImportError as error:
         package = known_implementations.get(protocol, {}).get("class", "").partition(".")[0].replace("_", "-")
         mend = f"pip install {package}" if package not in ("", "fsspec") else str(error)
-        raise CheckpointError(f"{protocol}://: reading it needs a package that is not installed: {mend}") from None
+        raise CheckpointError(f"{root}: reading {protocol}:// needs a package that is not installed: {mend}") from None
     except Exception as error:  # of whichever library: no such protocol, no credentials, an address it cannot parse
         raise CheckpointError(
-            f"{protocol}://: cannot be opened by fsspec ({_line(error)}); expected an address such as "
+            f"{root}: cannot be opened by fsspec ({_line(error)}); expected an address such as "
             "https://…, s3://…, gs://… or hf://…"
         ) from None
 

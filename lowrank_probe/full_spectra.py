@@ -88,7 +88,8 @@ def _from_eigenvalues(
     rounding = eigenvalue_error(float(lam[0]), shape)
     values = np.sqrt(lam)
     # |σ̂ − σ| = |λ̂ − λ|/(σ̂ + σ), and never more than √|λ̂ − λ|.
-    error = np.minimum(np.sqrt(rounding), rounding / np.maximum(values, 1e-300))
+    with np.errstate(over="ignore"):
+        error = np.minimum(np.sqrt(rounding), rounding / np.maximum(values, 1e-300))
     total = norm**2 if norm else float(lam.sum())
     return SingularValues(values, method, "float64", error, len(lam) * rounding / total if total else 0.0)
 

@@ -120,7 +120,8 @@ def find_fine_tune(
     if len(sizes) > 1:
         most, least = str(sizes.idxmax()), str(sizes.idxmin())
         spread = f", most in {most} ({percent(float(sizes.max()))}), least in {least} ({percent(float(sizes.min()))})"
-    hidden = 2 * int(plain["decidable_signal_rank"].astype(bool).sum()) < len(plain)
+    # That of r90, which is storage alone: the signal rank's also asks whether --top reached its end.
+    hidden = 2 * int(plain["decidable_r90"].astype(bool).sum()) < len(plain)
     if special:
         say = f"The rest, {where(plain, table)}, moved as in plain fine-tuning: {percent(size)} of ‖W‖{spread}."
         return [Finding("fine-tune", say, evidence, types_of(plain["layer_type"]))]

@@ -116,8 +116,8 @@ _RULES: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
 _CROSS: Final = re.compile(
     r"crossattention|cross_attn|EncDecAttention|encoder_attn|encoder_attention|cross_attention|multihead_attn"
 )
-_NUMBER: Final = re.compile(r"\.(\d+)(?:\.|$)")
-_EXPERT: Final = re.compile(r"(?<![^.])experts\.(?:expert_)?(\d+)(?=\.|$)")
+_NUMBER: Final = re.compile(r"\.(\d{1,9})(?:\.|$)")
+_EXPERT: Final = re.compile(r"(?<![^.])experts\.(?:expert_)?(\d{1,9})(?=\.|$)")
 _CONV1D: Final = re.compile(r"(?:^|\.)(?:c_attn|c_proj|c_fc|q_attn)$")
 _TOWERS: Final = (
     ("vision", re.compile(r"(?:^|\.)(?:vision_tower|vision_model|vision_encoder|image_encoder|visual)\.")),

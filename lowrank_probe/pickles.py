@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank_probe.errors import CheckpointError
 from lowrank_probe.memory import tensors_in_memory
+from lowrank_probe.safetensors_headers import what_begins_so
 from lowrank_probe.tensor_info import Opened
 
 # Under these keys training scripts put the state dict among other things.
@@ -36,13 +37,19 @@ def open_pickle(file: Path) -> Opened:
 def _load(file: Path) -> Any:
     try:
         with open(file, "rb") as handle:
-            is_zip = handle.read(4) == b"PK\x03\x04"
+            prefix = handle.read(8)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    if prefix == b"version " or prefix.lstrip()[:1] == b"<" or len(prefix) < 8:
+        raise CheckpointError(
+            f"{file}: cannot be opened as PyTorch weights ({what_begins_so(prefix, file.stat().st_size)})"
+        )
     try:
         with warnings.catch_warnings():  # of torch to whoever wrote the file
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip or None)
+            return torch.load(
+                file, map_location="cpu", weights_only=True, mmap=prefix.startswith(b"PK\x03\x04") or None
+            )
     except Exception as error:  # damage raises ten kinds, AssertionError and struct.error among them
         said = str(error)
         unsafe = _UNSAFE.search(said)

@@ -92,7 +92,21 @@ def warm_up(device: torch.device) -> None:
 
 
 def singular_values(delta: Delta, *, top: int | None = None, exact_tail: bool = False) -> svd.SingularValues:
-    """The singular values of one `Delta` by the tier asked for; `top` falls through to the whole spectrum."""
+    """The singular values of one `Delta` by the tier asked for; `top` falls through to the whole spectrum.
+
+    What float32 lost of ΔW is in the bounds: |σᵢ(ΔW) − σᵢ(ΔW + E)| ≤ ‖E‖ (Weyl), and of energies as much twice over in
+    the sum and in ‖ΔW‖² (Hoffman & Wielandt).
+    """
+    found = _of_stored(delta, top, exact_tail)
+    share = delta.lost / delta.fro_norm
+    if not 0 < share < 1:
+        return found
+    more = (4 * share + 2 * share**2) / (1 - share) ** 2
+    return replace(found, error=found.error + delta.lost, energy_error=found.energy_error + more)
+
+
+def _of_stored(delta: Delta, top: int | None, exact_tail: bool) -> svd.SingularValues:
+    """The singular values of ΔW as it was subtracted."""
     if delta.factors is not None:
         return svd.factored_spectrum(*delta.factors)
     assert delta.dense is not None

@@ -27,7 +27,7 @@ def read_header(file: File) -> dict[str, TensorInfo]:
         prefix = read_span(file, 0, 8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > MAX_HEADER:
-            raise CheckpointError(f"{file}: not a safetensors file (no valid header length in its first 8 bytes)")
+            raise CheckpointError(f"{file}: not a safetensors file ({what_begins_so(prefix, size)})")
         if 8 + length > size:
             raise CheckpointError(
                 f"{file}: its header says {8 + length} bytes but the file has {size}; truncated? download it again"
@@ -140,7 +140,40 @@ def read_json(file: File) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{file}: is not valid JSON") from None
+        raise CheckpointError(f"{file}: is not valid JSON ({_what_is_there(file)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def what_begins_so(prefix: bytes, size: int) -> str:
+    """What a file is that should hold weights and does not, and the mend. prefix: its first 8 bytes.
+
+    >>> what_begins_so(b"version ", 134)
+    'a pointer of Git LFS, 134 bytes: git lfs pull fetches the file itself'
+    """
+    if prefix == b"version ":
+        return f"a pointer of Git LFS, {size} bytes: git lfs pull fetches the file itself"
+    if prefix.lstrip()[:1] == b"<":
+        return "a page of HTML or XML, as servers send in place of a file: download it again"
+    if size < 8:
+        return f"it has {size} bytes; download it again"
+    return "no valid header length in its first 8 bytes"
+
+
+def _what_is_there(file: File) -> str:
+    """What a file that should be JSON holds, and the mend."""
+    try:
+        text = read_text(file).strip()
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        if not text:
+            return "it is empty; download it again"
+        if text.startswith("<"):
+            return "a page of HTML or XML, as servers send in place of a file that is not there"
+        if text.startswith("version https://git-lfs"):
+            return "a pointer of Git LFS: git lfs pull fetches the file itself"
+        return f"{error.msg} at line {error.lineno}, column {error.colno}; damaged? download it again"
+    except (OSError, ValueError, RecursionError) as error:
+        return str(error).partition("\n")[0]
+    return "it changed just now"

@@ -118,9 +118,11 @@ def probe_pair(
 def identity(sides: Mapping[str, Checkpoint | None], options: Options, choice: Choice) -> dict[str, Any]:
     """What a run must share with the killed one that it goes on with."""
     told: dict[str, Any] = {name: side_facts(side) for name, side in sides.items()}
-    told["options"] = {name: value for name, value in options.facts().items() if name not in _SELECTION}
-    if not all(side.files for side in sides.values() if side is not None):  # a model in memory cannot be known again
+    files = [side["files"] for side in told.values() if side is not None]
+    # What cannot be known again: a model in memory, and a server's file without a mark of its version.
+    if not all(files) or any(set(file) == {"name", "n_bytes"} for of_side in files for file in of_side):
         told["run"] = uuid.uuid4().hex
+    told["options"] = {name: value for name, value in options.facts().items() if name not in _SELECTION}
     return told | same_machine(machine_facts(choice))
 
 

@@ -346,3 +346,31 @@ def test_a_file_written_tensor_by_tensor_is_the_one_the_official_library_reads(t
 )
 def test_a_config_value_of_another_type_is_named(tmp_path, config, words):
     refused(write(tmp_path / "m", llama_tensors(), config), tmp_path / "m", *words)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(POINTER, ("Git LFS", "git lfs pull")), (b"<!DOCTYPE html>\n<p>Not found", ("HTML",)), (b"abc", ("3 bytes",))],
+)
+def test_what_lies_there_in_place_of_weights_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path, name, *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ("is empty", "download it again")),
+        ("<html></html>", ("HTML",)),
+        (POINTER.decode(), ("git lfs pull",)),
+        ('{\n "model_type": llama}', ("line 2, column 16", "damaged?")),
+    ],
+)
+def test_what_lies_there_in_place_of_a_config_is_named(tmp_path, content, words):
+    write(tmp_path, {"a.weight": torch.ones(2, 2)})
+    (tmp_path / "config.json").write_text(content)
+    refused(tmp_path, "config.json", "is not valid JSON", *words)

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -337,3 +338,18 @@ def test_a_node_that_goes_leaves_its_work_to_the_others(tmp_path):
         results = jobs.found.result(timeout=180)
         assert [item for item, _ in results] == [0, 1, 2, 3]
         assert gone.node_id not in {node for _, node in results}
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("Failed to connect to Ray cluster at 127.0.0.1:{port}", "does not let this process in"),
+        ("Failed to connect to Ray cluster at 127.0.0.1:1", "no cluster answers"),
+        ("Token authentication is enabled but no token was found", "RAY_AUTH_TOKEN"),
+        ("Could not find any running Ray instance.", "start one with ray start --head"),
+    ],
+)
+def test_why_a_cluster_cannot_be_joined(said, words):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        told = cluster._why_not("auto", ConnectionAbortedError(said.format(port=listening.getsockname()[1])))
+    assert words in told

@@ -470,6 +470,7 @@ def test_types_sort_as_data_flows_and_unknown_ones_before_the_head():
         ("net.4.1.weight", "4", 4),
         ("h.7.mlp.w1.weight", "up", 7),
         ("layers.7.mlp.w1.weight", "gate", 7),
+        ("layers.9223372036854775808.mlp.w1.weight", "gate", None),  # no number of a layer
     ],
 )
 def test_numbers_that_tell_types_apart(name, layer_type, layer):

@@ -73,6 +73,7 @@ def test_lines_say_shapes_dtypes_and_why(everything):
     assert (line["base_shape"], line["tuned_shape"]) == ("10×48", "12×48")
     assert "vocabulary or head" in line["note"]
     assert "architecture" in one(result, "rebuilt.weight")["note"]
+    assert [note for note in result.facts["notes"] if note.startswith("2 tensors differ in shape and are left out: ")]
     assert "model.embed_tokens.weight" in one(result, "lm_head.weight")["note"]
     assert "3-D" in one(result, "stack.weight")["note"]
     assert one(result, "model.layers.0.mlp.down_proj.weight")["note"] == "--exclude"

@@ -370,3 +370,32 @@ def test_a_run_beside_it_is_left_alone(tmp_path):
         assert any(left.iterdir())
         running.send_signal(signal.SIGTERM)
         running.wait(30)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "bert", "t5", "marian"])
+def test_what_extract_wrote_of_everything_is_merged_as_peft_computes_it(tmp_path, family):
+    make = getattr(adapting, family)
+    base, tuned = adapting.saved(tmp_path, make)
+    lp.extract(base, tuned, tmp_path / "a", ranks=3, targets=["everything"])
+    lp.merge(base, tmp_path / "a", tmp_path / "merged")
+    kind = type(make())
+    adapted = PeftModel.from_pretrained(kind.from_pretrained(base), tmp_path / "a").eval()
+    inputs = {"input_ids": TOKENS} | ({"decoder_input_ids": TOKENS} if adapted.config.is_encoder_decoder else {})
+    with torch.no_grad():
+        found, expected, before = (
+            model.eval()(**inputs).logits
+            for model in (kind.from_pretrained(tmp_path / "merged"), adapted, kind.from_pretrained(base))
+        )
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4 * float(before.abs().max()))
+    assert not torch.allclose(before, expected, rtol=0, atol=1e-2 * float(before.abs().max()))
+
+
+def test_copies_of_a_table_that_differ_stay_unmerged(tmp_path):
+    base, tuned = adapting.saved(tmp_path, adapting.t5)
+    lp.extract(base, tuned, tmp_path / "a", ranks=3, targets=["everything"])
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.encoder.embed_tokens.weight"] += 1
+    save_file(tensors, file)
+    with pytest.raises(lp.MatchError, match=r"encoder\.embed_tokens\.weight differs from .*shared\.weight.*; keep"):
+        lp.merge(base, tmp_path / "a", tmp_path / "merged")

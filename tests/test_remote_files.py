@@ -377,6 +377,17 @@ def test_a_resumed_run_wants_the_same_files(tmp_path):
         assert server.sent - before < before / 2
 
 
+def test_without_marks_a_killed_run_is_not_gone_on_with(tmp_path):
+    pair(tmp_path)
+    with serving(tmp_path) as server:
+        server.marks = False
+        sides = f"{server.address}/base", f"{server.address}/tuned"
+        with pytest.raises(RuntimeError, match="in the middle"):
+            lp.spectrum(*sides, device="cpu", out=tmp_path / "run", on_progress=stop_after(4))
+        with pytest.raises(OutputError, match=r"another run \(run:"):
+            lp.spectrum(*sides, device="cpu", out=tmp_path / "run")
+
+
 # ---------------------------------------------------------------------------------------------- addresses
 
 

@@ -99,6 +99,22 @@ def test_difference_of_bf16_values_is_exact(tmp_path):
     row, _ = one_matrix(tmp_path, W, tuned)
     delta = tuned.double() - W.double()
     assert row["fro_norm"] == pytest.approx(float(delta.norm()), rel=1e-12)
+    assert row["sigma_error"] < 1e-10
+
+
+@pytest.mark.parametrize("options", [{}, {"top": 4}, {"exact_tail": True}], ids=str)
+@pytest.mark.parametrize("small", ["base", "tuned"])
+def test_what_float32_loses_of_a_difference_is_in_the_bounds(tmp_path, small, options):
+    large, tiny = gaussian((64, 80), 0, 1.0).bfloat16(), gaussian((64, 80), 1, 1e-7).bfloat16()
+    base, tuned = (tiny, large) if small == "base" else (large, tiny)
+    row, result = one_matrix(tmp_path, base, tuned, **options)
+    s = result.singular_values["q_proj.weight"]
+    exact = svdvals(tuned.double() - base.double())[: len(s)]
+    error = np.abs(s - exact).max()
+    lost = float((tuned.double() - base.double() - (tuned.float() - base.float()).double()).norm())
+    assert 1e-12 * exact[0] < error <= row["sigma_error"] * s[0]
+    assert lost <= row["sigma_error"] * s[0]
+    assert row["energy_error"] < 1e-6
 
 
 @pytest.mark.parametrize("stored_as", [F32, F64])
@@ -331,3 +347,14 @@ def test_fewer_moved_rows_than_columns_can_be_saved_and_loaded(tmp_path):
 def test_impossible_options_are_refused_by_name(tmp_path, wrong):
     with pytest.raises(lp.ProbeError, match=next(iter(wrong))):
         lp.spectrum(*pair(tmp_path), **wrong)
+
+
+def test_values_that_were_not_kept_are_not_blamed_on_storage(tmp_path):
+    base = llama_tensors()
+    generator = torch.Generator().manual_seed(3)
+    tuned = {name: W + 1e-3 * torch.randn(W.shape, generator=generator) ** 3 for name, W in base.items()}
+    sides = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned)
+    for options in ({}, {"top": 4}):
+        [found] = lp.spectrum(*sides, device="cpu", **options).facts["findings"]
+        assert found["kind"] == "full fine-tune"
+        assert "storage" not in found["statement"]
