@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 MAGIC: Final = b"lpR1"
-SYNC_S: Final = 2.0
+SYNC_S: Final = 5.0
 _FRONT: Final = struct.Struct("<4sIQI")
 _CHECK: Final = struct.Struct("<I")
 _START: Final = _FRONT.size + _CHECK.size

@@ -125,8 +125,9 @@ class Result:
             np.concatenate([np.empty(0), *every.values()]),
             np.concatenate([np.empty(0), *denoised]),
         )
-        # Without pandas' own notes on the columns they are read as plain ones.
-        parquet.write_table(pa.table(dict(zip(LONG, columns, strict=True))), file, store_schema=False)
+        # Without pandas' own notes on the columns they are read as plain ones; no two values of σ are the same.
+        table = pa.table(dict(zip(LONG, columns, strict=True)))
+        parquet.write_table(table, file, store_schema=False, use_dictionary=["name", "index"])
 
 
 def notebook_html(lines: Sequence[str], table: pd.DataFrame) -> str:
