@@ -55,11 +55,6 @@ class Checkpoint:
         return sorted((file for file in {info.file for info in self.tensors.values()} if file.exists()), key=str)
 
     @property
-    def is_on_disk(self) -> bool:
-        """Whether it lies in files of this machine, which forked processes can read, too."""
-        return isinstance(self.path, Path) and bool(self.files)
-
-    @property
     def local_path(self) -> Path:
         """Its path on this machine. Raises `CheckpointError` where it is read over a network."""
         refuse_addresses(str(self.path))
@@ -216,6 +211,11 @@ def _check_config(side: Checkpoint) -> None:
                     f"{side.path}: its config says {key} is {str(config[key])[:60]!r}, expected {expected}; damaged? "
                     "download it again"
                 )
+
+
+def all_on_disk(*sides: Checkpoint | None) -> bool:
+    """Whether all that there are lie in files of this machine, which forked processes can read, too."""
+    return all(isinstance(side.path, Path) and bool(side.files) for side in sides if side is not None)
 
 
 def _is_block(value: Any) -> bool:

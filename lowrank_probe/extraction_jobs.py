@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_probe.checkpoints import Checkpoint
+from lowrank_probe.checkpoints import Checkpoint, all_on_disk
 from lowrank_probe.deltas import READ_ENTRIES, Delta, streams
 from lowrank_probe.device_jobs import Card, Host, Memory
 from lowrank_probe.factorisation import factorise
@@ -64,7 +64,7 @@ class Job:
     @property
     def forks(self) -> bool:
         """Whether forked processes can do it."""
-        return self.base.is_on_disk and self.tuned.is_on_disk
+        return all_on_disk(self.base, self.tuned)
 
     def on(self, device: torch.device) -> "Job":
         """The same on another device."""

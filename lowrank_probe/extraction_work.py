@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_probe.allocation import Unit
-from lowrank_probe.checkpoints import Checkpoint
+from lowrank_probe.checkpoints import Checkpoint, all_on_disk
 from lowrank_probe.deltas import Delta, read_pair
 from lowrank_probe.device_jobs import Memory
 from lowrank_probe.devices import Choice
@@ -116,7 +116,7 @@ class Work:
             return 8.0 * size(one)
 
         memory = Memory(room.host, held, held, held)
-        forks = self.base.is_on_disk and self.tuned.is_on_disk
+        forks = all_on_disk(self.base, self.tuned)
         with closing(run_jobs(list(left_out), size, load, named, cpu, memory, forks=forks)) as jobs:
             return dict(jobs)
 

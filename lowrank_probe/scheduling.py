@@ -112,12 +112,10 @@ def _cpu_jobs(
     every: Sequence[int],
     processes: Processes | None,
 ) -> Generator[Done, None, None]:
-    """`run_jobs` on the CPU; processes: for the small ones."""
+    """`run_jobs` on the CPU; queue: largest first, used up; processes: for the small ones."""
     if processes is not None:
-        large, small = (
-            [item for item in queue if entries(item) > SMALL],
-            [item for item in queue if entries(item) <= SMALL],
-        )
+        n_large = sum(entries(item) > SMALL for item in queue)
+        large, small = queue[:n_large], queue[n_large:]
         yield from _cpu_jobs(large, entries, load, compute, memory, largest, every, None)
         yield from processes.run(small)
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lowrank_probe.checkpoints import Checkpoint
+from lowrank_probe.checkpoints import Checkpoint, all_on_disk
 from lowrank_probe.deltas import Delta, read_pair
 from lowrank_probe.device_jobs import Card, Host, Memory
 from lowrank_probe.footprints import Footprint, Room
@@ -64,7 +64,7 @@ class Job:
     @property
     def forks(self) -> bool:
         """Whether forked processes can do it."""
-        return all(side.is_on_disk for side in (self.base, self.tuned) if side is not None)
+        return all_on_disk(self.base, self.tuned)
 
     def footprint(self, pair: Pair) -> Footprint:
         """What its matrix takes."""

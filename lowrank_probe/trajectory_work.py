@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_probe import svd
-from lowrank_probe.checkpoints import Checkpoint
+from lowrank_probe.checkpoints import Checkpoint, all_on_disk
 from lowrank_probe.columns import AMPLIFICATION, SIMILARITY
 from lowrank_probe.deltas import Delta, read_pair, read_part
 from lowrank_probe.device_jobs import Card, Host, Memory
@@ -115,7 +115,7 @@ class Comparison:
     @property
     def _forks(self) -> bool:
         """Whether forked processes can do it."""
-        return all(side.is_on_disk for side in (self.base, *self.sides.values()))
+        return all_on_disk(self.base, *self.sides.values())
 
     def _footprint(self, pair: Pair) -> Footprint:
         stored = [side.tensors[pair.tuned_name] for side in self.sides.values() if pair.tuned_name in side.tensors]
