@@ -24,7 +24,7 @@ from lowrank_probe.hypothesis import judge, recommend
 from lowrank_probe.options import Progress
 from lowrank_probe.outputs import is_finished
 from lowrank_probe.running_models import first_line
-from lowrank_probe.runs import Result, load_result
+from lowrank_probe.runs import Result, load_result, read_csv
 from lowrank_probe.spectra import spectrum
 from lowrank_probe.strict_json import SCHEMA_VERSION
 from lowrank_probe.trained_ranks import Yardstick, equal_parameters, trained_ranks, yardstick
@@ -151,7 +151,7 @@ def _kept(file: Path) -> NDArray[np.float64]:
 
 def _history(folder: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(folder / HISTORY)
+        return read_csv(folder / HISTORY)
     except (OSError, ValueError) as error:
         raise _damaged(folder / HISTORY, error) from None
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lowrank_probe.columns import FUNCTIONAL
 from lowrank_probe.outputs import write_directory
-from lowrank_probe.runs import facts_text, notebook_html, read_facts, read_file
+from lowrank_probe.runs import facts_text, notebook_html, read_csv, read_facts, read_file
 from lowrank_probe.strict_json import SCHEMA_VERSION, plain
 
 LOSSES: Final = "losses.npz"  # what no other run's directory has
@@ -124,7 +124,7 @@ def interval_word(low: Any, high: Any, largest: Any) -> str:
 
 def _read_functional(file: Path) -> pd.DataFrame:
     kinds = {name: "Int64" for name in FUNCTIONAL if name not in ("group", "how", "tolerance_nats")}
-    return pd.read_csv(
+    return read_csv(
         file, usecols=list(FUNCTIONAL), dtype={**kinds, "group": "str", "how": "str"}, keep_default_na=False,
         na_values={name: [""] for name in (*kinds, "tolerance_nats")},
     )  # fmt: skip

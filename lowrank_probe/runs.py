@@ -166,7 +166,7 @@ def load_result(root: Path) -> Result:
     table = read_file(root, "table.parquet", pd.read_parquet)
     ledger = read_file(root, "ledger.csv", _read_ledger)
     long = read_file(root, "singular_values.parquet", partial(pd.read_parquet, columns=list(LONG)))
-    timeline = read_file(root, "timeline.csv", partial(pd.read_csv, usecols=list(TIMELINE)))
+    timeline = read_file(root, "timeline.csv", partial(read_csv, usecols=list(TIMELINE)))
     values, denoised = {}, {}
     for name, part in long.groupby("name", sort=False):
         values[str(name)] = part["sigma"].to_numpy(dtype=np.float64)
@@ -224,6 +224,13 @@ def read_file(root: Path, name: str, read: Callable[[Path], Any]) -> Any:
         raise CheckpointError(f"{root}: is not a complete run directory: {name}: {said}") from None
 
 
+def read_csv(file: Path, **options: Any) -> pd.DataFrame:
+    """pandas' `read_csv`, every float as it was written: its default only since 3.1, which deprecates asking for it."""
+    if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1):
+        options["float_precision"] = "round_trip"
+    return pd.read_csv(file, **options)
+
+
 def _checksum(file: Path) -> dict[str, Any]:
     data = file.read_bytes()
     return {"n_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -231,7 +238,7 @@ def _checksum(file: Path) -> dict[str, Any]:
 
 def _read_ledger(file: Path) -> pd.DataFrame:
     numbers = {"layer": "Int64", "fro_norm": "float64", "relative_update": "float64"}
-    return pd.read_csv(
+    return read_csv(
         file, usecols=list(LEDGER), dtype={column: numbers.get(column, "str") for column in LEDGER},
         keep_default_na=False, na_values={column: [""] for column in numbers},
     )  # fmt: skip

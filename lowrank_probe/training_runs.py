@@ -21,7 +21,7 @@ from lowrank_probe.columns import EQUAL_PARAMETERS, HYPOTHESIS, TRAINING
 from lowrank_probe.evaluation_runs import Evaluation
 from lowrank_probe.hypothesis import COUNTS
 from lowrank_probe.outputs import write_directory
-from lowrank_probe.runs import Result, facts_text, load_result, notebook_html, read_facts, read_file
+from lowrank_probe.runs import Result, facts_text, load_result, notebook_html, read_csv, read_facts, read_file
 from lowrank_probe.strict_json import SCHEMA_VERSION, plain
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _read_csv(file: Path, columns: Any) -> pd.DataFrame:
     kinds: dict[str, Any] = {name: "str" for name in _WORDS if name in columns}
     kinds |= {name: "Int64" for name in COUNTS if name in columns}
     others = [name for name in columns if name not in _WORDS]
-    return pd.read_csv(
+    return read_csv(
         file, usecols=list(columns), dtype=kinds, keep_default_na=False, na_values={name: [""] for name in others}
     )
 
