@@ -23,8 +23,10 @@ from lowrank_probe.ledger import ledger_line
 from lowrank_probe.matching import Pair
 from lowrank_probe.torch_dtypes import TORCH_DTYPES
 
-# Entries taken at a time on a GPU: few, as what is read there waits beside what is computed.
+# Entries taken at a time on a GPU where they are read so: few, as what is read there waits beside what is computed.
 READ_ENTRIES: Final = DEVICE_ENTRIES // 8
+# And where both sides lie there whole: launches are what that takes, beside an eigen-solver that launches all the time.
+PART_ENTRIES: Final = DEVICE_ENTRIES // 2
 # Parts of (ΔW, the base, the tuned), of which the first is still to be set.
 Runs = Iterator[tuple[Tensor, Tensor, Tensor]]
 
@@ -88,18 +90,20 @@ def read_pair(
     else:
         delta, parts = _streamed(pair, base, tuned, device)
     narrow = sides and delta.dtype == torch.float32
-    sums = torch.zeros(2 + 2 * sides + narrow, dtype=torch.float64, device=device)
+    sums = torch.zeros(3 + sides + narrow, dtype=torch.float64, device=device)
+    products, squares = sums[0], sums[1:]
     for out, y, x in parts:
         x, y = x.to(delta.dtype), y.to(delta.dtype)
         torch.sub(x, y, out=out)
-        found = [_square(y), _square(out)]
+        norms = [_norm(y), _norm(out)]
         if sides:
-            found += [_square(x), torch.dot(out.reshape(-1), y.reshape(-1)).double()]
+            norms.append(_norm(x))
+            products += torch.dot(out.reshape(-1), y.reshape(-1))
         if narrow:
-            found.append(_square(_lost(x, y, out)))
-        sums += torch.stack(found)
+            norms.append(_norm(_lost(x, y, out)))
+        squares += torch.stack(norms).square_()
     told = sums.tolist()
-    base_sq, delta_sq, tuned_sq, dot = [*told, math.nan, math.nan][:4]
+    dot, base_sq, delta_sq, tuned_sq = [*told, math.nan][:4]
     if not math.isfinite(base_sq + delta_sq):  # and so the tuned
         _raise_not_finite([(base, pair.name), (tuned, pair.tuned_name)], pair.part)
     norm, base_norm = math.sqrt(delta_sq), math.sqrt(base_sq)
@@ -113,7 +117,8 @@ def read_pair(
     return Delta(
         pair.key, pair.place, (delta.shape[0], delta.shape[1]), before.dtype, after.dtype, norm, base_norm, cosine,
         dense=delta, base=a if sides else None, tuned=b if sides else None,
-        quantized=before.quantized or after.quantized, dot=dot, lost=math.sqrt(told[4]) if narrow else 0.0,
+        quantized=before.quantized or after.quantized, lost=math.sqrt(told[4]) if narrow else 0.0,
+        dot=dot if sides else math.nan,
     )  # fmt: skip
 
 
@@ -210,16 +215,17 @@ def _lost(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
 
 
 def _sum_squares(A: Tensor) -> float:
-    return sum(float(_square(part)) for part in _parts(A))
+    return sum(float(_norm(part)) ** 2 for part in _parts(A))
 
 
-def _square(part: Tensor) -> Tensor:
+def _norm(part: Tensor) -> Tensor:
+    """‖part‖_F, () float64."""
     norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)
-    return norm.square()
+    return norm
 
 
 def _parts(A: Tensor) -> Iterable[Tensor]:
-    return row_chunks(A.unsqueeze(1) if A.ndim == 1 else A, device_entries=READ_ENTRIES) if A.ndim else (A,)
+    return row_chunks(A.unsqueeze(1) if A.ndim == 1 else A, device_entries=PART_ENTRIES) if A.ndim else (A,)
 
 
 def _raise_not_finite(tensors: Sequence[tuple[Checkpoint, str]], part: Part) -> NoReturn:

@@ -1,11 +1,12 @@
 """Per-matrix jobs on GPUs: on each card the next ones are read while a few compute, all from one queue."""
 
 import math
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from queue import Queue
 from typing import Any, Final, Generic, TypeVar
@@ -22,6 +23,8 @@ Card = tuple[Callable[[Item], Loaded], Callable[[Item, Loaded], Done], torch.dev
 READ_AHEAD: Final = 4
 # Computed beside each other there: one in the eigen-solver, the others in what follows it.
 COMPUTING: Final = 3
+# For so long a thread keeps Python while another waits for it; 5 ms is Python's own.
+TURN_S: Final = 1e-4
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,25 @@ def device_jobs(
     memory: Memory | None,
 ) -> Generator[Done, None, None]:
     """Yield compute(item, load(item)) for every item as they finish; queue: largest first; entries: of its matrix."""
-    todo = _Queue(_small_ones_first(queue, entries))
+    todo = _Queue(_small_ones_first(queue, entries, len(cards)))
     here = [_read_ahead(todo, *card, memory) for card in cards]
-    yield from beside_each_other(here)
+    with _quick_turns():
+        yield from beside_each_other(here)
+
+
+@contextmanager
+def _quick_turns() -> Iterator[None]:
+    """Within it a thread that comes back to Python waits for it a fiftieth as long as it would.
+
+    What launches kernels comes back after every one of them, which took three times as long beside a thread that only
+    runs Python, as importing does.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _read_ahead(
@@ -251,11 +270,15 @@ class _Room:
         return self.memory.waiting(item) if loaded.done() else self.memory.loading(item)
 
 
-def _small_ones_first(queue: Sequence[Item], entries: Callable[[Item], int]) -> list[Item]:
-    """Largest first, behind the smallest ones that together make up one largest: they compute while it is read."""
+def _small_ones_first(queue: Sequence[Item], entries: Callable[[Item], int], n_cards: int) -> list[Item]:
+    """Largest first, behind a few of the smallest, which compute while it is read.
+
+    No more than make up one largest together, and one fewer than a card computes at once: it is to start as soon as it
+    is read.
+    """
     order = deque(queue)
-    first, left = [], entries(queue[0]) if queue else 0
-    while order and left > 0:
+    first, left = list[Item](), entries(queue[0]) if queue else 0
+    while order and left > 0 and len(first) < n_cards * (COMPUTING - 1):
         first.append(order.pop())
         left -= entries(first[-1])
     return [*first, *order]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_probe.checkpoints import Checkpoint, all_on_disk
-from lowrank_probe.deltas import READ_ENTRIES, Delta, streams
+from lowrank_probe.deltas import PART_ENTRIES, READ_ENTRIES, Delta, streams
 from lowrank_probe.device_jobs import Card, Host, Memory
 from lowrank_probe.factorisation import factorise
 from lowrank_probe.float64 import SPILLED_ENTRIES
@@ -114,7 +114,7 @@ class Job:
         pairs = piece.target.pieces[piece.copy]
         # What is put together of several pieces lies there twice for a moment.
         run_by_run = not self.keep_sides and len(pairs) == 1 and streams(pairs[0], self.base, self.tuned)
-        return s * ((1 if run_by_run else 2) * size + 6 * min(size, READ_ENTRIES))
+        return s * ((size + 6 * min(size, READ_ENTRIES)) if run_by_run else (2 * size + 6 * min(size, PART_ENTRIES)))
 
     def waiting(self, piece: Piece) -> float:
         """ΔW, and both sides where they are kept."""

@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 import torch
 
 from lowrank_probe import spilling
-from lowrank_probe.deltas import READ_ENTRIES
+from lowrank_probe.deltas import PART_ENTRIES
 from lowrank_probe.device_jobs import Memory
 from lowrank_probe.devices import Choice
 from lowrank_probe.errors import ProbeError
@@ -51,7 +51,7 @@ class Footprint:
     @property
     def loading(self) -> float:
         """Both sides, ΔW, and a part of each upcast."""
-        return self.waiting + self.s * 6 * min(math.prod(self.shape), READ_ENTRIES)
+        return self.waiting + self.s * 6 * min(math.prod(self.shape), PART_ENTRIES)
 
     @property
     def waiting(self) -> float:

@@ -4,7 +4,6 @@ Legend: A (m, n) any real 2-D tensor; k = min(m, n); G = the (k, k) Gram matrix 
 number of values asked for; q the width of a search space.
 """
 
-import math
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +16,8 @@ from lowrank_probe.float64 import EPS64, eigh, gram, mm, qr
 from lowrank_probe.full_spectra import SingularValues, eigenvalue_error
 
 ENERGY_BAR: Final = 1e-6
+# Below the square of every length there is in float32, where matrices have entries of about 1.
+TINY: Final = 1e-37
 
 
 def top_spectrum(
@@ -138,22 +139,20 @@ def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 
 
     For a noise matrix E (m, n), whose edge is all that is asked for: 10 steps come within 2 % of σ₁ there.
     """
-    steps = min(steps, *E.shape)
+    steps = min(steps, E.shape[0] + 1, E.shape[1])  # one more for what the first v has outside of the rows
     A: Any = E
     v: Any = torch.randn(E.shape[1], generator=generator, device=E.device, dtype=E.dtype)
     V: Any = torch.zeros(steps, E.shape[1], device=E.device, dtype=E.dtype)
     U: Any = torch.zeros(steps, E.shape[0], device=E.device, dtype=E.dtype)
     if E.is_cpu:  # numpy's calls cost a fifth of torch's, which is what small matrices take
         A, v, V, U = A.numpy(), v.numpy(), V.numpy(), U.numpy()
+    library: Any = np if E.is_cpu else torch
     for j in range(steps):
-        for _ in range(2):  # once is not enough in float32
+        for _ in range(2 if j else 0):  # once is not enough in float32
             v = v - V[:j].T @ (V[:j] @ v)
-        length = math.sqrt(float(v @ v))
-        if not length > 0:
-            break
-        V[j] = v / length
-        U[j] = A @ V[j]
+        library.divide(v, (v @ v + TINY) ** 0.5, out=V[j])  # 0 where nothing is left; asked for here, a GPU would wait
+        library.matmul(A, V[j], out=U[j])
         v = A.T @ U[j]
     U = torch.as_tensor(U)
-    lam = torch.linalg.eigvalsh((U @ U.T).double()).cpu().numpy()
+    lam = torch.linalg.eigvalsh((U @ U.T).double().cpu()).numpy()
     return np.asarray(np.sqrt(np.maximum(lam[::-1], 0.0)), dtype=np.float64)

@@ -20,7 +20,7 @@ from torch import Tensor
 from lowrank_probe.remote_files import fill
 from lowrank_probe.remote_store import Span
 
-STAGE_BYTES: Final = 1 << 22
+STAGE_BYTES: Final = 1 << 23
 READERS: Final = 8
 # Buffers that are being filled, or are full, for one tensor at a time.
 AHEAD: Final = 4

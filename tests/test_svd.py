@@ -109,6 +109,17 @@ def test_frobenius_norm_and_gram_are_chunked_exactly(monkeypatch):
     torch.testing.assert_close(svd.gram(A.T), A.double().T @ A.double())
 
 
+@pytest.mark.parametrize("shape", [(2, 300), (5, 50), (50, 5), (9, 9)], ids=str)
+def test_leading_singular_values_of_a_thin_matrix_are_its_own(shape):
+    E = torch.rand(*shape, generator=torch.Generator().manual_seed(1)) - 0.5
+    found = svd.leading_singular_values(E, torch.Generator().manual_seed(2))[: min(shape)]
+    np.testing.assert_allclose(found, torch.linalg.svdvals(E.double()), rtol=1e-5)
+
+
+def test_leading_singular_values_of_nothing_are_zero():
+    assert not svd.leading_singular_values(torch.zeros(50, 40), torch.Generator().manual_seed(2)).any()
+
+
 def test_leading_singular_values_of_noise():
     generator = torch.Generator().manual_seed(0)
     for shape in SHAPES:
