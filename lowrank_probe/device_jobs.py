@@ -1,12 +1,11 @@
 """Per-matrix jobs on GPUs: on each card the next ones are read while a few compute, all from one queue."""
 
 import math
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from queue import Queue
 from typing import Any, Final, Generic, TypeVar
@@ -23,8 +22,6 @@ Card = tuple[Callable[[Item], Loaded], Callable[[Item, Loaded], Done], torch.dev
 READ_AHEAD: Final = 4
 # Computed beside each other there: one in the eigen-solver, the others in what follows it.
 COMPUTING: Final = 3
-# For so long a thread keeps Python while another waits for it; 5 ms is Python's own.
-TURN_S: Final = 1e-4
 
 
 @dataclass(frozen=True)
@@ -69,23 +66,7 @@ def device_jobs(
     """Yield compute(item, load(item)) for every item as they finish; queue: largest first; entries: of its matrix."""
     todo = _Queue(_small_ones_first(queue, entries, len(cards)))
     here = [_read_ahead(todo, *card, memory) for card in cards]
-    with _quick_turns():
-        yield from beside_each_other(here)
-
-
-@contextmanager
-def _quick_turns() -> Iterator[None]:
-    """Within it a thread that comes back to Python waits for it a fiftieth as long as it would.
-
-    What launches kernels comes back after every one of them, which took three times as long beside a thread that only
-    runs Python, as importing does.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(TURN_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+    yield from beside_each_other(here)
 
 
 def _read_ahead(

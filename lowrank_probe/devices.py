@@ -62,14 +62,16 @@ def choose_device(asked: str, ray: str | None = None) -> Choice:
 
 
 _starting: list[threading.Thread] = []
+_computing = threading.Event()
 
 
 def start(asked: str, work: str, then: str) -> None:
     """Find, probe and warm up the device in the background, while the caller imports and reads headers.
 
     work: the module of what is to be done, whose `warm_up(device)` is for a device other than a CPU. then: the module
-    that is wanted at the end (the report's, with pandas); imported while the device computes, on a CPU beside the first
-    matrix, which is alone there.
+    that is wanted at the end (the report's, with pandas); imported, with its `prepare()`, while the device computes: on
+    a CPU once the first matrix is read (`computing`), beside which there is a core to spare. Sooner it would only take
+    turns with what the caller imports, and with the many short steps of reading.
     """
 
     def quietly() -> None:
@@ -77,14 +79,22 @@ def start(asked: str, work: str, then: str) -> None:
             device = choose_device(asked).device
             if device.type != "cpu":
                 importlib.import_module(work).warm_up(device)
-            importlib.import_module(then)
+            else:
+                _computing.wait()
+            importlib.import_module(then).prepare()
 
     _starting.append(threading.Thread(target=quietly, daemon=True))
     _starting[-1].start()
 
 
+def computing() -> None:
+    """The CPU's first matrix is read, and computed from now on."""
+    _computing.set()
+
+
 def started() -> None:
     """Wait until what `start` began is done: a process that is forked while it imports could not import any more."""
+    computing()
     for thread in _starting:
         thread.join()
 

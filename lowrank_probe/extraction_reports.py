@@ -19,6 +19,7 @@ from lowrank_probe.reports import (
     page_table,
     page_template,
     plotly_js,
+    prepare_page,
     run_line,
     versions_of,
 )
@@ -53,6 +54,11 @@ LEDGER_MAIN: Final = (
     "name", "adapter", "status", "layer_type", "layer", "rank", "rule", "share", "energy", "relative_error",
     "optimal_error_low", "optimal_error_high", "note",
 )  # fmt: skip
+
+
+def prepare() -> None:
+    """As `reports.prepare`."""
+    prepare_page("extraction.html.j2", "lowrank_probe.extraction_terminal")
 
 
 def render(found: "Extraction") -> str:

@@ -23,7 +23,7 @@ GRAM_ENTRIES: Final = 3 << 17
 SPILLED_ENTRIES: Final = 1 << 24
 # Rows of the Gram matrix computed at a time, at least, and parts of it at most.
 PANEL: Final = 256
-PANELS: Final = 4
+PANELS: Final = 3
 # On a GPU, where every chunk is a launch and many are a wait.
 DEVICE_ENTRIES: Final = 1 << 24
 

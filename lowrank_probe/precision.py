@@ -219,7 +219,7 @@ def _draw_uniform(E: Tensor, scale: Tensor, unit: float, bits: np.random.SFC64) 
         raw = bits.random_raw(-(-out.numel() // 4))
         raw |= _ODD
         steps = raw.view(np.int16)[: out.numel()].reshape(out.shape)
-        np.multiply(steps, (part.float() / (65536 * unit)).numpy(), out=out.numpy())
+        np.multiply(steps, (part.float() * (1 / (65536 * unit))).numpy(), out=out.numpy())
 
 
 def _mean_square(scale: Tensor) -> float:

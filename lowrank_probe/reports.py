@@ -5,6 +5,7 @@ come from strangers' files.
 """
 
 import html
+import importlib
 import math
 import os
 import webbrowser
@@ -15,6 +16,7 @@ from typing import Any, Final
 
 import jinja2
 import pandas as pd
+from jinja2 import meta
 from markupsafe import Markup
 
 from lowrank_probe import __version__, words
@@ -120,6 +122,22 @@ def report(
     if open_browser:
         webbrowser.open(path.as_uri())
     return path
+
+
+def prepare() -> None:
+    """What the page and the terminal's table need once, so that it need not be done at the end (`devices.start`)."""
+    prepare_page("report.html.j2", "lowrank_probe.terminal")
+
+
+def prepare_page(name: str, *modules: str) -> None:
+    """A page's template compiled, with what it includes, and modules imported, plotly among them."""
+    environment = page_template(name).environment
+    assert environment.loader is not None
+    source, _, _ = environment.loader.get_source(environment, name)
+    for part in meta.find_referenced_templates(environment.parse(source)):
+        environment.get_template(str(part))
+    for module in ("plotly.offline", *modules):
+        importlib.import_module(module)
 
 
 def render(result: Result) -> str:

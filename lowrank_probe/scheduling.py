@@ -9,6 +9,7 @@ than 72 % of its entries, so that it alone sets the memory needed, unless all ar
 import bisect
 import itertools
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -20,7 +21,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from lowrank_probe.device_jobs import Card, Done, Host, Item, Loaded, Memory, beside_each_other, device_jobs
-from lowrank_probe.devices import started
+from lowrank_probe.devices import computing, started
 from lowrank_probe.malloc import KEPT, TRIMMED_FROM, set_malloc, trim
 from lowrank_probe.process_jobs import Processes, pays
 
@@ -29,6 +30,8 @@ MAX_WORKERS: Final = 4
 SMALL: Final = 1 << 18
 MAX_SMALL: Final = 8
 SHARE_OF_LARGEST: Final = 0.72
+# For so long a thread keeps Python while another waits for it; 5 ms is Python's own.
+TURN_S: Final = 1e-4
 # So many entries may be beside each other however small the largest matrix is: 100 MB in all.
 TOGETHER: Final = 1 << 22
 
@@ -62,6 +65,24 @@ def run_jobs(
 
         yield from cluster_jobs(items, entries, load, compute, device, memory)
         return
+    with _quick_turns():
+        yield from _jobs_here(items, entries, load, compute, device, memory, largest, every, others, host, forks)
+
+
+def _jobs_here(
+    items: Sequence[Item],
+    entries: Callable[[Item], int],
+    load: Callable[[Item], Loaded],
+    compute: Callable[[Item, Loaded], Done],
+    device: torch.device,
+    memory: Memory | None,
+    largest: int,
+    every: Sequence[int],
+    others: Sequence[Card[Item, Loaded, Done]],
+    host: Host[Item, Loaded, Done] | None,
+    forks: bool,
+) -> Generator[Done, None, None]:
+    """`run_jobs` in this process and its children."""
     queue = sorted(items, key=entries, reverse=True)
     if device.type == "cpu":
         with _processes(forks, every or [*map(entries, queue)], load, compute, memory) as processes:
@@ -127,7 +148,9 @@ def _cpu_jobs(
     workers, share = _workers(every, limit, cores)
 
     def job(item: Item) -> Done:
-        return compute(item, load(item))
+        loaded = load(item)
+        computing()
+        return compute(item, loaded)
 
     if workers == 1:
         torch.set_num_threads(1)  # numpy's BLAS has the cores; torch's threads would spin beside it
@@ -166,6 +189,21 @@ def _cpu_jobs(
             for future in running:
                 future.cancel()
             torch.set_num_threads(cores)
+
+
+@contextmanager
+def _quick_turns() -> Iterator[None]:
+    """Within it a thread that comes back to Python waits for it a fiftieth as long as it would.
+
+    What launches kernels or calls BLAS comes back after every one of them, which took three times as long beside a
+    thread that only runs Python, as importing does.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """The device that computes: found by name, kept only where its float64 is measured to be the faster."""
 
 import math
+import sys
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +11,11 @@ import torch
 from pairs import add_update, llama_tensors, write
 
 import lowrank_probe as lp
+from lowrank_probe import devices
 from lowrank_probe.checkpoints import open_checkpoint
-from lowrank_probe.devices import choose_device, decide, float64_s, start
+from lowrank_probe.devices import choose_device, decide, float64_s, start, started
 from lowrank_probe.errors import ProbeError
+from lowrank_probe.scheduling import run_jobs
 from lowrank_probe.staged_reads import STAGE_BYTES
 
 META = torch.device("meta")  # an accelerator that answers to nothing
@@ -61,6 +66,28 @@ def test_a_start_in_the_background_swallows_the_error_that_the_choice_raises():
     start("cuda:98", work="lowrank_probe.rows", then="lowrank_probe.reports")
     with pytest.raises(ProbeError, match="cuda:98"):
         choose_device("cuda:98")
+
+
+def test_on_a_cpu_what_is_wanted_at_the_end_is_imported_beside_the_first_matrix(monkeypatch):
+    prepared = threading.Event()
+    monkeypatch.setitem(sys.modules, "wanted_at_the_end", SimpleNamespace(prepare=prepared.set))
+    monkeypatch.setattr(devices, "_computing", threading.Event())
+    start("cpu", work="lowrank_probe.rows", then="wanted_at_the_end")
+    assert not prepared.wait(0.2), "before anything is read it only takes turns with the reading"
+    assert list(run_jobs([1], abs, lambda item: prepared.is_set(), lambda _, before: before, torch.device("cpu"))) == [
+        0
+    ]
+    assert prepared.wait(10)
+    started()
+
+
+def test_a_process_is_not_forked_while_another_thread_imports(monkeypatch):
+    prepared = threading.Event()
+    monkeypatch.setitem(sys.modules, "wanted_at_the_end", SimpleNamespace(prepare=prepared.set))
+    monkeypatch.setattr(devices, "_computing", threading.Event())
+    start("cpu", work="lowrank_probe.rows", then="wanted_at_the_end")
+    started()
+    assert prepared.is_set()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

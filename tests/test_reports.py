@@ -176,6 +176,12 @@ def test_zero_updates_and_missing_values_have_a_page():
     assert data(reports.render(result), "matrices")["rows"]
 
 
+def test_a_prepared_page_has_nothing_left_to_compile(result, monkeypatch):
+    reports.prepare()
+    monkeypatch.setattr("jinja2.environment.Environment._compile", None)
+    assert "plotly" in reports.render(result)
+
+
 def test_report_rewrites_the_page_of_a_run(result, tmp_path):
     result.save(tmp_path / "run")
     (tmp_path / "run" / "report.html").write_text("old", encoding="utf-8")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lowrank_probe.cluster import grouped
-from lowrank_probe.device_jobs import COMPUTING, READ_AHEAD, TURN_S, Host, Memory
-from lowrank_probe.scheduling import MAX_WORKERS, SHARE_OF_LARGEST, TOGETHER, run_jobs
+from lowrank_probe.device_jobs import COMPUTING, READ_AHEAD, Host, Memory
+from lowrank_probe.scheduling import MAX_WORKERS, SHARE_OF_LARGEST, TOGETHER, TURN_S, run_jobs
 
 CPU = torch.device("cpu")
 
@@ -175,11 +175,12 @@ def test_on_a_device_a_small_item_does_not_hold_up_the_largest():
     assert sorted(run_jobs([1, 2, 3, 4, 30], identity, identity, compute, ELSEWHERE)) == [1, 2, 3, 4, 30]
 
 
-def test_on_a_device_threads_take_quick_turns_and_only_then():
+@pytest.mark.parametrize("device", [CPU, ELSEWHERE], ids=str)
+def test_threads_take_quick_turns_and_only_while_there_is_work(device):
     before = sys.getswitchinterval()
-    assert [*jobs([1, 2], lambda _: sys.getswitchinterval(), ELSEWHERE)] == pytest.approx([TURN_S, TURN_S])
+    assert [*jobs([1, 2], lambda _: sys.getswitchinterval(), device)] == pytest.approx([TURN_S, TURN_S])
     assert sys.getswitchinterval() == before
-    with closing(jobs([1, 2], identity, ELSEWHERE)) as begun:
+    with closing(jobs([1, 2], identity, device)) as begun:
         next(begun)
     assert sys.getswitchinterval() == before
 
