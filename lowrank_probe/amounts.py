@@ -1,10 +1,10 @@
-"""Amounts as users type them: 40M, 80MB, 1.5GiB. Imports nothing heavy."""
+"""Amounts as users type them: 40M, 4e7, 80MB, 1.5GiB. Imports nothing heavy."""
 
 import re
 from fractions import Fraction
 from typing import Final
 
-_AMOUNT: Final = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?) ?([KMGT]?)(B|IB)?", re.IGNORECASE)
+_AMOUNT: Final = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:E[0-9]{1,2})?) ?([KMGT]?)(B|IB)?", re.IGNORECASE)
 
 
 def parse_amount(text: str) -> tuple[int, str]:
@@ -12,8 +12,8 @@ def parse_amount(text: str) -> tuple[int, str]:
 
     K, M, G, T are powers of 1000, with iB powers of 1024; case does not matter.
 
-    >>> parse_amount("40M"), parse_amount("1.5 GiB")
-    ((40000000, ''), (1610612736, 'B'))
+    >>> parse_amount("40M"), parse_amount("1.5 GiB"), parse_amount("4e7")
+    ((40000000, ''), (1610612736, 'B'), (40000000, ''))
     """
     found = _AMOUNT.fullmatch(text.strip())
     if found is None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from lowrank_probe import words
 from lowrank_probe.adapters import LoraModule, read_modules
 from lowrank_probe.checkpoints import Checkpoint
 from lowrank_probe.errors import MatchError
@@ -313,13 +314,13 @@ def _select(result: Matching, options: Options) -> None:
         elif any(_selects(pattern, pair) for pattern in exclude):
             why = "--exclude"
         elif layers and not (pair.place.layer is not None and layers[0] <= pair.place.layer <= layers[1]):
-            why = f"outside --layers {layers[0]}-{layers[1]}"
+            why = f"outside --layers {words.layer_span(layers)}"
         if why:
             result.excluded.append((pair, ledger_line(pair, "excluded", note=why)))
         else:
             kept.append(pair)
     if layers and not kept:
-        raise MatchError(f"--layers {layers[0]}-{layers[1]}: no tensor has such a layer number")
+        raise MatchError(f"--layers {words.layer_span(layers)}: no tensor has such a layer number")
     if (include or exclude) and not kept:
         raise MatchError("--include and --exclude leave no tensor that both sides have in one shape")
     result.pairs[:] = kept

@@ -101,8 +101,7 @@ def command(facts: Mapping[str, Any], out: str) -> str:
         for pattern in options.get(key) or ():
             said += [f"--{key}", pattern]
     if options.get("layers"):
-        first, last = options["layers"]
-        said += ["--layers", f"{first}-{last}" if last != first else str(first)]
+        said += ["--layers", words.layer_span(options["layers"])]
     if facts.get("calibration"):
         said += ["--calibration", PurePath(facts["calibration"]["file"]).name]
     if options.get("seed"):

@@ -33,6 +33,16 @@ def bracket(low: float, high: float) -> str:
     return rank(low) if rank(low) == rank(high) else f"{rank(low)}–{rank(high)}"
 
 
+def layer_span(layers: Sequence[int]) -> str:
+    """Layers as `--layers` takes them.
+
+    >>> layer_span((0, 3)), layer_span((7, 7))
+    ('0-3', '7')
+    """
+    first, last = layers
+    return str(first) if first == last else f"{first}-{last}"
+
+
 def percent(share: float) -> str:
     """A share in whole per cent, without the sign; – for unknown."""
     return f"{100 * share:.0f}" if math.isfinite(share) else "–"

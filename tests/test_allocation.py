@@ -452,7 +452,7 @@ def test_budgets_are_read(text, expected):
     assert parse_budget(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "M", "-4M", "40X", "4e6", "1.M", ".5M", "40MBit", "nan", "1,000", "٤M"])
+@pytest.mark.parametrize("text", ["", "M", "-4M", "40X", "1.M", ".5M", "40MBit", "nan", "1,000", "٤M"])
 def test_other_budgets_are_refused_with_what_is_accepted(text):
     with pytest.raises(ProbeError, match=r"is not understood; expected parameters \(.*40M.* or bytes \(.*80MB.*80MiB"):
         parse_budget(text)

@@ -46,7 +46,7 @@ def test_exclude_beats_include(tmp_path):
 def test_layers_leaves_out_the_rest_and_what_is_outside_the_blocks(tmp_path):
     result = run_pair(tmp_path, layers=(1, 1))
     assert set(result.table["layer"]) == {1}
-    assert one(result, "model.embed_tokens.weight")["note"] == "outside --layers 1-1"
+    assert one(result, "model.embed_tokens.weight")["note"] == "outside --layers 1"
 
 
 @pytest.mark.parametrize("options", [{"include": ["qq_proj"]}, {"exclude": ["layers.7"]}, {"layers": (5, 9)}])

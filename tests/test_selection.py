@@ -60,7 +60,7 @@ def test_include_exclude_and_layers(llama):
     assert types(selection) == {"k", "v", "o", "gate", "up", "down"}
     assert {target.place.layer for target in selection.chosen} == {1}
     notes = {line["note"] for _, line in selection.left_out}
-    assert notes == {"--exclude", "outside --layers 1-1", "not in --targets"}
+    assert notes == {"--exclude", "outside --layers 1", "not in --targets"}
 
 
 def test_a_stack_is_adapted_with_all_its_experts_or_not(mixtral):
