@@ -436,6 +436,7 @@ def test_what_cannot_be_is_one_clear_line(call, message):
     ("text", "expected"),
     [
         ("40M", {"parameters": 40_000_000}),
+        ("4e7", {"parameters": 40_000_000}),
         ("40000000", {"parameters": 40_000_000}),
         ("40_000_000", {"parameters": 40_000_000}),
         ("500k", {"parameters": 500_000}),
