@@ -64,7 +64,7 @@ def device_jobs(
     memory: Memory | None,
 ) -> Generator[Done, None, None]:
     """Yield compute(item, load(item)) for every item as they finish; queue: largest first; entries: of its matrix."""
-    todo = _Queue(_small_ones_first(queue, entries, len(cards)))
+    todo = _Queue(small_ones_first(queue, entries))
     here = [_read_ahead(todo, *card, memory) for card in cards]
     yield from beside_each_other(here)
 
@@ -251,15 +251,15 @@ class _Room:
         return self.memory.waiting(item) if loaded.done() else self.memory.loading(item)
 
 
-def _small_ones_first(queue: Sequence[Item], entries: Callable[[Item], int], n_cards: int) -> list[Item]:
+def small_ones_first(queue: Sequence[Item], entries: Callable[[Item], int]) -> list[Item]:
     """Largest first, behind a few of the smallest, which compute while it is read.
 
-    No more than make up one largest together, and one fewer than a card computes at once: it is to start as soon as it
-    is read.
+    No more than make up one largest together, and one fewer than a card computes at once, so that it need not wait for
+    them all.
     """
     order = deque(queue)
     first, left = list[Item](), entries(queue[0]) if queue else 0
-    while order and left > 0 and len(first) < n_cards * (COMPUTING - 1):
+    while order and left > 0 and len(first) < COMPUTING - 1:
         first.append(order.pop())
         left -= entries(first[-1])
     return [*first, *order]

@@ -75,7 +75,7 @@ def start(asked: str, work: str, then: str) -> None:
     """
 
     def quietly() -> None:
-        with contextlib.suppress(ProbeError, RuntimeError):  # raised again where the device is needed
+        with contextlib.suppress(Exception):  # raised again where the device, or the page, is needed
             device = choose_device(asked).device
             if device.type != "cpu":
                 importlib.import_module(work).warm_up(device)

@@ -16,10 +16,11 @@ import torch
 
 from lowrank_probe import spilling
 from lowrank_probe.deltas import PART_ENTRIES
-from lowrank_probe.device_jobs import Memory
+from lowrank_probe.device_jobs import READ_AHEAD, Memory
 from lowrank_probe.devices import Choice
 from lowrank_probe.errors import ProbeError
 from lowrank_probe.float64 import DEVICE_ENTRIES, SPILLED_ENTRIES
+from lowrank_probe.staged_reads import AHEAD, STAGE_BYTES
 from lowrank_probe.words import file_size
 
 Item = TypeVar("Item")
@@ -30,6 +31,8 @@ SMALL: Final = 512
 # What Python, torch and the report take of a process's memory, and CUDA's context and workspaces of a card's.
 HOST_RESERVE: Final = 700_000_000
 CARD_RESERVE: Final = 800_000_000
+# Page-locked memory of a card: of every matrix that is read, two files' buffers, and one of each that is copied from.
+STAGED_BYTES: Final = READ_AHEAD * 2 * (AHEAD + 1) * STAGE_BYTES
 # Share of a card's free memory that is taken where nothing was asked for; its allocator wastes some.
 OF_FREE: Final = 0.85
 
@@ -143,7 +146,8 @@ def find_room(memory: float | None, gpu_memory: float | None, choice: Choice, fo
     A card's is what is free on the fullest of them, where no less was asked for. folder: None for that of temporary
     files.
     """
-    host = math.inf if memory is None else memory - HOST_RESERVE
+    n_cards = 1 + len(choice.others) if choice.device.type == "cuda" else 0
+    host = math.inf if memory is None else memory - HOST_RESERVE - n_cards * STAGED_BYTES
     card = math.inf if gpu_memory is None else gpu_memory - CARD_RESERVE
     if choice.device.type == "cuda" and not choice.cluster:
         card = min(card, OF_FREE * min(map(_free, (choice.device, *choice.others))))

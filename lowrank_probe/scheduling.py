@@ -32,6 +32,7 @@ MAX_SMALL: Final = 8
 SHARE_OF_LARGEST: Final = 0.72
 # For so long a thread keeps Python while another waits for it; 5 ms is Python's own.
 TURN_S: Final = 1e-4
+_turns, _n_quick, _usual_turn_s = threading.Lock(), 0, 0.0
 # So many entries may be beside each other however small the largest matrix is: 100 MB in all.
 TOGETHER: Final = 1 << 22
 
@@ -63,6 +64,7 @@ def run_jobs(
     if cluster:
         from lowrank_probe.cluster import cluster_jobs
 
+        computing()
         yield from cluster_jobs(items, entries, load, compute, device, memory)
         return
     with _quick_turns():
@@ -198,12 +200,19 @@ def _quick_turns() -> Iterator[None]:
     What launches kernels or calls BLAS comes back after every one of them, which took three times as long beside a
     thread that only runs Python, as importing does.
     """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(TURN_S)
+    global _n_quick, _usual_turn_s
+    with _turns:
+        if not _n_quick:
+            _usual_turn_s = sys.getswitchinterval()
+            sys.setswitchinterval(TURN_S)
+        _n_quick += 1
     try:
         yield
     finally:
-        sys.setswitchinterval(before)
+        with _turns:
+            _n_quick -= 1
+            if not _n_quick:
+                sys.setswitchinterval(_usual_turn_s)
 
 
 @contextmanager

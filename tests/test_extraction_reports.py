@@ -157,6 +157,13 @@ def test_the_bars_are_the_summarys_shares(several):
     assert "scale" not in spec["data"][0]["y"]  # of unknown size
 
 
+def test_a_prepared_page_has_nothing_left_to_compile(found, monkeypatch):
+    extraction_reports.page_template.cache_clear()
+    extraction_reports.prepare()
+    monkeypatch.setattr("jinja2.environment.Environment._compile", None)
+    assert "plotly" in extraction_reports.render(found)
+
+
 def test_the_figures_are_valid_plotly_and_leave_out_what_is_not_there(found):
     assert list(found.figures) == ["error", "allotment", "where"]
     none = found.ledger["kind"] == ""

@@ -177,6 +177,7 @@ def test_zero_updates_and_missing_values_have_a_page():
 
 
 def test_a_prepared_page_has_nothing_left_to_compile(result, monkeypatch):
+    reports.page_template.cache_clear()
     reports.prepare()
     monkeypatch.setattr("jinja2.environment.Environment._compile", None)
     assert "plotly" in reports.render(result)

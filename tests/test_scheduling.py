@@ -4,13 +4,12 @@ import sys
 import threading
 import time
 import weakref
-from contextlib import closing
 
 import pytest
 import torch
 
 from lowrank_probe.cluster import grouped
-from lowrank_probe.device_jobs import COMPUTING, READ_AHEAD, Host, Memory
+from lowrank_probe.device_jobs import COMPUTING, READ_AHEAD, Host, Memory, small_ones_first
 from lowrank_probe.scheduling import MAX_WORKERS, SHARE_OF_LARGEST, TOGETHER, TURN_S, run_jobs
 
 CPU = torch.device("cpu")
@@ -152,27 +151,17 @@ def test_on_a_device_every_item_comes_back_once(items):
     assert sorted(jobs(items, identity, ELSEWHERE)) == sorted(items)
 
 
-def test_on_a_device_small_items_are_computed_while_the_largest_is_read():
-    order = []
-    sizes = [9, 1, 30, 8, 5, 20, 7, 8]
-    done = list(run_jobs(sizes, identity, identity, lambda item, _: order.append(item) or item, ELSEWHERE))
-    # The two smallest, so that one place is left for the largest; computing threads may swap neighbours.
-    assert sorted(done) == sorted(sizes)
-    assert set(order[: COMPUTING + 1]) >= {1, 5}
-    assert order.index(30) <= 2 * (COMPUTING - 1)
-    assert set(order[COMPUTING - 1 :]) >= {7, 8, 9}, "the others go last"
-
-
-def test_on_a_device_a_small_item_does_not_hold_up_the_largest():
-    largest_is_done = threading.Event()
-
-    def compute(item, _):
-        if item == 30:
-            largest_is_done.set()
-        assert largest_is_done.wait(10), "all places were taken by small ones"
-        return item
-
-    assert sorted(run_jobs([1, 2, 3, 4, 30], identity, identity, compute, ELSEWHERE)) == [1, 2, 3, 4, 30]
+@pytest.mark.parametrize(
+    ("sizes", "order"),
+    [
+        ([30, 20, 9, 8, 8, 7, 5, 1], [1, 5, 30, 20, 9, 8, 8, 7]),  # one place is left for the largest
+        ([30, 29, 28], [28, 29, 30]), ([30, 30, 30], [30, 30, 30]), ([3], [3]), ([], []),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_on_a_device_a_few_small_items_go_before_the_largest(sizes, order):
+    assert COMPUTING == 3
+    assert small_ones_first(sizes, identity) == order
 
 
 @pytest.mark.parametrize("device", [CPU, ELSEWHERE], ids=str)
@@ -180,8 +169,11 @@ def test_threads_take_quick_turns_and_only_while_there_is_work(device):
     before = sys.getswitchinterval()
     assert [*jobs([1, 2], lambda _: sys.getswitchinterval(), device)] == pytest.approx([TURN_S, TURN_S])
     assert sys.getswitchinterval() == before
-    with closing(jobs([1, 2], identity, device)) as begun:
-        next(begun)
+    first, second = (jobs([1, 2], identity, ELSEWHERE) for _ in range(2))
+    assert {next(first), next(second)} <= {1, 2}
+    first.close()
+    assert sys.getswitchinterval() == pytest.approx(TURN_S), "the other still works"
+    second.close()
     assert sys.getswitchinterval() == before
 
 

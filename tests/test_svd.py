@@ -113,7 +113,18 @@ def test_frobenius_norm_and_gram_are_chunked_exactly(monkeypatch):
 def test_leading_singular_values_of_a_thin_matrix_are_its_own(shape):
     E = torch.rand(*shape, generator=torch.Generator().manual_seed(1)) - 0.5
     found = svd.leading_singular_values(E, torch.Generator().manual_seed(2))[: min(shape)]
-    np.testing.assert_allclose(found, torch.linalg.svdvals(E.double()), rtol=1e-5)
+    truth = torch.linalg.svdvals(E.double()).numpy()
+    np.testing.assert_allclose(found, truth, atol=1e-4 * truth[0])
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((5, 2000), 1), ((200, 300), 1), ((200, 300), 2), ((300, 40), 3)], ids=str)
+def test_leading_singular_values_stay_below_where_the_rank_is_used_up(shape, rank):
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        E = torch.zeros(shape)
+        E[:, :rank] = torch.rand(shape[0], rank, generator=generator) - 0.5
+        truth = float(torch.linalg.svdvals(E.double())[0])
+        assert 0.98 * truth <= svd.leading_singular_values(E, generator)[0] <= 1.01 * truth
 
 
 def test_leading_singular_values_of_nothing_are_zero():
