@@ -333,6 +333,17 @@ def _allot(
     return tuple(allotted)
 
 
+def whole_steps(max_rank: int | None, rank_multiple: int) -> int | None:
+    """The largest multiple that is no more than max_rank. Raises `ProbeError` where that is 0."""
+    if max_rank is None or rank_multiple < 1 or max_rank < 1:  # said elsewhere
+        return max_rank
+    if max_rank < rank_multiple:
+        raise ProbeError(
+            f"max_rank {max_rank} is less than rank_multiple {rank_multiple}; raise the one or lower the other"
+        )
+    return max_rank - max_rank % rank_multiple
+
+
 def _cap(unit: Unit, max_rank: int | None) -> tuple[int, str]:
     """(the largest rank allowed, the rule that says so)."""
     full = min(unit.shape)

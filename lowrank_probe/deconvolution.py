@@ -69,6 +69,7 @@ def with_tail(s: Values, fro_norm: float, k: int) -> Values:
     a = max(0.0, count * float(s[-1]) ** 2 / left - 1)
     u = (np.arange(count) + 0.5) / count
     tail = (1 - u) ** a
+    tail[0] = max(tail[0], 1e-300)  # where next to nothing is left, all of them come to 0
     return np.concatenate([s, np.sqrt(tail * left / tail.sum())])
 
 

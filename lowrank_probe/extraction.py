@@ -4,9 +4,10 @@ Legend: m out, n in, r rank. A target is what PEFT adapts (`targets.Target`), it
 Every finished matrix is kept at once (`unfinished`), so that a run that was killed goes on where it was.
 """
 
+import operator
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -178,7 +179,11 @@ def _rank_choice(ranks: RankChoice | int | Sequence[int] | str) -> RankChoice:
         if ranks != "auto":
             raise ProbeError(f'ranks {ranks!r}: expected a rank, several, "auto" or a RankChoice')
         return RankChoice(auto=True)
-    return RankChoice(ranks=(ranks,) if isinstance(ranks, int) else tuple(ranks))
+    try:
+        several = tuple(map(operator.index, ranks if isinstance(ranks, Iterable) else (ranks,)))
+    except TypeError:
+        raise ProbeError(f'ranks {ranks!r}: expected a rank, several, "auto" or a RankChoice') from None
+    return RankChoice(ranks=several)
 
 
 def _one_rank(choice: RankChoice, selection: Selection) -> tuple[RankChoice, list[str]]:

@@ -98,8 +98,9 @@ class Work:
         def load(one: Left) -> float:
             pair, line = one
             try:
-                if pair is None:  # no tensor of that shape in the base
-                    return difference_norm(self.base, line["name"], self.tuned, line["tuned_name"])
+                if pair is None:  # the base has none of that shape, or none at all
+                    before = line["name"] if line["name"] in self.base.tensors else ""
+                    return difference_norm(self.base, before, self.tuned, line["tuned_name"])
                 with room.place(cpu, lambda: held(one)):
                     found = read_pair(pair, self.base, self.tuned, cpu, sides=False)
             except NumericsError:

@@ -58,6 +58,7 @@ def side_facts(side: Checkpoint | None) -> dict[str, Any] | None:
         "kind": "adapter" if side.is_adapter else "model",
         "model_type": side.config.get("model_type"),
         "architectures": side.config.get("architectures"),
+        "n_labels": len(side.config.get("id2label") or ()) or None,
         "n_tensors": len(side.tensors),
         "n_bytes": sum(info.n_bytes for info in side.tensors.values()),
         "header": _digest(side),

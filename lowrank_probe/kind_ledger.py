@@ -130,10 +130,15 @@ def find_fine_tune(
     )
     what = f"all {len(plain)}" if len(plain) == n_matrices else f"{len(plain)} of {n_matrices}"
     say = f"A full fine-tune: {what} matrices moved, by {percent(size)} of ‖W‖ (median{spread})"
-    say += (
-        "; storage rounding hides any finer structure."
-        if hidden
-        else ", with no structure of a simpler kind of update."
-    )
+    kept = int(plain["n_kept"].max())
+    if hidden:
+        say += "; storage rounding hides any finer structure."
+    elif (plain["n_kept"] < plain[["rows", "cols"]].min(axis=1)).any():
+        say += (
+            f". The {kept} largest singular values show no structure of a simpler kind of update, but a merged LoRA of "
+            "that rank or more could not be told by them."
+        )
+    else:
+        say += ", with no structure of a simpler kind of update."
     evidence["n_vectors_moved"] = int(moved["status"].eq("vector").sum())
     return [Finding("full fine-tune", say, evidence, types_of(plain["layer_type"]))]

@@ -53,7 +53,7 @@ def card(extraction: "Extraction", label: str = "") -> str:
         "## What it does not carry",
         _left_out(ledger, total, told),
         "## How to load it",
-        _loading(facts, base, directory.name),
+        _loading(facts, base, directory.name, carries_whole=bool((ledger["status"] == "carried whole").any())),
         *_warnings(ledger, facts),
         "## How it was made",
         _fenced("sh", command(facts, directory.parent.name if label else directory.name)),
@@ -216,20 +216,31 @@ def _names(rows: pd.DataFrame) -> str:
     return ", ".join(code(str(name)) for name in names.head(3)) + more
 
 
-def _loading(facts: Mapping[str, Any], base: str, directory: str) -> str:
-    named = next((str(name) for name in facts["base"].get("architectures") or () if str(name).isidentifier()), "")
-    model = named if named.isascii() and named else "AutoModelForCausalLM"
+def _loading(facts: Mapping[str, Any], base: str, directory: str, *, carries_whole: bool) -> str:
+    """carries_whole: tensors as they are, such as a new head, which only the fine-tune's own class has a place for."""
+    model, tuned = _class_of(facts["base"]), _class_of(facts.get("tuned") or {})
+    labels = ""
+    if carries_whole and tuned and tuned != model:
+        model, n_labels = tuned, facts["tuned"].get("n_labels")
+        labels = f", num_labels={int(n_labels)}" if n_labels else ""
+    model = model or "AutoModelForCausalLM"
     lines = [
         "from peft import PeftModel",
         f"from transformers import {model}",
         "",
-        f"base = {model}.from_pretrained({_python(base)})",
+        f"base = {model}.from_pretrained({_python(base)}{labels})",
     ]
     sizes = facts.get("vocabulary")
     if sizes and sizes[0] != sizes[1]:
         lines.append(f"base.resize_token_embeddings({int(sizes[1])})  # the fine-tune's; the base has {int(sizes[0])}")
     lines.append(f"model = PeftModel.from_pretrained(base, {_python(directory)})")
     return _fenced("python", "\n".join(lines))
+
+
+def _class_of(side: Mapping[str, Any]) -> str:
+    """transformers' class of a checkpoint; "" where its config has none that could be one."""
+    named = next((str(name) for name in side.get("architectures") or () if str(name).isidentifier()), "")
+    return named if named.isascii() else ""
 
 
 def _warnings(ledger: pd.DataFrame, facts: Mapping[str, Any]) -> list[str]:

@@ -41,13 +41,17 @@ class Options:
         span = self.layers
         if span is not None and not (isinstance(span, Sequence) and len(span) == 2 and 0 <= span[0] <= span[1]):
             raise ProbeError(f"layers={span}: expected (first, last) with 0 ≤ first ≤ last")
-        if self.top is not None and self.top < 1:
-            raise ProbeError(f"top={self.top}: expected at least 1 singular value, or None for all of them")
+        if self.top is not None and not (_is_whole(self.top) and self.top >= 1):
+            raise ProbeError(f"top={self.top!r}: expected at least 1 singular value, or None for all of them")
+        if not (_is_whole(self.seed) and self.seed >= 0):
+            raise ProbeError(f"seed={self.seed!r}: expected a whole number from 0")
         if self.top is not None and self.exact_tail:
             raise ProbeError(
                 f"top={self.top} and exact_tail=True: exact_tail computes every value; leave one of the two out"
             )
         for name, asked in (("--memory", self.memory), ("--gpu-memory", self.gpu_memory)):
+            if asked is not None and not isinstance(asked, int | float):
+                raise ProbeError(f"{name} {asked!r}: expected a number of bytes")
             if asked is not None and not asked >= LEAST_MEMORY:
                 raise ProbeError(f"{name} {file_size(asked)}: expected at least {file_size(LEAST_MEMORY)}")
         if self.ray is not None and self.gpu_memory is not None:
@@ -77,3 +81,7 @@ class Keywords(TypedDict, total=False):
     ray: str | None
     memory: float | None
     gpu_memory: float | None
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -14,7 +14,8 @@ class RankChoice:
     """One of ranks, energy, auto, budget; then what holds for all of them. Checked once; raises `ProbeError`.
 
     ranks: one adapter each. energy: share of each matrix's ‖ΔW‖² to keep. auto: `allocation.auto`. budget: of all
-    matrices together. denoised: energies without storage noise. max_rank, rank_multiple: as in `allocation`.
+    matrices together. denoised: energies without storage noise. max_rank, rank_multiple: as in `allocation`, max_rank
+    rounded down to a multiple.
     """
 
     ranks: tuple[int, ...] = ()
@@ -41,6 +42,7 @@ class RankChoice:
         for word, value in (("max_rank", self.max_rank), ("rank_multiple", self.rank_multiple)):
             if value is not None and value < 1:
                 raise ProbeError(f"{word} is {value}, expected at least 1")
+        allocation.whole_steps(self.max_rank, self.rank_multiple)
 
     @property
     def needs_spectra(self) -> bool:
@@ -56,7 +58,7 @@ class RankChoice:
     def most(self) -> int:
         """The largest rank that is asked for by number."""
         rounded = -(-max(self.ranks) // self.rank_multiple) * self.rank_multiple
-        return min(rounded, self.max_rank or rounded)
+        return min(rounded, allocation.whole_steps(self.max_rank, self.rank_multiple) or rounded)
 
     def facts(self) -> dict[str, Any]:
         """What was asked for, JSON's own types, without what was left open."""
@@ -71,7 +73,8 @@ class RankChoice:
         other_bytes: of the file, for what is no factor; a budget in bytes pays for them too. Raises `ProbeError` as
         the rules of `allocation`.
         """
-        limits: dict[str, Any] = {"max_rank": self.max_rank, "rank_multiple": self.rank_multiple}
+        most = allocation.whole_steps(self.max_rank, self.rank_multiple)
+        limits: dict[str, Any] = {"max_rank": most, "rank_multiple": self.rank_multiple}
         if self.energy is not None:
             return {"": allocation.by_energy(units, self.energy, denoised=self.denoised, **limits)}
         if self.auto:

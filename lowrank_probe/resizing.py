@@ -179,7 +179,8 @@ def _rule(
     given = [name for name, value in (("rank", rank), ("energy", energy), ("budget", budget)) if value is not None]
     if len(given) != 1:
         raise ProbeError(f"expected one of rank, energy and budget, found {' and '.join(given) or 'none'}")
-    common: dict[str, Any] = {"max_rank": max_rank, "rank_multiple": rank_multiple}
+    most = allocation.whole_steps(max_rank, rank_multiple)
+    common: dict[str, Any] = {"max_rank": most, "rank_multiple": rank_multiple}
     rule: Callable[[Sequence[Unit]], tuple[Allotment, ...]]
     if rank is not None:
         rule = partial(allocation.fixed, r=rank, **common)

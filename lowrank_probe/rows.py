@@ -68,7 +68,9 @@ def analyse(delta: Delta, settings: Settings) -> Analysed:
     computed = time.time()
     marks = measure(delta)
     # After the raw values: it may overwrite `delta.dense` by the corrected update.
-    noise = assess(delta, base_rounded=options.base_rounded, seed=options.seed)
+    # Values on a grid of their own were quantized, whatever their dtype: that step is not the dtype's.
+    on_grid = replace(delta, quantized=delta.quantized or marks.get("grid_bits", math.nan) > 0)
+    noise = assess(on_grid, base_rounded=options.base_rounded, seed=options.seed)
     corrected = found.values
     if noise.corrected is not None:
         with settings.turn:
@@ -174,7 +176,8 @@ def _storage_columns(row: dict[str, Any], s: Any, shape: tuple[int, int], noise:
     shape = noise.shape  # rows that did not move carry neither update nor error
     k = min(shape)
     whole = len(s) >= k
-    limit = metrics.SIGNAL_FACTOR[noise.model] * noise.noise_edge
+    # Below what the method itself may be wrong by nothing is a signal: of fp32 and fp64 pairs, storage hides less.
+    limit = max(metrics.SIGNAL_FACTOR[noise.model] * noise.noise_edge, row["sigma_error"] * row["spectral_norm"])
     counted = whole or not float(s[-1]) > limit
     row["signal_rank"] = float(np.count_nonzero(s > limit)) if counted else math.nan
     seen = s[:k] if whole else with_tail(s, row["fro_norm"], k)

@@ -66,9 +66,11 @@ def quiet() -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a pair is run: the class (that of the base), both vocabularies and numbers of labels, the longest text."""
+    """How a pair is run: the class (that of the base), the name of the tuned side's, both vocabularies and numbers of
+    labels, the longest text."""
 
     cls: Any
+    tuned_class: str
     base_vocabulary: int
     tuned_vocabulary: int
     n_labels: tuple[int, int]
@@ -99,7 +101,8 @@ def find_kind(base: Path, tuned: Path) -> Kind:
     # RoBERTa counts positions from 2.
     positions = [getattr(config, "max_position_embeddings", None) for config in texts]
     longest = min([p - 2 for p in positions if isinstance(p, int) and p > 2], default=1 << 30)
-    return Kind(cls, sizes[0], sizes[1], (configs[0].num_labels, configs[1].num_labels), longest)
+    tuned_class = (configs[1].architectures or names)[0]
+    return Kind(cls, tuned_class, sizes[0], sizes[1], (configs[0].num_labels, configs[1].num_labels), longest)
 
 
 def _config(directory: Path) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowrank_probe import running_models as running
+from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.distances import Distance, Measure
 from lowrank_probe.errors import OutputError
 from lowrank_probe.narrowing import dtype_word
@@ -25,6 +26,7 @@ from lowrank_probe.outputs import why
 from lowrank_probe.running_models import CannotRun, Kind, Weighted
 from lowrank_probe.texts import prompts, token_sequences
 from lowrank_probe.verification import ALLOWED_SHARE, ROWS, Verification, broken_rules
+from lowrank_probe.words import some
 
 N_TEXTS: Final = 64
 N_TOKENS: Final = 256
@@ -43,13 +45,22 @@ def compare_outputs(
     """
     if find_spec("peft") is None:
         raise CannotRun("peft is not installed (pip install peft)")
+    shared = len(adapters) > 1 or any(weight != 1 for _, weight in adapters)
+    for path, _ in adapters if shared else ():
+        if open_checkpoint(path).config.get("modules_to_save"):
+            raise CannotRun(f"{path} holds whole modules, which peft neither weighs nor adds")
     with running.quiet() as said:
-        found, ignored, notes = _through_peft(base, tuned, adapters, texts, device)
+        found, ignored, notes = _through_peft(base, tuned, adapters, texts, device, equal)
     return _judged(found, ignored, [*notes, *said], equal)
 
 
 def _through_peft(
-    base: Path, tuned: Path, adapters: Sequence[Weighted], texts: Sequence[str] | None, device: torch.device
+    base: Path,
+    tuned: Path,
+    adapters: Sequence[Weighted],
+    texts: Sequence[str] | None,
+    device: torch.device,
+    equal: bool,
 ) -> tuple["_Measured", list[str], list[str]]:
     """What was measured, the adapter tensors that peft ignores, notes."""
     kind = running.find_kind(base, tuned)
@@ -64,6 +75,12 @@ def _through_peft(
         notes.append(f"{tuned} has no {lacking}: last hidden states are compared, not the head's outputs")
     elif len(set(kind.n_labels)) > 1:
         notes.append("the heads have {} and {} labels: last hidden states are compared".format(*kind.n_labels))
+    if ignored and not equal and kind.tuned_class != kind.cls.__name__:
+        notes.append(
+            f"not checked: {some(ignored)} of {kind.tuned_class}, which has no place in {kind.cls.__name__}, the class "
+            "of the base, in which both sides were run"
+        )
+        ignored = []
     if kind.base_vocabulary != kind.tuned_vocabulary:
         notes.append(
             f"vocabularies differ ({kind.base_vocabulary} tokens in the base, {kind.tuned_vocabulary} in the tuned "

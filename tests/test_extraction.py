@@ -13,7 +13,7 @@ import torch
 import transformers
 from logs import kept, killed_when
 from pairs import llama_tensors, pair, planted, sides
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import ENVIRONMENT, PROBE, fails, probe
 
 from lowrank_probe.errors import CheckpointError, NumericsError, OutputError, ProbeError, UnchangedError
@@ -408,3 +408,35 @@ def test_a_side_whose_name_is_no_text_is_refused_and_a_link_to_it_is_taken(decay
         extract(*named, tmp_path / "a", ranks=2)
     assert not (tmp_path / "a").exists()
     assert extract(*linked, tmp_path / "b", ranks=2).directory == tmp_path / "b"
+
+
+def test_a_tensor_that_the_base_lacks_is_told_with_its_norm(decaying, tmp_path):
+    base, tuned = decaying
+    head = torch.full((3, 48), 0.5)
+    shutil.copytree(tuned, tmp_path / "tuned")
+    save_file(
+        {**load_file(tuned / "model.safetensors"), "score.weight": head}, tmp_path / "tuned" / "model.safetensors"
+    )
+    found = extract(base, tmp_path / "tuned", tmp_path / "a", ranks=2)
+    line = found.ledger.set_index("name").loc["score.weight"]
+    assert (line["status"], line["fro_norm"]) == ("not carried", pytest.approx(6.0))
+
+
+@pytest.mark.parametrize("ranks", [np.int64(2), [np.int64(2)], (2,)], ids=repr)
+def test_whole_numbers_of_any_kind_are_ranks(decaying, tmp_path, ranks):
+    found = extract(*decaying, tmp_path / "a", ranks=ranks)
+    assert set(found.ledger.query("status == 'adapted'")["rank"]) == {2}
+
+
+@pytest.mark.parametrize("ranks", [4.0, [2, "4"], None], ids=repr)
+def test_what_is_no_rank_is_named(decaying, tmp_path, ranks):
+    with pytest.raises(ProbeError, match="expected a rank, several"):
+        extract(*decaying, tmp_path / "a", ranks=ranks)
+
+
+def test_the_largest_rank_is_a_multiple_too(decaying, tmp_path):
+    choice = RankChoice(budget={"parameters": 10**6}, rank_multiple=8, max_rank=12)
+    found = extract(*decaying, tmp_path / "a", ranks=choice)
+    assert set(found.ledger.query("status == 'adapted'")["rank"]) == {8}
+    with pytest.raises(ProbeError, match="max_rank 4 is less than rank_multiple 8"):
+        RankChoice(ranks=(16,), rank_multiple=8, max_rank=4)

@@ -343,7 +343,14 @@ def test_fewer_moved_rows_than_columns_can_be_saved_and_loaded(tmp_path):
         np.testing.assert_array_equal(again.denoised_values[name], values)
 
 
-@pytest.mark.parametrize("wrong", [{"top": 0}, {"top": 4, "exact_tail": True}, {"layers": (3, 1)}, {"layers": (-1, 1)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"top": 0}, {"top": 2.5}, {"top": "3"}, {"top": 4, "exact_tail": True}, {"layers": (3, 1)}, {"layers": (-1, 1)},
+        {"seed": -1}, {"memory": "8GB"},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_impossible_options_are_refused_by_name(tmp_path, wrong):
     with pytest.raises(lp.ProbeError, match=next(iter(wrong))):
         lp.spectrum(*pair(tmp_path), **wrong)
@@ -358,3 +365,54 @@ def test_values_that_were_not_kept_are_not_blamed_on_storage(tmp_path):
         [found] = lp.spectrum(*sides, device="cpu", **options).facts["findings"]
         assert found["kind"] == "full fine-tune"
         assert "storage" not in found["statement"]
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+def low_rank(shape, rank, scale, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.02
+    B, A = (
+        torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((shape[0], rank), (rank, shape[1]))
+    )
+    return W, scale * B @ A
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 1e-3), (torch.float32, 1e-2)], ids=str)
+def test_what_the_method_may_be_wrong_by_is_no_signal(dtype, scale):
+    W, D = low_rank((500, 128), 4, scale)
+    W = W.to(dtype)
+    row = lp.spectrum({Q_PROJ: W}, {Q_PROJ: (W.double() + D).to(dtype)}).table.iloc[0]
+    assert (row["signal_rank"], row["r90_low"], row["r90_high"]) == (4, 4, 4)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("top", [4, 5, 8])
+def test_top_at_the_rank_of_an_update_leaves_nothing_to_share_out(top):
+    W, D = low_rank((500, 128), 4, 1e-2)
+    row = lp.spectrum({Q_PROJ: W.float()}, {Q_PROJ: (W.float().double() + D).float()}, top=top).table.iloc[0]
+    assert (row["r90_low"], row["r90_denoised"], row["r90_high"]) == (4, 4, 4)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_a_fine_tune_that_was_quantized_and_dequantized_decides_nothing(bits):
+    W, D = low_rank((256, 256), 8, 2e-4)
+    tuned = (W.bfloat16().double() + D).float()
+    step = tuned.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    found = lp.spectrum({Q_PROJ: W.bfloat16()}, {Q_PROJ: ((tuned / step).round() * step).bfloat16()})
+    row = found.table.iloc[0]
+    assert row["grid_bits"] == bits
+    assert not row[["decidable_signal_rank", "decidable_r50", "decidable_r90"]].any()
+    assert found.summary["verdict"].str.startswith("undecidable").all()
+
+
+def test_the_largest_values_alone_cannot_tell_a_merged_lora_of_that_rank():
+    names = [f"model.layers.{i}.self_attn.{kind}_proj.weight" for i in range(2) for kind in "qkvo"]
+    pairs = {name: low_rank((192, 192), 32, 4e-4, seed) for seed, name in enumerate(names)}
+    base = {name: W.bfloat16() for name, (W, _) in pairs.items()}
+    tuned = {name: (base[name].double() + D).bfloat16() for name, (_, D) in pairs.items()}
+    said = [lp.spectrum(base, tuned, top=top).facts["findings"][0]["statement"] for top in (None, 40, 32)]
+    assert all(text.startswith("A merged LoRA of rank 32") for text in said[:2])
+    assert "The 32 largest singular values show no structure" in said[2]
+    assert "a merged LoRA of that rank or more could not be told" in said[2]

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -415,3 +415,42 @@ def test_nothing_is_printed(pairs, tmp_path):
     code = f"from lowrank_probe.verification import verify; verify({str(base)!r}, {str(tuned)!r}, {str(adapter)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [("llama", hf.LlamaForSequenceClassification), ("bert", hf.BertForSequenceClassification)]
+)
+def test_a_new_head_is_carried_but_not_checked_in_the_bases_class(pairs, tmp_path, name, head):
+    base, tuned, _ = pairs[name]
+    head.from_pretrained(tuned, num_labels=3).save_pretrained(tmp_path / "tuned")
+    found = lp.extract(base, tmp_path / "tuned", tmp_path / "a", ranks=200, targets=["everything"])
+    result = verify(base, tmp_path / "tuned", tmp_path / "a")
+    assert result.ok, result.problems
+    assert any(f"of {head.__name__}, which has no place in" in note for note in result.notes)
+    card = (found.directory / "README.md").read_text(encoding="utf-8")
+    assert f'base = {head.__name__}.from_pretrained("base", num_labels=3)' in card
+    worn = PeftModel.from_pretrained(head.from_pretrained(base, num_labels=3), tmp_path / "a").eval()
+    expected = head.from_pretrained(tmp_path / "tuned").eval()
+    ids = torch.arange(2, 22).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(worn(input_ids=ids).logits, expected(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_whole_modules_with_weights_are_compared_by_weights(pairs, tmp_path):
+    base, _, _ = pairs["llama"]
+    for name in ("a", "b"):
+        model = hf.LlamaForCausalLM.from_pretrained(base)
+        worn = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        with torch.no_grad():
+            for parameter in worn.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.01 * torch.randn_like(parameter)
+        worn.save_pretrained(tmp_path / name)
+    for adapters in ([("a", 0.5)], [("a", 0.5), ("b", 0.5)]):
+        paths, weights = [tmp_path / name for name, _ in adapters], [weight for _, weight in adapters]
+        merged = tmp_path / f"merged-{len(adapters)}"
+        lp.merge(base, paths, merged, weights=weights)
+        result = verify_merge(base, list(zip(paths, weights, strict=True)), merged)
+        assert result.ok, result.problems
+        assert result.measure == "weights"
+        assert any("holds whole modules, which peft neither weighs nor adds" in note for note in result.notes)
