@@ -96,7 +96,9 @@ def _print_left_out(found: "Extraction", console: Console) -> None:
     for note, group in rows.groupby("note", sort=False):
         names = ", ".join(printable(name) for name in group["name"].head(3))
         more = f" and {len(group) - 3} more" if len(group) > 3 else ""
-        console.print(f"not carried: {names}{more}: {_percent(group['share'].sum())} of ‖ΔW‖² ({printable(note)})")
+        console.print(
+            f"not carried: {names}{more}: {_percent(group['share'].sum(skipna=False))} of ‖ΔW‖² ({printable(note)})"
+        )
 
 
 def _percent(value: float) -> str:

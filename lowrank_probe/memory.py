@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_probe.errors import CheckpointError
+from lowrank_probe.layers import place
 from lowrank_probe.narrowing import dtype_word
 from lowrank_probe.tensor_info import Loader, Opened, TensorInfo
 from lowrank_probe.torch_dtypes import TORCH_DTYPES
@@ -35,12 +36,24 @@ def open_memory(source: Any) -> tuple[Opened, dict[str, Any], str]:
         source = source.state_dict()
     elif isinstance(source, Mapping):
         described = "state dict"
+        config = {"tie_word_embeddings": True} if _is_tied(source) else {}
     else:
         raise CheckpointError(
             f"expected a path, a model or a state dict (name → tensor), found {type(source).__name__}"
         )
     described = f"({described} in memory)"
     return tensors_in_memory(source, Path(described)), config, described
+
+
+def _is_tied(tensors: Mapping[Any, Any]) -> bool:
+    """Whether a state dict's output head and its table are one tensor, as of a model that ties them."""
+    held: dict[tuple[int, torch.Size], set[str]] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            continue
+        if tensor.ndim == 2 and tensor.layout == torch.strided and not tensor.is_meta:
+            held.setdefault((tensor.data_ptr(), tensor.shape), set()).add(place(name).layer_type)
+    return any({"embedding", "lm_head"} <= types for types in held.values())
 
 
 def tensors_in_memory(tensors: Mapping[Any, Any], where: Path) -> Opened:

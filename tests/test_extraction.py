@@ -440,3 +440,27 @@ def test_the_largest_rank_is_a_multiple_too(decaying, tmp_path):
     assert set(found.ledger.query("status == 'adapted'")["rank"]) == {8}
     with pytest.raises(ProbeError, match="max_rank 4 is less than rank_multiple 8"):
         RankChoice(ranks=(16,), rank_multiple=8, max_rank=4)
+
+
+def test_an_inf_that_is_not_carried_has_an_unknown_share(decaying, tmp_path):
+    tensors = {side: load_file(directory / "model.safetensors") for side, directory in zip("bt", decaying, strict=True)}
+    tensors["t"]["model.norm.weight"][3] = float("inf")
+    paths = sides(tmp_path, tensors["b"], tensors["t"], LLAMA)
+    stdout, _ = probe("extract", *map(str, paths), "--rank", "2", "--out", str(tmp_path / "a"))
+    assert "model.norm.weight: – of ‖ΔW‖²" in " ".join(stdout.split())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
+def test_state_dicts_of_a_tied_model_merge_as_they_wear(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base, tuned = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    extract(base.state_dict(), tuned.state_dict(), tmp_path / "a", ranks=100, targets=["everything"])
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        worn = peft.PeftModel.from_pretrained(base, tmp_path / "a").eval()
+        torch.testing.assert_close(worn(ids).logits, tuned(ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(worn.merge_and_unload()(ids).logits, tuned(ids).logits, atol=1e-4, rtol=1e-4)
