@@ -49,14 +49,14 @@ class Plan:
     """changes: name of the tensor to be written → what adapters do to it; the name is the base's, or in `added`.
 
     added: name of a tensor that the base does not store → the one whose values it has (an output head that was tied).
-    untied: the head is no longer tied to its table. grown: name → the new shape of a table with more rows.
+    untied: the head is no longer tied to its table. resized: name → the new shape of a table of more or fewer rows.
     tokenizer: the adapter whose tokenizer the merged model needs. notes: what to tell.
     """
 
     changes: dict[str, list[Change]] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
     untied: bool = False
-    grown: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
     tokenizer: Checkpoint | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -73,10 +73,10 @@ def plan(base: Checkpoint, adapters: Sequence[Checkpoint], weights: Sequence[flo
             raise CheckpointError(f"{adapter.path}: is not an adapter (expected a directory with adapter_config.json)")
         _Planner(base, adapter, number, weight, made).run()
     _tie(base, made)
-    for name in made.grown:
+    for name in made.resized:
         if len(made.changes[name]) > 1 or made.changes[name][0].weight != 1:
             raise MatchError(
-                f"{name}: an adapter replaces it by a table of {made.grown[name][0]} rows, the base has "
+                f"{name}: an adapter replaces it by a table of {made.resized[name][0]} rows, the base has "
                 f"{base.tensors[made.added.get(name, name)].shape[0]}: that can be merged alone and with weight 1 only"
             )
     return made
@@ -119,9 +119,9 @@ class _Planner:
     def _other_shape(self, name: str, tensor: str, modules: Mapping[str, LoraModule]) -> None:
         stored, found = self.base.tensors[name].shape, self.adapter.tensors[tensor].shape
         table = place(name).layer_type in ("embedding", "lm_head")
-        if tensor not in modules and table and found[1:] == stored[1:] and found[0] > stored[0]:
+        if tensor not in modules and table and found[1:] == stored[1:] and found[0] != stored[0]:
             self._add(name, "whole", tensor)
-            self.made.grown[name] = found
+            self.made.resized[name] = found
             self.made.tokenizer = self.adapter
             return
         self._differs(name, stored, modules[tensor].shape if tensor in modules else found)
@@ -155,8 +155,8 @@ class _Planner:
         elif table and place(name).layer_type == "lm_head" and name.endswith("weight"):
             shape = module.shape if module else self.adapter.tensors[tensor].shape
             stored = self.base.tensors[table].shape
-            if not module and shape[1:] == stored[1:] and shape[0] > stored[0]:
-                self.made.grown[name] = shape
+            if not module and shape[1:] == stored[1:] and shape[0] != stored[0]:
+                self.made.resized[name] = shape
             elif shape != stored:
                 self._differs(name, stored, shape)
             self.made.added[name] = table
@@ -244,13 +244,13 @@ def _tie(base: Checkpoint, made: Plan) -> None:
         return
     if _same_changes(of_table, of_head):
         if not heads:
-            for known in (made.changes, made.added, made.grown):
+            for known in (made.changes, made.added, made.resized):
                 known.pop(head, None)
         return
-    if made.grown:
+    if made.resized:
         raise MatchError(
-            f"{table}: has more rows in an adapter, but its tied {head} does not change alike; keep the adapter "
-            "unmerged, or untie the base first"
+            f"{table}: has another number of rows in an adapter, but its tied {head} does not change alike; keep the "
+            "adapter unmerged, or untie the base first"
         )
     made.changes[head] = of_head
     made.untied = True

@@ -8,15 +8,15 @@ from lowrank_probe.checkpoints import Checkpoint
 
 
 def tokenizer_files(
-    base: Checkpoint, adapters: Sequence[Checkpoint], grown: Checkpoint | None
+    base: Checkpoint, adapters: Sequence[Checkpoint], resized: Checkpoint | None
 ) -> tuple[list[Path], list[str]]:
     """(the files that take the place of the base's own, what to tell): tokenizer and chat template of an adapter.
 
-    grown: the adapter with a larger vocabulary, whose tokenizer goes with its table. Otherwise the files that the base
+    resized: the adapter with another vocabulary, whose tokenizer goes with its table. Otherwise the files that the base
     lacks or has with other content, where the adapters that have any agree on them.
     """
-    if grown is not None:
-        return grown.tokenizer_files, []
+    if resized is not None:
+        return resized.tokenizer_files, []
     found: dict[str, Path] = {}
     clash: list[str] = []
     for adapter in adapters:

@@ -177,7 +177,7 @@ class _Job:
     def _info(self, name: str) -> tuple[str, str, tuple[int, ...]]:
         info = self.base.tensors[self.planned.added.get(name, name)]
         dtype = self.dtype if self.dtype is not None and info.dtype in DTYPES else info.dtype
-        return name, dtype, self.planned.grown.get(name, info.shape)
+        return name, dtype, self.planned.resized.get(name, info.shape)
 
     def _tensors(self, file: str, infos: Sequence[tuple[str, str, tuple[int, ...]]]) -> Iterator[Tensor]:
         for name, dtype, shape in infos:
@@ -200,7 +200,7 @@ class _Job:
             if W.is_floating_point() and not all_finite(W):
                 self.not_finite.append(name)
             return _cast(name, W, DTYPES.get(dtype))
-        if name in self.planned.grown:
+        if name in self.planned.resized:
             return _cast(name, whole(changes[0]), DTYPES[dtype])
         found = merged(name, self.base.read(source), changes, DTYPES[dtype], self.factors)
         row |= {
@@ -229,7 +229,7 @@ class _Job:
             assert isinstance(section, dict)
             if self.planned.untied and (section is config or "tie_word_embeddings" in section):
                 section["tie_word_embeddings"] = False
-            for name, shape in self.planned.grown.items():
+            for name, shape in self.planned.resized.items():
                 rows = self.base.tensors[self.planned.added.get(name, name)].shape[0]
                 if section.get("vocab_size") == rows:
                     section["vocab_size"] = shape[0]

@@ -59,7 +59,10 @@ def write_adapter(
     selection = selection.at(ranks)
     modules = [(target, ranks[target.name]) for target in selection.chosen]
     if not modules:
-        raise ProbeError("no matrix to adapt: every ΔW asked for is 0, or only tables and norms changed")
+        raise ProbeError(
+            "no matrix to adapt: every ΔW asked for is 0, or only norms and tied tables changed, and PEFT takes no "
+            "adapter without LoRA on a matrix (--tied-lora puts it on a tied table)"
+        )
     whole = selection.whole
     keys = _keys([target for target, _ in modules], selection.modules.order)
     config = _config(modules, whole, selection, base, tuned)

@@ -165,11 +165,16 @@ def _judged(found: _Measured, ignored: Sequence[str], notes: Sequence[str], equa
     base, worn, _ = found.rows
     table = pd.DataFrame([row.figures() for row in found.rows], index=pd.Index(ROWS, name="model"))
     rounding = max(found.rounding.distance, ARITHMETIC * base.reference)
-    gap, tolerance = found.gap.distance, ALLOWED_SHARE * base.distance + rounding
+    gap, tolerance = worn.distance if equal else found.gap.distance, ALLOWED_SHARE * base.distance + rounding
     problems, notes = [], list(notes)
     if ignored:
         problems.append(f"peft does not load {len(ignored)} tensors of the adapter, such as {ignored[0]}")
     problems += broken_rules(gap, worn.distance, tolerance, equal)
+    if equal and not found.gap.distance <= tolerance:
+        notes.append(
+            f"what peft itself merges differs from base+adapter by {found.gap.distance:.3g}: tied weights that are "
+            "adapted at one end do that"
+        )
     if not equal and worn.distance >= base.distance > rounding:
         notes.append(
             f"base+adapter is farther from the tuned model ({worn.distance:.3g}) than the base itself "

@@ -399,3 +399,22 @@ def test_copies_of_a_table_that_differ_stay_unmerged(tmp_path):
     save_file(tensors, file)
     with pytest.raises(lp.MatchError, match=r"encoder\.embed_tokens\.weight differs from .*shared\.weight.*; keep"):
         lp.merge(base, tmp_path / "a", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("rows", [50, 70], ids=["fewer", "more"])
+def test_a_table_of_another_number_of_rows_takes_the_bases_place(tmp_path, rows):
+    torch.manual_seed(0)
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "tuned")
+    lp.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", ranks=100, targets=["everything"])
+    lp.merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.vocab_size == rows
+    ids = torch.arange(2, 20).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, model.eval()(ids).logits, atol=1e-4, rtol=1e-4)

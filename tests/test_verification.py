@@ -454,3 +454,20 @@ def test_whole_modules_with_weights_are_compared_by_weights(pairs, tmp_path):
         assert result.ok, result.problems
         assert result.measure == "weights"
         assert any("holds whole modules, which peft neither weighs nor adds" in note for note in result.notes)
+
+
+def test_a_merge_is_right_where_pefts_own_is_not(tmp_path):
+    torch.manual_seed(0)
+    model = llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    worn = get_peft_model(model, LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
+    with torch.no_grad():
+        for parameter in worn.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    worn.save_pretrained(tmp_path / "a")
+    lp.merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    result = verify_merge(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "merged")
+    assert result.ok, result.problems
+    assert result.merged_gap <= result.tolerance
+    assert any("what peft itself merges differs" in note for note in result.notes)
