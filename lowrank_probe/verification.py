@@ -36,7 +36,8 @@ class Verification:
     = ‖W − W_tuned‖ / ‖ΔW‖ over the adapted matrices, n_matrices. The rule rests on the distance (mean_abs_logit_error,
     relative_error): merged_gap is that between merged and unmerged; storage_rounding is measured too, as that between
     the model merged in float32 and the same with its merged weights rounded to `storage`, and is at least 1e-5 of the
-    outputs (float32 arithmetic); of a merge the merged checkpoint is what unmerged is compared with; tolerance = 0.02·(the base's distance) + storage_rounding.
+    outputs (float32 arithmetic); tolerance = 0.02·(the base's distance) + storage_rounding. Of a merge, merged_gap is
+    that between base+adapter and the merged checkpoint.
     problems: what did not hold, one line each; notes: what a reader should know. matrices: one row an adapted matrix,
     where weights were compared.
     """
@@ -146,8 +147,8 @@ def _verify(
 
 
 def broken_rules(gap: float, worn: float, tolerance: float, equal: bool) -> list[str]:
-    """One line a rule that does not hold; `equal`: the tuned side is what base+adapter was merged into, so that what peft
-    would have merged it into does not matter."""
+    """One line a rule that does not hold; `equal`: the tuned side is what base+adapter was merged into, so that what
+    peft would have merged it into does not matter."""
     problems = []
     if not equal and not gap <= tolerance:
         problems.append(
