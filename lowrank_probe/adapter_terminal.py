@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lowrank_probe.errors import printable
 from lowrank_probe.layers import sort_key
+from lowrank_probe.words import file_size
 
 if TYPE_CHECKING:
     from lowrank_probe.merging import Merged
@@ -34,7 +35,7 @@ def print_resized(found: "Resized") -> None:
     facts = found.facts
     console.print(
         f"keeps {_percent(found.energy)} % of ‖ΔW‖², ‖ΔW − BA‖/‖ΔW‖ = {found.error:.6g} of the factors as stored; "
-        f"{facts['n_parameters']:,} parameters, {facts['n_bytes'] / 1e6:.1f} MB"
+        f"{facts['n_parameters']:,} parameters, {file_size(facts['n_bytes'])}"
     )
 
 

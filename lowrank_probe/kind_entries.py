@@ -13,6 +13,9 @@ import pandas as pd
 from lowrank_probe.findings import Finding, digits, listed, percent, scope_of, where
 from lowrank_probe.verdicts import SHARE
 
+# What rounding alone makes has its r90 where noise has it; with half of that there is an update besides.
+MOSTLY_NOISE: Final = 0.5
+
 
 def say_unrelated(table: pd.DataFrame) -> Finding:
     """Two models that are not a base and its fine-tune."""
@@ -68,8 +71,10 @@ def _say_quantized(part: pd.DataFrame, table: pd.DataFrame) -> Finding:
     levels, before = float(same["grid_levels"].median()), float(same["base_levels"].median())
     size = float(same["relative_update"].median())
     say = (
-        f"A {bits:.0f}-bit quantized copy ({group}): {where(part, table)} hold {levels:.0f} distinct values where the "
-        f"base has {before:.0f}; the difference ({percent(size)} of ‖W‖) has r90 at {like_null:.2f} × noise."
+        f"{'An' if bits == 8 else 'A'} {bits:.0f}-bit quantized {'copy' if like_null >= MOSTLY_NOISE else 'fine-tune'} "
+        f"({group}): {where(part, table)} hold {levels:.0f} distinct values where the base has {before:.0f}; the "
+        f"difference ({percent(size)} of ‖W‖) has r90 at {like_null:.2f} × noise"
+        f"{'.' if like_null >= MOSTLY_NOISE else ', so that more than rounding moved.'}"
     )
     evidence = {
         "bits": bits, "group": group, "grid_levels": levels, "base_levels": before, "r90_over_null": like_null,

@@ -176,8 +176,9 @@ def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching, split: 
     result.notes += sorted({pair.note for pair in result.pairs if "kept whole" in pair.note})
     differing = [line["name"] for line in result.ledger if line["status"] == "shape differs"]
     if differing:
-        what = f"{len(differing)} tensors differ" if len(differing) > 1 else "1 tensor differs"
-        result.notes.append(f"{what} in shape and are left out: {_some(differing)}")
+        one = len(differing) == 1
+        what = "1 tensor differs in shape and is" if one else f"{len(differing)} tensors differ in shape and are"
+        result.notes.append(f"{what} left out: {_some(differing)}")
     if differing and not result.pairs:
         raise MatchError(
             f"{base.path} and {tuned.path}: every tensor that both have differs in shape (such as {_some(differing)}); "

@@ -14,19 +14,21 @@ class RankChoice:
     """One of ranks, energy, auto, budget; then what holds for all of them. Checked once; raises `ProbeError`.
 
     ranks: one adapter each. energy: share of each matrix's ‖ΔW‖² to keep. auto: `allocation.auto`. budget: of all
-    matrices together. denoised: energies without storage noise. max_rank, rank_multiple: as in `allocation`, max_rank
-    rounded down to a multiple.
+    matrices together; text, such as "40M" or "80MB", is read as `allocation.parse_budget` does. denoised: energies
+    without storage noise. max_rank, rank_multiple: as in `allocation`, max_rank rounded down to a multiple.
     """
 
     ranks: tuple[int, ...] = ()
     energy: float | None = None
     auto: bool = False
-    budget: Budget | None = None
+    budget: Budget | str | None = None
     denoised: bool = False
     max_rank: int | None = None
     rank_multiple: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.budget, str):
+            object.__setattr__(self, "budget", allocation.parse_budget(self.budget))
         given = [bool(self.ranks), self.energy is not None, self.auto, self.budget is not None]
         if sum(given) != 1:
             raise ProbeError("expected one of --rank, --energy and --budget; give one")
@@ -80,6 +82,7 @@ class RankChoice:
         if self.auto:
             return {"": allocation.auto(units, **limits)}
         if self.budget is not None:
+            assert not isinstance(self.budget, str)  # read at the start
             spend: dict[str, Any] = {**self.budget, "bytes_per_parameter": bytes_per_parameter}
             spend["file_overhead"] = allocation.FILE_OVERHEAD + other_bytes
             return {"": allocation.by_budget(units, **spend, denoised=self.denoised, **limits)}

@@ -464,3 +464,9 @@ def test_state_dicts_of_a_tied_model_merge_as_they_wear(tmp_path):
         worn = peft.PeftModel.from_pretrained(base, tmp_path / "a").eval()
         torch.testing.assert_close(worn(ids).logits, tuned(ids).logits, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(worn.merge_and_unload()(ids).logits, tuned(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_budget_may_be_text():
+    assert RankChoice(budget="10K") == RankChoice(budget={"parameters": 10_000})
+    with pytest.raises(ProbeError, match="is not understood"):
+        RankChoice(budget="10X")

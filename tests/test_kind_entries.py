@@ -53,6 +53,7 @@ def test_a_quantized_copy(tmp_path, name, base_dtype, tuned_dtype):
     quantized = found["quantized"]
     assert next(iter(found)) == "quantized"
     assert quantized.evidence["bits"] == bits
+    assert "-bit quantized copy (" in quantized.statement
     assert quantized.evidence["group"] == group
     assert quantized.evidence["n_matrices"] == 12
     assert {"merged LoRA", "low-rank", "pruned", "noise", "full fine-tune"}.isdisjoint(found)
