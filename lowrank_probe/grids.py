@@ -73,6 +73,7 @@ def _best(w: Lines, t: Lines, ends_w: Ends, ends_t: Ends) -> dict[str, Any]:
     groups = (math.inf, n, *(group for group in GROUPS if group < n))
     return (
         _codebook(w, t, groups, 16)
+        or _float8(w, t)
         or _uniform(w, t, ends_w, ends_t, groups)
         or (_codebook(w, t, groups[:2], 256) if _levels(t, n)[0] <= n / LEVEL_RATIO else {})
     )
@@ -123,6 +124,15 @@ def _groups(A: Lines, group: float) -> Lines:
 def _extremes(A: Tensor) -> Ends:
     bounds = [part.aminmax() for part in row_chunks(A)]
     return min(float(low) for low, _ in bounds), max(float(high) for _, high in bounds)
+
+
+def _float8(w: Lines, t: Lines) -> dict[str, Any]:
+    """One of the two 8-bit floats, as a cast without a scale leaves it."""
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        of_t, of_w = (np.array_equal(torch.from_numpy(A).to(dtype).double().numpy(), A) for A in (t, w))
+        if of_t and not of_w:
+            return _columns(8, math.inf, _levels(t, t.shape[1])[0], _levels(w, w.shape[1])[1])
+    return {}
 
 
 def _uniform(w: Lines, t: Lines, ends_w: Ends, ends_t: Ends, groups: Sequence[float]) -> dict[str, Any]:

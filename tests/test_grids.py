@@ -72,3 +72,11 @@ def test_levels_are_counted_in_whole_groups():
     assert grids._levels(A, 32) == (5, 5)
     assert grids._levels(A, math.inf) == (5, 5)
     assert grids._levels(torch.zeros(2, 64).numpy(), 64) == (1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_cast_to_float8_has_8_bits(dtype):
+    W = (0.02 * torch.randn(64, 256, generator=torch.Generator().manual_seed(0))).bfloat16()
+    cast = W.to(dtype).bfloat16()
+    assert grids.find_grid(W, cast)["grid_bits"] == 8
+    assert grids.find_grid(cast, (2 * cast.float()).bfloat16()) == {}
