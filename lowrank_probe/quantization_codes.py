@@ -18,6 +18,9 @@ _REFUSED_NAMES: Final = (
     (re.compile(r"\.weight\.(?:absmax|quant_map|nested_absmax|quant_state\..+)$|\.SCB$"), "bitsandbytes"),
     (re.compile(r"\.g_idx$"), "GPTQ"),
     (re.compile(r"\.qzeros$|\.qweight$"), "GPTQ or AWQ"),
+    (re.compile(r"\.W_q$"), "HQQ"),
+    (re.compile(r"\.weight\._data$"), "Quanto"),
+    (re.compile(r"\.codebooks$"), "AQLM"),
     (re.compile(r"_blocks$"), "MXFP4"),
     (re.compile(r"\.weight_packed$"), "compressed-tensors (packed integers)"),
 )

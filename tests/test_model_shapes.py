@@ -509,6 +509,9 @@ def test_what_is_no_whole_model_is_one_line(tmp_path):
     for tensors, said in (
         ({f"{module}weight": (2048, torch.uint8), f"{module}weight.absmax": (64, torch.uint8)}, "bitsandbytes"),
         ({f"{module}qweight": (64, torch.int32), f"{module}qzeros": (8, torch.int32)}, "GPTQ or AWQ"),
+        ({f"{module}W_q": (64, torch.uint8), f"{module}scale": (8, torch.float16)}, "HQQ"),
+        ({f"{module}weight._data": (64, torch.int8), f"{module}weight._scale": (1, torch.float16)}, "Quanto"),
+        ({f"{module}codes": (64, torch.int8), f"{module}codebooks": (8, torch.float16)}, "AQLM"),
         ({f"{module}weight": (64, torch.int8)}, "I8"), ({"weight": (64, torch.float32)}, "no numbered layers"),
     ):  # fmt: skip
         save_file({k: torch.zeros(8, n, dtype=dtype) for k, (n, dtype) in tensors.items()}, tmp_path / "x.safetensors")
