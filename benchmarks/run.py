@@ -54,7 +54,7 @@ SCRIPTS = (
     Script("Budget", "budget_grid", ("budget-grid",)),
     Script("Budget", "budget_estimates", ("benchmarks-budget-estimates",)),
     Script("Scale", "plan_405b", ("plan-405b", "plan-405b-cuda")),
-    Script("Scale", "small_matrices", ("benchmarks-small-matrices", "benchmarks-small-matrices-cuda")),
+    Script("Scale", "small_matrices", ("benchmarks-small-matrices",)),
     Script("Scale", "memory_contract", ("benchmarks-memory",)),
     Script("Scale", "several_gpus", ("benchmarks-several-gpus",), gpu=True),
     Script("Budget", "budget_gpu", ("benchmarks-budget-gpu",), gpu=True),

@@ -1,14 +1,13 @@
 """10,000 small matrices, as of a model of many experts: what the tool adds to the eigen-solver, matrix by matrix.
 
 A pair of 10,000 experts' matrices (k, k) in bf16, their update of rank 8. The whole process of `probe spectrum` on one
-core (one after the other, so that times add up), or beside a GPU with `--device cuda`, where they are the CPU's too (no
-bar then), beside a process that only starts and beside float64 Gram + `eigvalsh` alone. On one core the rest is told apart by the run's own timeline: reading, the noise
-of storage, and all else: scheduling, rows, what is kept at once, tables and the page. Then the same on all cores; and for
-k = 512 and 1,024, where fewer do, what seven times as many cost more, each the less of two (a disk that is busy elsewhere
-once stops a run for longer than all of this takes). Writes docs/benchmarks-small-matrices.md (…-cuda.md on a GPU).
+core (one after the other, so that times add up), beside a process that only starts and beside float64 Gram + `eigvalsh`
+alone. The rest is told apart by the run's own timeline: reading, the noise of storage, and all else: scheduling, rows,
+what is kept at once, tables and the page. Then the same on all cores; and for k = 512 and 1,024, where fewer do, what
+seven times as many cost more, each the less of two (a disk that is busy elsewhere once stops a run for longer than all of
+this takes). Matrices up to k = 512 are the CPU's beside a GPU, too. Writes docs/benchmarks-small-matrices.md.
 
     python benchmarks/small_matrices.py                    # about 10 minutes
-    python benchmarks/small_matrices.py --device cuda      # about 2 minutes on one H200
     python benchmarks/small_matrices.py --count 500        # a look
 """
 
@@ -27,6 +26,7 @@ import torch
 from accuracy import publish
 from gpu import probe_s, start_s
 from safetensors.torch import save_file
+from threadpoolctl import threadpool_limits
 
 import lowrank_probe as lp
 from lowrank_probe.float64 import eigvalsh, gram
@@ -61,9 +61,9 @@ def make_pair(root: Path, count: int, width: int = WIDTH) -> tuple[Path, Path]:
     return root / "base", root / "tuned"
 
 
-def kernel_s(device: torch.device, rounds: int = 200) -> float:
-    """Seconds of float64 Gram + `eigvalsh` of one matrix, its values on the host."""
-    A = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)).to(device)
+def kernel_s(rounds: int = 200) -> float:
+    """Seconds of float64 Gram + `eigvalsh` of one matrix."""
+    A = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
     eigvalsh(gram(A))
     started = time.perf_counter()
     for _ in range(rounds):
@@ -87,56 +87,40 @@ def more_ms(root: Path, width: int, few: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--count", type=int, default=COUNT)
-    options = parser.parse_args(arguments)
-    device, n = torch.device(options.device), options.count
-    if device.type == "cpu":
-        os.environ |= dict.fromkeys(ONE_THREAD, "1")
-        torch.set_num_threads(1)
-        from threadpoolctl import threadpool_limits
-
-        threadpool_limits(1)
+    n = parser.parse_args(arguments).count
+    os.environ |= dict.fromkeys(ONE_THREAD, "1")
+    torch.set_num_threads(1)
+    threadpool_limits(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         sides = make_pair(root, n)
-        started, alone = start_s(device), kernel_s(device)
-        whole = probe_s("spectrum", *sides, "--device", options.device, "--out", root / "out")
+        started, alone = start_s(torch.device("cpu")), kernel_s()
+        whole = probe_s("spectrum", *sides, "--device", "cpu", "--out", root / "out")
         times = pd.read_csv(root / "out" / "timeline.csv")
-        wider = {k: more_ms(root, k, few) for k, few in WIDER.items()} if device.type == "cpu" and n == COUNT else {}
+        wider = {k: more_ms(root, k, few) for k, few in WIDER.items()} if n == COUNT else {}
         for name in ONE_THREAD:
             os.environ.pop(name, None)
-        cores = os.cpu_count() or 1
-        together = (
-            probe_s("spectrum", *sides, "--device", "cpu", "--out", root / "all") if device.type == "cpu" else 0.0
-        )
+        together = probe_s("spectrum", *sides, "--device", "cpu", "--out", root / "all")
     phases = (times["stop_s"] - times["start_s"]).groupby(times["phase"]).sum()
+    rest = 1e3 * (whole - started - float(phases.sum())) / n
 
     def each(seconds: float) -> str:
         return f"{1e3 * seconds / n:.2f}"
 
     rows = [
-        (f"float64 Gram + eigvalsh alone{' on the card' * (device.type == 'cuda')}", f"{1e3 * alone:.2f}"),
-        ("the whole process, less its start", each(whole - started)),
-    ]
-    bars: list[tuple[str, bool]] = []
-    if device.type == "cpu":
-        rows += [(f"… {phase}", each(phases[phase])) for phase in PHASES]
-        rest = (whole - started - float(phases.sum())) / n
-        rows.append(("… all else", f"{1e3 * rest:.2f}"))
-        rows.append((f"the whole process on {cores} cores, less its start", each(together - started)))
-        rows += [(f"all else at k = {k:,}", f"{ms:.2f}") for k, ms in wider.items()]
-        told = "beside reading, the eigen-solver and the noise of storage"
-        for k, ms in {WIDTH: 1e3 * rest, **wider}.items():
-            bars.append((f"k = {k:,}: {ms:.2f} ms a matrix {told}, bar {OVERHEAD_BAR_MS:g}", ms <= OVERHEAD_BAR_MS))
-        where = "one core; at k = 512 and 1,024 what more matrices cost more, each the less of two runs"
-    else:
-        where = f"beside {torch.cuda.get_device_name()}, on the {cores} CPU cores, whose they are up to k = 512"
-    note = f"{n:,} matrices of {WIDTH} × {WIDTH}, bf16; {where}."
-    publish(
-        "small_matrices", "Small matrices", note, [("", ("what", "ms a matrix"), rows)], bars, write=n == COUNT,
-        page="benchmarks-small-matrices" + ("-cuda" if device.type == "cuda" else ""),
-    )  # fmt: skip
+        ("float64 Gram + eigvalsh alone", f"{1e3 * alone:.2f}"), ("the whole process, less its start", each(whole - started)),
+        *((f"… {phase}", each(phases[phase])) for phase in PHASES), ("… all else", f"{rest:.2f}"),
+        (f"the whole process on {os.cpu_count()} cores, less its start", each(together - started)),
+        *((f"all else at k = {k:,}", f"{ms:.2f}") for k, ms in wider.items()),
+    ]  # fmt: skip
+    told = f"ms a matrix beside reading, the eigen-solver and the noise of storage, bar {OVERHEAD_BAR_MS:g}"
+    bars = [(f"k = {k:,}: {ms:.2f} {told}", ms <= OVERHEAD_BAR_MS) for k, ms in {WIDTH: rest, **wider}.items()]
+    note = (
+        f"{n:,} matrices of {WIDTH} × {WIDTH}, bf16; one core; at k = 512 and 1,024 what more matrices cost more, each the "
+        "less of two runs."
+    )
+    publish("small_matrices", "Small matrices", note, [("", ("what", "ms a matrix"), rows)], bars, write=n == COUNT, page="benchmarks-small-matrices")  # fmt: skip
     return 0 if all(ok for _, ok in bars) else 1
 
 

@@ -23,9 +23,9 @@ from lowrank_probe.ledger import ledger_line
 from lowrank_probe.matching import Pair
 from lowrank_probe.torch_dtypes import TORCH_DTYPES
 
-# Entries taken at a time on a GPU where they are read so: few, as what is read there waits beside what is computed.
+# Entries taken at a time on a GPU. Of sides that are read run by run: few, as they wait beside what is computed.
 READ_ENTRIES: Final = DEVICE_ENTRIES // 8
-# And where both sides lie there whole: launches are what that takes, beside an eigen-solver that launches all the time.
+# Of sides that lie there whole: many, as every launch waits for those of an eigen-solver.
 PART_ENTRIES: Final = DEVICE_ENTRIES // 2
 # Parts of (ΔW, the base, the tuned), of which the first is still to be set.
 Runs = Iterator[tuple[Tensor, Tensor, Tensor]]

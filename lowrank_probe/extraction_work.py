@@ -99,8 +99,7 @@ class Work:
             pair, line = one
             try:
                 if pair is None:  # the base has none of that shape, or none at all
-                    before = line["name"] if line["name"] in self.base.tensors else ""
-                    return difference_norm(self.base, before, self.tuned, line["tuned_name"])
+                    return difference_norm(self.base, line["name"], self.tuned, line["tuned_name"])
                 with room.place(cpu, lambda: held(one)):
                     found = read_pair(pair, self.base, self.tuned, cpu, sides=False)
             except NumericsError:

@@ -70,11 +70,12 @@ def _say_quantized(part: pd.DataFrame, table: pd.DataFrame) -> Finding:
     like_null = float((same["r90"] / same["null_r90"]).median())
     levels, before = float(same["grid_levels"].median()), float(same["base_levels"].median())
     size = float(same["relative_update"].median())
+    article = "An" if bits == 8 else "A"
+    what, end = ("copy", ".") if like_null >= MOSTLY_NOISE else ("fine-tune", ", so that more than rounding moved.")
     say = (
-        f"{'An' if bits == 8 else 'A'} {bits:.0f}-bit quantized {'copy' if like_null >= MOSTLY_NOISE else 'fine-tune'} "
-        f"({group}): {where(part, table)} hold {levels:.0f} distinct values where the base has {before:.0f}; the "
-        f"difference ({percent(size)} of ‖W‖) has r90 at {like_null:.2f} × noise"
-        f"{'.' if like_null >= MOSTLY_NOISE else ', so that more than rounding moved.'}"
+        f"{article} {bits:.0f}-bit quantized {what} ({group}): {where(part, table)} hold {levels:.0f} distinct values "
+        f"where the base has {before:.0f}; the difference ({percent(size)} of ‖W‖) has r90 at {like_null:.2f} × "
+        f"noise{end}"
     )
     evidence = {
         "bits": bits, "group": group, "grid_levels": levels, "base_levels": before, "r90_over_null": like_null,

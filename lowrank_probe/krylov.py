@@ -16,8 +16,8 @@ from lowrank_probe.float64 import EPS64, eigh, gram, mm, qr
 from lowrank_probe.full_spectra import SingularValues, eigenvalue_error
 
 ENERGY_BAR: Final = 1e-6
-# What is left of a vector after all directions found are taken out is rounding where it is shorter than this by the
-# square root of: such a rest must not become a direction.
+# Where the square of what is left of a vector, all directions found before taken out, is less than this of its own,
+# that is rounding: it must not become a direction.
 DUST: Final = 1e-9
 # Added to squares in float32, so that 0 is not divided by 0.
 TINY: Final = 1e-37
@@ -155,9 +155,8 @@ def leading_singular_values(E: Tensor, generator: torch.Generator, steps: int = 
         least = DUST * (v @ v) + TINY
         for _ in range(2 if j else 0):  # once is not enough in float32
             v = v - V[:j].T @ (V[:j] @ v)
-        library.divide(
-            v, (v @ v + least) ** 0.5, out=V[j]
-        )  # about 0 where nothing is left; a GPU would wait to be asked
+        length = (v @ v + least) ** 0.5  # more than 0 where nothing is left; to ask whether it is, a GPU would wait
+        library.divide(v, length, out=V[j])
         library.matmul(A, V[j], out=U[j])
         v = A.T @ U[j]
     U = torch.as_tensor(U)

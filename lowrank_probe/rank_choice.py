@@ -60,7 +60,11 @@ class RankChoice:
     def most(self) -> int:
         """The largest rank that is asked for by number."""
         rounded = -(-max(self.ranks) // self.rank_multiple) * self.rank_multiple
-        return min(rounded, allocation.whole_steps(self.max_rank, self.rank_multiple) or rounded)
+        return min(rounded, self._cap or rounded)
+
+    @property
+    def _cap(self) -> int | None:
+        return allocation.whole_steps(self.max_rank, self.rank_multiple)
 
     def facts(self) -> dict[str, Any]:
         """What was asked for, JSON's own types, without what was left open."""
@@ -75,8 +79,7 @@ class RankChoice:
         other_bytes: of the file, for what is no factor; a budget in bytes pays for them too. Raises `ProbeError` as
         the rules of `allocation`.
         """
-        most = allocation.whole_steps(self.max_rank, self.rank_multiple)
-        limits: dict[str, Any] = {"max_rank": most, "rank_multiple": self.rank_multiple}
+        limits: dict[str, Any] = {"max_rank": self._cap, "rank_multiple": self.rank_multiple}
         if self.energy is not None:
             return {"": allocation.by_energy(units, self.energy, denoised=self.denoised, **limits)}
         if self.auto:

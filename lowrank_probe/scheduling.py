@@ -32,7 +32,6 @@ MAX_SMALL: Final = 8
 SHARE_OF_LARGEST: Final = 0.72
 # For so long a thread keeps Python while another waits for it; 5 ms is Python's own.
 TURN_S: Final = 1e-4
-_turns, _n_quick, _usual_turn_s = threading.Lock(), 0, 0.0
 # So many entries may be beside each other however small the largest matrix is: 100 MB in all.
 TOGETHER: Final = 1 << 22
 
@@ -67,40 +66,24 @@ def run_jobs(
         computing()
         yield from cluster_jobs(items, entries, load, compute, device, memory)
         return
-    with _quick_turns():
-        yield from _jobs_here(items, entries, load, compute, device, memory, largest, every, others, host, forks)
-
-
-def _jobs_here(
-    items: Sequence[Item],
-    entries: Callable[[Item], int],
-    load: Callable[[Item], Loaded],
-    compute: Callable[[Item, Loaded], Done],
-    device: torch.device,
-    memory: Memory | None,
-    largest: int,
-    every: Sequence[int],
-    others: Sequence[Card[Item, Loaded, Done]],
-    host: Host[Item, Loaded, Done] | None,
-    forks: bool,
-) -> Generator[Done, None, None]:
-    """`run_jobs` in this process and its children."""
-    queue = sorted(items, key=entries, reverse=True)
-    if device.type == "cpu":
-        with _processes(forks, every or [*map(entries, queue)], load, compute, memory) as processes:
-            yield from _cpu_jobs(queue, entries, load, compute, memory, largest, every, processes)
-        return
-    set_malloc(TRIMMED_FROM)
-    mine, on_host = queue, list[Item]()
-    if host is not None:
-        mine = [item for item in queue if not host.takes(item)]
-        on_host = [item for item in queue if host.takes(item)]
-    streams = []
     with ExitStack() as stack:
-        if on_host:
-            assert host is not None
-            processes = stack.enter_context(_processes(host.forks, host.every, host.load, host.compute, host.memory))
-            streams.append(_cpu_jobs(on_host, entries, host.load, host.compute, host.memory, 0, host.every, processes))
+        stack.enter_context(_quick_turns())
+        queue = sorted(items, key=entries, reverse=True)
+        if device.type == "cpu":
+            processes = stack.enter_context(_processes(forks, every or [*map(entries, queue)], load, compute, memory))
+            yield from _cpu_jobs(queue, entries, load, compute, memory, largest, every, processes)
+            return
+        set_malloc(TRIMMED_FROM)
+        mine, streams = queue, []
+        if host is not None:
+            mine = [item for item in queue if not host.takes(item)]
+            if on_host := [item for item in queue if host.takes(item)]:
+                processes = stack.enter_context(
+                    _processes(host.forks, host.every, host.load, host.compute, host.memory)
+                )
+                streams.append(
+                    _cpu_jobs(on_host, entries, host.load, host.compute, host.memory, 0, host.every, processes)
+                )
         if mine:
             streams.append(device_jobs(mine, entries, [(load, compute, device), *others], memory))
         yield from beside_each_other(streams)
@@ -191,6 +174,9 @@ def _cpu_jobs(
             for future in running:
                 future.cancel()
             torch.set_num_threads(cores)
+
+
+_turns, _n_quick, _usual_turn_s = threading.Lock(), 0, 0.0
 
 
 @contextmanager

@@ -159,11 +159,11 @@ class Whole:
 def difference_norm(
     base: Checkpoint, base_name: str, tuned: Checkpoint, tuned_name: str, device: torch.device | str = "cpu"
 ) -> float:
-    """‖W_tuned − W_base‖_F; what only the fine-tune has counts in full: added rows, a tensor that is new or of another
-    width (base_name "" or of other trailing dimensions). Raises `NumericsError` naming the tensor for NaN and Inf."""
+    """‖W_tuned − W_base‖_F; what only the fine-tune has counts in full: added rows, a tensor that is new (the base has
+    no base_name) or of another width (other trailing dimensions). Raises `NumericsError` for NaN and Inf, naming it."""
     shape = tuned.tensors[tuned_name].shape
     both = math.prod(shape)
-    if not base_name or base.tensors[base_name].shape[1:] != shape[1:]:
+    if base_name not in base.tensors or base.tensors[base_name].shape[1:] != shape[1:]:
         both = 0
     elif shape:
         both = min(both, math.prod(base.tensors[base_name].shape))

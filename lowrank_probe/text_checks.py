@@ -169,7 +169,7 @@ def _judged(found: _Measured, ignored: Sequence[str], notes: Sequence[str], equa
     problems, notes = [], list(notes)
     if ignored:
         problems.append(f"peft does not load {len(ignored)} tensors of the adapter, such as {ignored[0]}")
-    problems += broken_rules(gap, worn.distance, tolerance, equal)
+    problems += broken_rules(gap, tolerance, equal)
     if equal and not found.gap.distance <= tolerance:
         notes.append(
             f"what peft itself merges differs from base+adapter by {found.gap.distance:.3g}: tied weights that are "

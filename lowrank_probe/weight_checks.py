@@ -110,7 +110,8 @@ def _verification(
     cells = [{"relative_error": error, "n_matrices": len(matrices)} for error in errors]
     rounding = max(overall("rounding"), ARITHMETIC)
     tolerance = ALLOWED_SHARE + rounding
-    problems = broken_rules(overall("rounding"), errors[1], tolerance, equal)
+    gap = errors[1] if equal else overall("rounding")
+    problems = broken_rules(gap, tolerance, equal)
     stated = matrices[matrices["expected"].notna()]
     off = (stated["relative_error"] - stated["expected"]).abs() > LEDGER_RTOL * stated["expected"] + LEDGER_ATOL
     problems += [
@@ -128,6 +129,6 @@ def _verification(
     dtypes = {base.tensors[name.partition("[")[0]].dtype for name in matrices["name"]}
     table = pd.DataFrame(cells, index=pd.Index(ROWS, name="model"))
     return Verification(
-        "weights", table, overall("rounding"), "/".join(sorted(dtypes)), rounding, tolerance, tuple(problems),
+        "weights", table, gap, "/".join(sorted(dtypes)), rounding, tolerance, tuple(problems),
         tuple(notes), matrices,
     )  # fmt: skip

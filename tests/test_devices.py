@@ -68,25 +68,26 @@ def test_a_start_in_the_background_swallows_the_error_that_the_choice_raises():
         choose_device("cuda:98")
 
 
-def test_on_a_cpu_what_is_wanted_at_the_end_is_imported_beside_the_first_matrix(monkeypatch):
-    prepared = threading.Event()
-    monkeypatch.setitem(sys.modules, "wanted_at_the_end", SimpleNamespace(prepare=prepared.set))
+@pytest.fixture
+def prepared(monkeypatch):
+    """Set once what a start on the CPU wants at the end is imported and prepared."""
+    event = threading.Event()
+    monkeypatch.setitem(sys.modules, "wanted_at_the_end", SimpleNamespace(prepare=event.set))
     monkeypatch.setattr(devices, "_computing", threading.Event())
     monkeypatch.setattr(devices, "_starting", [])
     start("cpu", work="lowrank_probe.rows", then="wanted_at_the_end")
+    yield event
+    started()
+
+
+def test_on_a_cpu_what_is_wanted_at_the_end_is_imported_beside_the_first_matrix(prepared):
     assert not prepared.wait(0.2), "before anything is read it only takes turns with the reading"
     (before,) = run_jobs([1], abs, lambda item: prepared.is_set(), lambda _, was: was, torch.device("cpu"))
     assert not before
     assert prepared.wait(10)
-    started()
 
 
-def test_a_process_is_not_forked_while_another_thread_imports(monkeypatch):
-    prepared = threading.Event()
-    monkeypatch.setitem(sys.modules, "wanted_at_the_end", SimpleNamespace(prepare=prepared.set))
-    monkeypatch.setattr(devices, "_computing", threading.Event())
-    monkeypatch.setattr(devices, "_starting", [])
-    start("cpu", work="lowrank_probe.rows", then="wanted_at_the_end")
+def test_a_process_is_not_forked_while_another_thread_imports(prepared):
     started()
     assert prepared.is_set()
 

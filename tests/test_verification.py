@@ -453,6 +453,7 @@ def test_whole_modules_with_weights_are_compared_by_weights(pairs, tmp_path):
         result = verify_merge(base, list(zip(paths, weights, strict=True)), merged)
         assert result.ok, result.problems
         assert result.measure == "weights"
+        assert "lm_head.weight" in set(result.matrices["name"])
         assert any("holds whole modules, which peft neither weighs nor adds" in note for note in result.notes)
 
 
