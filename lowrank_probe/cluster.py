@@ -31,6 +31,8 @@ TOGETHER: Final = 1 << 22
 LEAST: Final = 1 << 13
 # Tasks of small matrices for each that can run, at least: the last to end is a small part of the whole.
 SHARES: Final = 8
+# Seconds for which a run that stops asks how a task ended that Ray says has ended.
+ASKED_S: Final = 1.0
 # Bytes that a task asks Ray for, an entry of its matrix: both sides, ΔW and scratch in float32.
 BYTES_PER_ENTRY: Final = 20
 # Ray's own address of the cluster that this process is in → the one that was given for it.
@@ -139,7 +141,7 @@ def cluster_jobs(
         ended, _ = ray.wait([*running], num_returns=len(running), timeout=0) if running else ([], [])
         for one in ended:  # whose worker died: Ray would print so
             with suppress(ray.exceptions.RayError):
-                ray.get(one)
+                ray.get(one, timeout=ASKED_S)
 
 
 def grouped(items: Sequence[Item], entries: Callable[[Item], int], slots: int, together: int) -> list[list[Item]]:

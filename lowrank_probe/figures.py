@@ -8,10 +8,14 @@ A figure is built as a plain dict (`specs`), which is all that the page needs; p
 `go.Figure` is asked for, which takes ten times as long.
 """
 
+import asyncio
+import contextlib
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -45,6 +49,10 @@ if TYPE_CHECKING:
 
 FORMATS: Final = ("svg", "png")
 WIDTH: Final = 1100  # pixels of a written figure; a PNG has twice as many
+# Seconds in which a browser that works has drawn a figure; kaleido gives each 90.
+STALLED_S: Final = 120.0
+# Seconds in which what it leaves in its temporary directory is removed, once it was killed.
+CLEANED_S: Final = 10.0
 _PAPER: Final = {"paper_bgcolor": "#ffffff", "plot_bgcolor": "#ffffff"}
 
 
@@ -146,7 +154,7 @@ def check_writable(directory: str | os.PathLike[str]) -> None:
         from choreographer.browsers.chromium import Chromium
         from kaleido.errors import ChromeNotFoundError  # noqa: F401
     except ImportError:
-        raise ProbeError("--figures needs kaleido, version 1 or newer: pip install 'lowrank_probe[figures]'") from None
+        raise ProbeError("--figures needs kaleido 1.3 or newer: pip install 'lowrank_probe[figures]'") from None
     browser = os.environ.get("BROWSER_PATH") or Chromium.find_browser(skip_local=False)
     if not browser or not os.access(browser, os.X_OK):
         raise ProbeError(
@@ -163,8 +171,6 @@ def write(found: "Run", directory: str | os.PathLike[str]) -> list[Path]:
     `OutputError` where the directory cannot be written.
     """
     check_writable(directory)
-    import kaleido
-
     root, written = Path(directory), list[Path]()
     with tempfile.TemporaryDirectory(prefix="lowrank_probe-") as drawn:
         aside = Path(drawn)
@@ -172,8 +178,7 @@ def write(found: "Run", directory: str | os.PathLike[str]) -> list[Path]:
         for place in {Path(job["path"]).parent for job in jobs}:
             place.mkdir(exist_ok=True)
         try:
-            # Mathjax comes from the network and none of the figures needs it.
-            kaleido.write_fig_from_object_sync(jobs, cancel_on_error=True, kopts={"mathjax": False})
+            _draw(jobs)
         except Exception as error:  # the browser's protocol raises errors of many kinds
             said = str(error.args[0] if error.args else error)
             raise ProbeError(
@@ -188,6 +193,55 @@ def write(found: "Run", directory: str | os.PathLike[str]) -> list[Path]:
             for place, files in places.items():
                 outputs.write_directory(place, files, _ELSEWHERE)
     return written
+
+
+def _draw(jobs: Sequence[dict[str, Any]]) -> None:
+    """Write each job's image to its path; raises what kaleido and the browser raise.
+
+    A browser that neither draws nor ends is ended after `STALLED_S`: while it opens and closes kaleido waits for ever.
+    """
+    from kaleido import Kaleido
+
+    opened: list[Any] = []
+    raised: list[BaseException] = []
+
+    async def draw() -> None:
+        opened.append(Kaleido(mathjax=False))  # which comes from the network, and none of the figures needs it
+        async with opened[0] as browser:
+            await browser.write_fig_from_object(jobs, cancel_on_error=True)
+
+    def run() -> None:
+        try:
+            asyncio.run(draw())
+        except BaseException as error:  # raised by the thread that asked
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    n_drawn = 0
+    try:
+        while True:
+            thread.join(STALLED_S)
+            if not thread.is_alive():
+                break
+            before, n_drawn = n_drawn, sum(_has_content(Path(job["path"])) for job in jobs)
+            if n_drawn == before:
+                raise TimeoutError(f"it has done nothing for {STALLED_S:.0f} s.")
+    finally:
+        if thread.is_alive():
+            for process in (browser.subprocess for browser in opened if hasattr(browser, "subprocess")):
+                if hasattr(os, "killpg"):  # a session of its own: the browser is started by a process between
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                else:
+                    process.kill()
+            thread.join(CLEANED_S)
+    if raised:
+        raise raised[0]
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def _jobs(figures: Mapping[str, Spec], root: Path) -> Iterable[dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from browsers import needs_chromium
 from builders import build
@@ -390,7 +391,7 @@ def test_figures_are_written_as_svg_and_png(result, tmp_path):
 
 def test_writing_figures_without_kaleido_names_the_mend(result, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kaleido.errors", None)
-    with pytest.raises(ProbeError, match=r"needs kaleido, version 1 or newer: pip install 'lowrank_probe\[figures\]'"):
+    with pytest.raises(ProbeError, match=r"needs kaleido 1\.3 or newer: pip install 'lowrank_probe\[figures\]'"):
         figures.write(result, tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
 
@@ -406,6 +407,18 @@ def test_a_browser_that_does_not_work_is_an_error_of_one_line(result, tmp_path, 
     with pytest.raises(ProbeError, match="the browser did not draw the figures") as error:
         figures.write(result, tmp_path / "figures")
     assert "\n" not in str(error.value)
+
+
+def test_a_browser_that_never_answers_is_ended(result, tmp_path, monkeypatch):
+    asleep = tmp_path / "chrome"
+    asleep.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n", encoding="utf-8")
+    asleep.chmod(0o755)
+    monkeypatch.setenv("BROWSER_PATH", str(asleep))
+    monkeypatch.setattr(figures, "STALLED_S", 2.0)
+    with pytest.raises(ProbeError, match=r"did not draw the figures: it has done nothing for 2 s\. Is it a working"):
+        figures.write(result, tmp_path / "figures")
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert not (tmp_path / "figures").exists()
 
 
 @needs_chromium
