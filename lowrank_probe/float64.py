@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowrank_probe import spilling
+from lowrank_probe.openblas import openblas
 
 EPS64: Final = 2.0**-53
 # Entries upcast to float64 at a time; bounds the working memory next to the matrix itself.
@@ -43,8 +44,11 @@ def fro_norm(A: Tensor) -> float:
     return math.sqrt(float(total))
 
 
-def gram(A: Tensor) -> Tensor:
-    """The float64 Gram matrix of the short side, (k, k): A·Aᵀ for m ≤ n, else Aᵀ·A. Upcast chunk by chunk."""
+def gram(A: Tensor, *, half: bool = False) -> Tensor:
+    """The float64 Gram matrix of the short side, (k, k): A·Aᵀ for m ≤ n, else Aᵀ·A. Upcast chunk by chunk.
+
+    half: on a CPU only what is on and above the diagonal is set, which `eigvalsh` reads.
+    """
     if A.shape[0] > A.shape[1]:
         A = A.T
     k, long = A.shape
@@ -64,9 +68,10 @@ def gram(A: Tensor) -> Tensor:
             _add_square(G.numpy(), block.numpy())
         else:
             G.addmm_(block, block.T)
-    if G.is_cpu:
+    if G.is_cpu and not half:
         for i, j in _panels(k):
-            G[:i, i:j] = G[i:j, :i].T
+            G[i:j, :i] = G[:i, i:j].T
+            G[i:j, i:j].copy_(G[i:j, i:j].triu() + G[i:j, i:j].triu(1).T)
     return G
 
 
@@ -76,12 +81,13 @@ def _panels(k: int) -> list[tuple[int, int]]:
 
 
 def _add_square(G: NDArray[np.float64], X: NDArray[np.float64]) -> None:
-    """G += X·Xᵀ on and below the diagonal's blocks: half of the work, and no second matrix of G's size.
-
-    numpy sees the symmetry of one product, too (syrk), but takes as long again to mirror it entry by entry.
-    """
+    """G += X·Xᵀ on and above the diagonal: half of the work, and no second matrix of G's size."""
+    library = openblas()
+    if library is not None:
+        library.add_square(G, X)
+        return
     for i, j in _panels(len(G)):
-        G[i:j, :i] += X[i:j] @ X[:i].T
+        G[:i, i:j] += X[:i] @ X[i:j].T
         G[i:j, i:j] += X[i:j] @ X[i:j].T
 
 
@@ -126,11 +132,16 @@ def qr(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigvalsh(G: Tensor) -> NDArray[np.float64]:
-    """Eigenvalues of a symmetric float64 matrix, descending, on the host (on a CPU numpy's LAPACK is the faster).
+    """Eigenvalues of a symmetric float64 matrix, descending, on the host; G is scratch memory afterwards.
 
-    Transposed it is the same matrix in the order that LAPACK reads, and numpy copies it in a tenth of the time.
+    On a CPU what is below the diagonal is not read, and the work is numpy's LAPACK's, which is faster than torch's:
+    transposed G is the same matrix in its order, and numpy copies it in a tenth of the time.
     """
-    lam = np.linalg.eigvalsh(G.numpy().T) if G.is_cpu else torch.linalg.eigvalsh(G).cpu().numpy()
+    if not G.is_cpu:
+        lam = torch.linalg.eigvalsh(G).cpu().numpy()
+    else:
+        library = openblas()
+        lam = np.linalg.eigvalsh(G.numpy().T) if library is None else library.eigenvalues(G.numpy())
     return np.asarray(lam[::-1], dtype=np.float64)
 
 

@@ -53,7 +53,7 @@ def full_spectrum(A: Tensor, norm: float | None = None) -> SingularValues:
     """
     if A.numel() == 0:
         return _nothing("gram", "float64")
-    lam = eigvalsh(gram(A))
+    lam = eigvalsh(gram(A, half=True))
     return _from_eigenvalues(lam, A.shape, norm, "gram")
 
 
