@@ -64,10 +64,19 @@ class Unit:
 
     def spectrum(self, denoised: bool = False) -> tuple[Values, float]:
         """((k,) singular values √Σ_e σ_{e,j}² over the copies e, their ‖ΔW‖_F); as stored where no noise is known."""
-        s, norm = self.s, self.fro_norm
-        if denoised and self.denoised is not None:
-            s, norm = self.denoised, self.denoised_fro_norm
+        s, norm = self._values(denoised)
         return (s if s.ndim == 1 else np.sqrt((s**2).sum(axis=0))), norm
+
+    def gains(self, denoised: bool = False) -> tuple[Values, float]:
+        """((k,) energies Σ_e σ_{e,j}² of the ranks j, ‖ΔW‖_F): not squared roots, whose rounding would order what is
+        equal."""
+        s, norm = self._values(denoised)
+        return (s**2 if s.ndim == 1 else (s**2).sum(axis=0)), norm
+
+    def _values(self, denoised: bool) -> tuple[Values, float]:
+        if denoised and self.denoised is not None:
+            return self.denoised, self.denoised_fro_norm
+        return self.s, self.fro_norm
 
     def energy(self, r: int) -> float:
         """Σ_{i≤r} σ² / ‖ΔW‖_F², of ΔW as stored; NaN where ΔW = 0, or r is beyond the known values."""
@@ -237,8 +246,8 @@ def by_budget(
 
 def _steps(unit: Unit, cap: int, rank_multiple: int, denoised: bool) -> tuple[Values, NDArray[np.int64]]:
     """(energy, ranks) of each step of a unit that keeps anything: rank_multiple ranks, the last step up to the cap."""
-    s, norm = unit.spectrum(denoised)
-    known = min(len(s), cap)
+    gain, norm = unit.gains(denoised)
+    known = min(len(gain), cap)
     if not unit.whole and known < cap:
         # A block that ends among unknown values has no known energy.
         if norm > 0.0 and known < rank_multiple:
@@ -247,7 +256,7 @@ def _steps(unit: Unit, cap: int, rank_multiple: int, denoised: bool) -> tuple[Va
                 f"compute at least so many (--top {rank_multiple}), or all"
             )
         known -= known % rank_multiple
-    gain = s[:known] ** 2
+    gain = gain[:known]
     if rank_multiple > 1 and known:
         gain = np.add.reduceat(gain, np.arange(0, known, rank_multiple))
     gain = gain[: np.count_nonzero(gain) if norm > 0.0 else 0]

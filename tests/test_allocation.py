@@ -258,6 +258,12 @@ def test_budget_is_the_optimum_of_what_the_walk_spends(instance, n):
     assert energy == sum(gain for _, gain in steps[: n % len(steps) + 1])
 
 
+def test_equal_prices_of_experts_are_equal():
+    """65 = 4² + 7² is not the square of its rounded root, which would take the second unit's last rank first."""
+    units = [unit("", (2, 4), [[6.0, 2.0]]), unit("u", (4, 4), [[4.0, 4.0, 4.0, 4.0], [7.0, 4.0, 4.0, 4.0]], copies=2)]
+    assert ranks(allocate(units, {"rank_multiple": 3, "max_rank": None}, 4, 78)) == [2, 3]
+
+
 def naive(units, budget):
     """The rule word for word: the dearest next step of all open units is bought if it fits, else its unit is closed."""
     bought, closed = [0] * len(units), set()
