@@ -39,6 +39,7 @@ MAX_PROCESSES: Final = 16
 # Items given to each beyond the one that it does.
 AHEAD: Final = 2
 _PDEATHSIG: Final = 1  # of prctl
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def pays(entries: int, cores: int, memory: Memory | None) -> bool:
@@ -61,7 +62,7 @@ class Processes:
         fork = multiprocessing.get_context("fork")
         self._pool = ProcessPoolExecutor(self.count, fork, _begin, (load, compute, os.getpid()))
         try:
-            with _no_interrupt(), warnings.catch_warnings():
+            with _held_back(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12 on
                 self._pool.submit(os.getpid).result()  # which forks them all
         except BrokenProcessPool as error:
@@ -116,7 +117,7 @@ def _begin(load: Callable[[Any], Any], compute: Callable[[Any, Any], Any], paren
     """In a new process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before that
         os._exit(1)
@@ -141,9 +142,10 @@ def _do(item: Any) -> bytes:
 
 
 @contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Within it this thread, and a process forked by it, holds Ctrl-C back."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+def _held_back() -> Iterator[None]:
+    """Within it this thread, and a process forked by it, holds Ctrl-C and SIGTERM back: a new process still has what
+    this one does on them, and the pool ends it by SIGTERM where another one died."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:

@@ -146,6 +146,20 @@ def test_signals_of_the_program_are_not_its_workers(few, tmp_path):
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
+def test_nor_those_of_a_worker_that_has_only_begun(few, tmp_path, monkeypatch):
+    begin = process_jobs._begin
+
+    def slow(*arguments):
+        try:
+            (tmp_path / "first").mkdir()
+        except FileExistsError:
+            time.sleep(1)
+        begin(*arguments)
+
+    monkeypatch.setattr(process_jobs, "_begin", slow)
+    test_signals_of_the_program_are_not_its_workers(few, tmp_path)
+
+
 def test_models_in_memory_stay_in_this_process(few, monkeypatch):
     monkeypatch.setattr(scheduling, "Processes", None)
     base = llama_tensors()
