@@ -44,6 +44,46 @@ def test_noise_edge_is_the_largest_singular_value_of_uneven_noise():
     assert leading[0] <= edge
 
 
+def uneven(name, shape):
+    """Widths of errors, (m, n): even, by rows and columns, or with one coarse row, a few coarse columns, one entry."""
+    generator = torch.Generator().manual_seed(5)
+    scale = torch.full(shape, 1e-3)
+    if name == "rows and columns":
+        scale *= (0.5 * torch.randn(shape[0], 1, generator=generator)).exp()
+        scale *= (0.3 * torch.randn(1, shape[1], generator=generator)).exp()
+    elif name == "a row":
+        scale[3] *= 12
+    elif name == "columns":
+        scale[:, :6] *= 6
+    elif name == "an entry":
+        scale[5, 7] *= 100
+    return scale
+
+
+@pytest.mark.parametrize("law", ["uniform", "normal"])
+@pytest.mark.parametrize("name", ["even", "rows and columns", "a row", "columns"])
+def test_one_draw_says_what_the_largest_of_three_would(name, law, monkeypatch):
+    scale, scratch = uneven(name, (160, 240)), torch.empty(160, 240)
+    one = [precision.noise_edge(scratch, scale, law, seed)[0] for seed in range(24)]
+    monkeypatch.setattr(precision, "STEADY", 0.0)
+    three = [precision.noise_edge(scratch, scale, law, seed)[0] for seed in range(24)]
+    assert one != three
+    assert np.mean(one) == pytest.approx(np.mean(three), rel=0.02)
+    assert np.std(one) < 0.06 * np.mean(one)
+
+
+def test_what_moves_from_draw_to_draw_is_drawn_three_times(monkeypatch):
+    scale, scratch, drawn = uneven("an entry", (160, 240)), torch.empty(160, 240), []
+    triplet = precision.leading_triplet
+    monkeypatch.setattr(precision, "leading_triplet", lambda *a: drawn.append(triplet(*a)) or drawn[-1])
+    edge, leading = precision.noise_edge(scratch, scale, "uniform")
+    assert len(drawn) == 3
+    assert edge == pytest.approx(max(values[0] for values, _, _ in drawn) * float(scale.max()))
+    assert np.array_equal(leading, drawn[0][0] * float(scale.max()))
+    precision.noise_edge(scratch, uneven("even", (160, 240)), "uniform")
+    assert len(drawn) == 4
+
+
 def test_dead_zone_model_finds_the_norm_and_the_errors_it_states():
     W = normal(400, 300).bfloat16()
     truth = planted((400, 300), torch.arange(1, 301, dtype=torch.float64) ** -0.5)

@@ -140,6 +140,21 @@ def test_leading_singular_values_of_noise():
         assert 0.98 * truth <= found <= 1.0001 * truth
 
 
+def test_the_leading_triplet_is_one():
+    generator = torch.Generator().manual_seed(0)
+    E = torch.randn(120, 90, generator=generator)
+    E[4] *= 6  # σ₁ stands alone, so that ten steps find u and v
+    values, u, v = svd.leading_triplet(E, generator)
+    U, s, Vh = torch.linalg.svd(E)
+    assert values[0] == pytest.approx(float(s[0]), rel=1e-4)
+    assert abs(float(u @ U[:, 0])) == pytest.approx(1, abs=1e-3)
+    assert abs(float(v @ Vh[0])) == pytest.approx(1, abs=1e-3)
+    assert float(u @ E @ v) == pytest.approx(values[0], rel=1e-5)
+    values, u, v = svd.leading_triplet(torch.zeros(20, 30), generator)
+    assert not values.any()
+    assert not u.any()
+
+
 def noise_with_spikes(shape, seed=3):
     noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return planted(shape, torch.linspace(5, 2, 12)[: min(shape)]) + noise / (4 * max(shape) ** 0.5)
