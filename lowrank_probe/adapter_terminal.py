@@ -1,8 +1,6 @@
 """Resized adapters and merged models for a terminal. Formatting only."""
 
 import math
-import shutil
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -10,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lowrank_probe.console import console
 from lowrank_probe.errors import printable
 from lowrank_probe.layers import sort_key
 from lowrank_probe.words import file_size
@@ -30,10 +29,10 @@ def print_resized(found: "Resized") -> None:
         error, optimum = (math.sqrt(float((squares * part[x] ** 2).sum()) / total) for x in ("error", "optimum"))
         ranks = _span(part["rank_before"]), _span(part["rank"])
         rows.append((layer_type, len(part), *ranks, _percent(energy), _number(error), _number(optimum)))
-    console = _console()
-    _print(console, heads, rows)
+    out = console()
+    _print(out, heads, rows)
     facts = found.facts
-    console.print(
+    out.print(
         f"keeps {_percent(found.energy)} % of ‖ΔW‖², ‖ΔW − BA‖/‖ΔW‖ = {found.error:.6g} of the factors as stored; "
         f"{facts['n_parameters']:,} parameters, {file_size(facts['n_bytes'])}"
     )
@@ -41,9 +40,9 @@ def print_resized(found: "Resized") -> None:
 
 def print_overlap(overlap: pd.DataFrame) -> None:
     """One line a layer type and two adapters: shared directions beside chance, cosine, conflicting signs; means."""
-    console = _console()
+    out = console()
     if overlap.empty:
-        console.print("no matrix is changed by two adapters: their updates do not overlap")
+        out.print("no matrix is changed by two adapters: their updates do not overlap")
         return
     heads = ("adapters", "type", "n", "φ out", "random", "φ in", "random", "cosine", "signs against %")
     columns = ("phi_left", "control_left", "phi_right", "control_right", "cosine")
@@ -52,7 +51,7 @@ def print_overlap(overlap: pd.DataFrame) -> None:
         for layer_type, part in _by_type(pair):
             means = (_number(float(part[column].mean())) for column in columns)
             rows.append((f"{a}, {b}", layer_type, len(part), *means, _percent(float(part["sign_conflict"].mean()))))
-    _print(console, heads, rows)
+    _print(out, heads, rows)
 
 
 def print_merged(found: "Merged") -> None:
@@ -64,9 +63,9 @@ def print_merged(found: "Merged") -> None:
          _number(float(part["rounding"].median())), _number(float(part["check"].max())))
         for layer_type, part in _by_type(changed)
     ]  # fmt: skip
-    console = _console()
-    _print(console, heads, rows)
-    console.print(
+    out = console()
+    _print(out, heads, rows)
+    out.print(
         f"{len(changed)} of {len(found.table)} tensors changed, {found.facts['n_bytes'] / 1e9:.3g} GB; each is base + "
         "Σ w·ΔW within the rounding of its type (check ≤ 1). lost: ‖rounding‖/‖ΔW‖, medians."
     )
@@ -77,18 +76,13 @@ def _by_type(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return sorted(parts, key=lambda one: sort_key(one[0]))
 
 
-def _console() -> Console:
-    width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
-    return Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
-
-
-def _print(console: Console, heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+def _print(out: Console, heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     for head in heads:
         table.add_column(head, justify="left" if head in ("type", "adapters") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(printable(cell) for cell in row))
-    console.print(table)
+    out.print(table)
 
 
 def _span(ranks: "pd.Series[int]") -> str:

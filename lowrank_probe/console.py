@@ -9,9 +9,9 @@ from rich.table import Table
 
 
 def console() -> Console:
-    """As wide as the terminal, at least 80; 120 where stdout is none."""
+    """As wide as the terminal, at least 80; 120 where stdout is none. A name that holds ":x:" is printed as it is."""
     width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
-    return Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
+    return Console(width=max(width, 80), highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
 def plain_table() -> Table:

@@ -1,16 +1,14 @@
 """What an evaluation found, for a terminal. Formatting only."""
 
-import shutil
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from lowrank_probe import words
+from lowrank_probe.console import console
 from lowrank_probe.errors import printable
 from lowrank_probe.evaluation_runs import interval_word, rank_word
 
@@ -23,8 +21,7 @@ _HOWS: Final = {"alone": "only", "all": "", "leave out": "all but"}
 
 def print_evaluation(found: "Evaluation") -> None:
     """One line a group: functional rank, its interval, LoRA's parameters there, and the loss at every rank."""
-    width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
-    console = Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
+    out = console()
     ranks = _shown_ranks(found)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     heads = ("truncated", "n", "rank", "95 %", "parameters", *(f"r{rank}" for rank in ranks), "full")
@@ -45,17 +42,15 @@ def print_evaluation(found: "Evaluation") -> None:
             f"{full.iloc[0]:.4g}" if len(full) else "",
             end_section=i + 1 < len(rows) and rows[i + 1]["how"] != how,
         )  # fmt: skip
-    console.print(table)
+    out.print(table)
     for word in ("base", "tuned"):
         side = found.row(word)
         told = [f"{side['loss']:.4g}"]
         told += [] if pd.isna(side["perplexity"]) else [f"perplexity {words.number(side['perplexity'])}"]
         told += [f"KL to tuned {words.number(side['kl_nats'])} nats"] if word == "base" and side["kl_nats"] > 0 else []
-        console.print(f"{word}: {', '.join(told)}")
-    console.print(f"{_merit(found.facts)}; {text_line(found.facts)}")
-    console.print(
-        f"rank: {tolerance_line(found.facts)}; 95 %: over resampled sequences; parameters: LoRA's at that rank"
-    )
+        out.print(f"{word}: {', '.join(told)}")
+    out.print(f"{_merit(found.facts)}; {text_line(found.facts)}")
+    out.print(f"rank: {tolerance_line(found.facts)}; 95 %: over resampled sequences; parameters: LoRA's at that rank")
 
 
 def text_line(facts: Mapping[str, Any]) -> str:

@@ -1,8 +1,6 @@
 """What an extraction did, for a terminal. Formatting only."""
 
 import math
-import shutil
-import sys
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -11,6 +9,7 @@ from rich.table import Table
 
 from lowrank_probe import words
 from lowrank_probe.check_tables import CheckTable, calibration_table, verification_table
+from lowrank_probe.console import console
 from lowrank_probe.errors import printable
 from lowrank_probe.extraction_summary import ALL, extraction_totals
 
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 
 def print_extraction(found: "Extraction") -> None:
     """One line an adapter and layer type: ranks, energy kept, error beside the optimum; then what is not carried."""
-    width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
-    console = Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
+    out = console()
     several = len(found.adapters) > 1
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     for head in (*(("adapter",) if several else ()), "type", "n", "rank", "kept", "error", "optimum", "parameters"):
@@ -38,8 +36,8 @@ def print_extraction(found: "Extraction") -> None:
                     _percent(row["relative_error"]), _percent(row["optimal_error_low"]), f"{row['parameters']:,}",
                     end_section=row["layer_type"] == ALL,
                 )  # fmt: skip
-    console.print(table)
-    console.print(
+    out.print(table)
+    out.print(
         "kept: share of these matrices' ‖ΔW‖² in the stored factors; error: ‖ΔW − BA‖/‖ΔW‖; optimum: no matrix of "
         "that rank has a smaller error.",
         style="dim",
@@ -48,37 +46,37 @@ def print_extraction(found: "Extraction") -> None:
         rules = found.ledger[(found.ledger["adapter"] == label) & (found.ledger["status"] == "adapted")]["rule"]
         if set(rules) - {"fixed", "energy", "denoised energy", "budget"}:
             counted = ", ".join(f"{rule} in {count}" for rule, count in rules.value_counts().items())
-            console.print(f"{label + ': ' if label else ''}what bound the rank: {counted}")
+            out.print(f"{label + ': ' if label else ''}what bound the rank: {counted}")
     for label, directory in found.adapters.items():
         told = found.facts["adapters"][label]
-        console.print(
+        out.print(
             f"{directory}: base + adapter carries {_percent(told['carried'])} of ‖ΔW‖²"
             f" ({words.file_size(told['n_bytes'])}); not carried: {_percent(told['not_carried'])}"
         )
-    _print_left_out(found, console)
+    _print_left_out(found, out)
     if "calibration" in found.facts:
-        _print_calibration(found.facts["calibration"], console)
+        _print_calibration(found.facts["calibration"], out)
 
 
-def _print_calibration(told: dict[str, Any], console: Console) -> None:
+def _print_calibration(told: dict[str, Any], out: Console) -> None:
     """What was tried with its distance from the fine-tune on both parts; of several adapters, plain and chosen only."""
     several = len({row["adapter"] for row in told["tried"]}) > 1
     found = calibration_table(told, every=not several)
-    console.print(_rich(found))
-    console.print(f"{found.line} {printable(told['file'])}", style="dim")
+    out.print(_rich(found))
+    out.print(f"{found.line} {printable(told['file'])}", style="dim")
     if told["plain"]:
-        console.print(
+        out.print(
             f"plain SVD for {len(told['plain'])} without inputs that are known, such as {printable(told['plain'][0])}"
         )
 
 
 def print_verification(label: str, check: "Verification", other: str = "the tuned model") -> None:
     """One line a model: how far it is from the other one."""
-    console = Console(width=120, highlight=False, markup=False, soft_wrap=False)
+    out = console()
     found = verification_table(check.facts())
     heads = [f"against {other}{', ' + label if label else ''}", *found.heads[1:]]
-    console.print(_rich(found._replace(heads=heads)))
-    console.print(found.line)
+    out.print(_rich(found._replace(heads=heads)))
+    out.print(found.line)
 
 
 def _rich(found: CheckTable) -> Table:
@@ -90,13 +88,13 @@ def _rich(found: CheckTable) -> Table:
     return table
 
 
-def _print_left_out(found: "Extraction", console: Console) -> None:
+def _print_left_out(found: "Extraction", out: Console) -> None:
     first = next(iter(found.adapters))
     rows = found.ledger[(found.ledger["adapter"] == first) & (found.ledger["status"] == "not carried")]
     for note, group in rows.groupby("note", sort=False):
         names = ", ".join(printable(name) for name in group["name"].head(3))
         more = f" and {len(group) - 3} more" if len(group) > 3 else ""
-        console.print(
+        out.print(
             f"not carried: {names}{more}: {_percent(group['share'].sum(skipna=False))} of ‖ΔW‖² ({printable(note)})"
         )
 

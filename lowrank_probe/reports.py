@@ -130,13 +130,13 @@ def prepare() -> None:
 
 
 def prepare_page(name: str, *modules: str) -> None:
-    """A page's template compiled, with what it includes, and modules imported, plotly among them."""
+    """A page's template compiled, with what it includes, and modules imported, plotly and Parquet among them."""
     environment = page_template(name).environment
     assert environment.loader is not None
     source, _, _ = environment.loader.get_source(environment, name)
     for part in meta.find_referenced_templates(environment.parse(source)):
         environment.get_template(str(part))
-    for module in ("plotly.offline", *modules):
+    for module in ("plotly.offline", "pyarrow.parquet", *modules):
         importlib.import_module(module)
 
 

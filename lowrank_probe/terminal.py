@@ -1,15 +1,13 @@
 """The summary of a `Result` for a terminal. Formatting only."""
 
-import shutil
-import sys
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lowrank_probe import words
+from lowrank_probe.console import console
 from lowrank_probe.errors import printable
 from lowrank_probe.metrics import ENERGY_RANKS
 
@@ -22,12 +20,11 @@ _STYLES = {"low-rank": "green", "not low-rank": "magenta", "undecidable": "yello
 
 def print_summary(result: "Result") -> None:
     """One line a layer type: counts, medians, brackets beside their null, energies in per cent, verdict."""
-    width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
-    console = Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
-    ranks = ENERGY_RANKS if width >= WIDE else (16,)
-    console.print(ledger_words(result))
+    out = console()
+    ranks = ENERGY_RANKS if out.width >= WIDE else (16,)
+    out.print(ledger_words(result))
     if result.table.empty:
-        console.print("\n".join([empty_words(result), *finding_words(result)]))
+        out.print("\n".join([empty_words(result), *finding_words(result)]))
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     heads = ("type", "n", "‖ΔW‖/‖W‖", "stable", "signal", "r50", "null", "r90", "null")
@@ -44,14 +41,14 @@ def print_summary(result: "Result") -> None:
             words.bracket(row["r90_low"], row["r90_high"]), words.rank(row["null_r90"]),
             *(words.percent(row[f"energy_{r}"]) for r in ranks), styled(str(row["verdict"])),
         )  # fmt: skip
-    console.print(table)
-    console.print(
+    out.print(table)
+    out.print(
         "r50, r90: lower–upper end of the true rank that holds 50 %, 90 % of ‖ΔW‖²; ? undecidable; null: Gaussian "
         "noise of that shape. stable, E (energy kept by rank r, in %): of ΔW as stored. Medians over n matrices.",
         style="dim",
     )
     for line in finding_words(result):
-        console.print(line)
+        out.print(line)
 
 
 def styled(verdict: str) -> Text:

@@ -1,15 +1,13 @@
 """What a training showed, for a terminal. Formatting only."""
 
-import shutil
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from lowrank_probe import words
+from lowrank_probe.console import console
 from lowrank_probe.errors import printable
 from lowrank_probe.evaluation_runs import interval_word, rank_word
 from lowrank_probe.terminal import styled
@@ -21,10 +19,9 @@ if TYPE_CHECKING:
 
 def print_training(found: "Training") -> None:
     """Loss at every rank and group; the verdicts with their evidence; the recommendation."""
-    width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
-    console = Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
-    console.print(summary_words(found))
-    console.print(_losses(found.runs.assign(loss=found.runs["loss"].mask(found.runs["diverged"].astype(bool)))))
+    out = console()
+    out.print(summary_words(found))
+    out.print(_losses(found.runs.assign(loss=found.runs["loss"].mask(found.runs["diverged"].astype(bool)))))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     for i, head in enumerate(("type", "trained", "95 %", "functional", "95 %", "r90", "half break-even")):
         table.add_column(head, justify="right" if i else "left", no_wrap=True)
@@ -36,16 +33,16 @@ def print_training(found: "Training") -> None:
             printable(row["layer_type"]), *_ranks(row, "trained"), *_ranks(row, "functional"),
             words.bracket(row["r90_low"], row["r90_high"]), words.rank(row["break_even_rank"] / 2), verdict,
         )  # fmt: skip
-    console.print(table)
-    console.print(
+    out.print(table)
+    out.print(
         f"trained: smallest rank from which on LoRA is within {tolerance_words(found)} of the full fine-tune; "
         "functional: the full run's ΔW truncated, likewise; 95 %: over seeds and sequences.",
         style="dim",
     )
     if recommended := recommendation_words(found):
         good = found.facts["recommendation"]["good_enough"]
-        console.print(f"{'recommended' if good else 'best'}: {recommended}")
-        console.print(found.facts["recommendation"]["lora_config"])
+        out.print(f"{'recommended' if good else 'best'}: {recommended}")
+        out.print(found.facts["recommendation"]["lora_config"])
 
 
 def _losses(runs: pd.DataFrame) -> Table:

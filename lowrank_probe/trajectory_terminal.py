@@ -1,7 +1,5 @@
 """A `Trajectory` for a terminal: each step in a line, a table of steps by layer type, one of φ. Formatting only."""
 
-import shutil
-import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -11,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_probe import words
+from lowrank_probe.console import console
 from lowrank_probe.errors import printable
 from lowrank_probe.terminal import empty_words, finding_words, ledger_words, styled
 
@@ -20,14 +19,13 @@ if TYPE_CHECKING:
 
 def print_trajectory(trajectory: "Trajectory") -> None:
     """What each step is; a block a layer type, a line a step; φ from step to step and first to last, with chance."""
-    width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
-    console = Console(width=max(width, 80), highlight=False, markup=False, soft_wrap=False)
+    out = console()
     for label, result in trajectory.results.items():
-        console.print(f"{printable(label)}: {ledger_words(result)}")
+        out.print(f"{printable(label)}: {ledger_words(result)}")
         if result.table.empty:
-            console.print(f"  {empty_words(result)}")
+            out.print(f"  {empty_words(result)}")
         for line in finding_words(result):
-            console.print(f"  {line}")
+            out.print(f"  {line}")
     table = trajectory.table
     if table.empty:
         return
@@ -41,13 +39,13 @@ def print_trajectory(trajectory: "Trajectory") -> None:
                 words.bracket(row["r90_low"], row["r90_high"]), words.rank(row["null_r90"]),
                 styled(str(row["verdict"])), end_section=number == len(rows) - 1,
             )  # fmt: skip
-    console.print(shown)
+    out.print(shown)
     similarity = trajectory.similarity_by_type
     if not similarity.empty:
-        _print_similarity(console, trajectory, similarity)
+        _print_similarity(out, trajectory, similarity)
 
 
-def _print_similarity(console: Console, trajectory: "Trajectory", table: pd.DataFrame) -> None:
+def _print_similarity(out: Console, trajectory: "Trajectory", table: pd.DataFrame) -> None:
     labels = list(trajectory.results)
     i = trajectory.shown_dimension
     table = table[table["i"] == i]
@@ -63,8 +61,8 @@ def _print_similarity(console: Console, trajectory: "Trajectory", table: pd.Data
             doubt = " ?" if len(part) and part["trusted"].median() < 0.5 else ""
             cells.append(_sides(part, "phi") + doubt)
         shown.add_row(printable(kind), *cells, _sides(table[table["layer_type"] == kind], "phi_random"))
-    console.print(shown)
-    console.print(
+    out.print(shown)
+    out.print(
         "r90: lower–upper end of the rank that holds 90 % of ‖ΔW‖²; null: noise of that shape. φ, output / input side: "
         "1 the same subspace, random: the mean of random ones; ? undecidable in storage noise. Medians over matrices.",
         style="dim",

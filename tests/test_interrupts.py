@@ -14,6 +14,8 @@ import pytest
 import torch
 from pairs import write
 
+from lowrank_probe.console import console
+
 PROBE = [sys.executable, "-m", "lowrank_probe"]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "FORCE_COLOR"} | {
     "COLUMNS": "160", "TERM": "xterm", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
@@ -88,7 +90,7 @@ def on_terminal(*arguments, at, presses=1, every_s=0.05, **environment):
         process.kill()
         process.wait()
         os.close(terminal)
-    assert sent, f"{at} was not seen: {shown}"
+    assert sent or not presses, f"{at} was not seen: {shown}"
     return process.returncode, shown
 
 
@@ -110,6 +112,19 @@ def test_during_the_demos_training(tmp_path, presses):
     assert lines(shown) == ["interrupted"]
     if presses == 1:
         assert list(tmp_path.iterdir()) == []
+
+
+def test_names_are_no_markup_and_no_emoji_on_a_terminal(tmp_path):
+    W = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    name = "model.[/red].0:smile:.weight"
+    sides = [write(tmp_path / side, {name: W * factor}) for side, factor in (("base", 1.0), ("tuned", 1.01))]
+    code, shown = on_terminal("spectrum", *sides, "--out", tmp_path / "run", at="", presses=0)
+    assert code == 0, shown
+    assert "note: no layer type is known for 0:smile:" in shown
+    out = console()
+    with out.capture() as table:
+        out.print("0:smile:[/red]")
+    assert table.get() == "0:smile:[/red]\n"
 
 
 @pytest.fixture(scope="module")
