@@ -31,9 +31,9 @@ PART_ENTRIES: Final = DEVICE_ENTRIES // 2
 Runs = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Delta:
-    """One matrix of an update.
+    """One matrix of an update. Only `drop_entries` changes it.
 
     shape: (m, n) as (out, in). dense: (m, n) float32 or float64, or None for an adapter, which stays `factors` =
     (B (m, r), A (r, n), scaling). base, tuned: the stored values as (m, n), None for an adapter or an absent base.
@@ -63,6 +63,10 @@ class Delta:
     def relative_update(self) -> float:
         """‖ΔW‖_F / ‖W_base‖_F; NaN without a base or for a base of zeros."""
         return self.fro_norm / self.base_norm if self.base_norm > 0 else math.nan
+
+    def drop_entries(self) -> None:
+        """Let go of ΔW and both sides: whoever reads on holds what is needed, and the rest is freed."""
+        self.dense = self.base = self.tuned = None
 
 
 def read_pair(

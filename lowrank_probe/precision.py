@@ -91,7 +91,7 @@ def ulp(W: Tensor, storage: str) -> Tensor:
 
 
 def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> StorageNoise:
-    """Measure the storage noise of one `Delta`, whose `dense` is used as scratch memory and holds nothing afterwards.
+    """Measure the storage noise of one `Delta`; where it has any, ΔW is overwritten and all its entries are dropped.
 
     base_rounded: training started from a wider base than the one stored, so that the base's own rounding counts too.
     """
@@ -114,7 +114,14 @@ def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> Storag
     square = _mean_square(steps) / 12
     # Zeros that rounding cannot have made (a frozen half, in fp32) are part of the update.
     swallowed = hidden > DEAD_ZONE_FROM and m * n * square > LEAST_NOISE * delta.fro_norm**2
-    if swallowed and not base_rounded and on_grid(base, storage):
+    known_quantizer = swallowed and not base_rounded and on_grid(base, storage)
+    if base_rounded:
+        for both, other in zip(row_chunks(steps), row_chunks(ulp(base, storage_of(base))), strict=True):
+            both.copy_(torch.hypot(both, other))
+        square = _mean_square(steps) / 12
+    del tuned, base  # as much as ΔW in float32, beside which the draws would be the most that is held
+    delta.drop_entries()
+    if known_quantizer:
         found = deadzone.correct(dense, steps)
         if found is None:
             return StorageNoise(storage, "dead-zone", unchanged, nan, nan, nan, np.zeros(0), nan, nan, (m, n))
@@ -124,10 +131,6 @@ def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> Storag
         return _noise(
             storage, "dead-zone", unchanged, square, edge, outliers, (m, n), found.fro_norm, found.resolved, found.Y
         )
-    if base_rounded:
-        for both, other in zip(row_chunks(steps), row_chunks(ulp(base, storage_of(base))), strict=True):
-            both.copy_(torch.hypot(both, other))
-        square = _mean_square(steps) / 12
     # ΔW itself is not needed any more: its memory serves for the draws.
     scratch = dense.view(torch.float32).reshape(-1)[: m * n].view(m, n)
     edge, outliers = noise_edge(scratch, steps, "uniform", seed)

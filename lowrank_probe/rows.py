@@ -60,17 +60,18 @@ class Analysed:
 
 
 def analyse(delta: Delta, settings: Settings) -> Analysed:
-    """Everything the table says of one matrix. `delta.dense` is scratch memory afterwards."""
+    """Everything the table says of one matrix, whose entries are freed as soon as they are not needed any more."""
     options = settings.options
     begun = time.time()
     with settings.turn:
         found = singular_values(delta, top=options.top, exact_tail=options.exact_tail)
     computed = time.time()
     marks = measure(delta)
-    # After the raw values: it may overwrite `delta.dense` by the corrected update.
     # Values on a grid of their own were quantized, whatever their dtype: that step is not the dtype's.
-    on_grid = replace(delta, quantized=delta.quantized or marks.get("grid_bits", math.nan) > 0)
-    noise = assess(on_grid, base_rounded=options.base_rounded, seed=options.seed)
+    if marks.get("grid_bits", math.nan) > 0:
+        delta = replace(delta, quantized=True)
+    # After the raw values: it overwrites ΔW, by the corrected update or by noise.
+    noise = assess(delta, base_rounded=options.base_rounded, seed=options.seed)
     corrected = found.values
     if noise.corrected is not None:
         with settings.turn:

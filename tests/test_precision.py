@@ -1,6 +1,7 @@
 """precision and deadzone: storage noise against updates whose truth is known."""
 
 import math
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,11 @@ import torch
 from pairs import planted, write
 
 import lowrank_probe as lp
-from lowrank_probe import deadzone, metrics, precision
+from lowrank_probe import deadzone, metrics, precision, rows
+from lowrank_probe.checkpoints import open_checkpoint
+from lowrank_probe.deltas import read_pair
+from lowrank_probe.matching import match
+from lowrank_probe.options import Options
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
@@ -82,6 +87,20 @@ def test_what_moves_from_draw_to_draw_is_drawn_three_times(monkeypatch):
     assert np.array_equal(leading, drawn[0][0] * float(scale.max()))
     precision.noise_edge(scratch, uneven("even", (160, 240)), "uniform")
     assert len(drawn) == 4
+
+
+@pytest.mark.parametrize(("relative", "model"), [(1e-2, "rounding"), (1.5e-3, "dead-zone")])
+def test_both_sides_are_freed_before_noise_is_drawn(tmp_path, relative, model, monkeypatch):
+    W = normal(200, 160)
+    update = planted((200, 160), torch.arange(1, 161, dtype=torch.float64) ** -0.5)
+    update *= relative * float(W.norm() / update.norm())
+    base, tuned = (open_checkpoint(side) for side in stored_pair(tmp_path, W, update))
+    delta = read_pair(match(base, tuned, Options()).pairs[0], base, tuned, torch.device("cpu"))
+    sides, held, edge = [weakref.ref(delta.base), weakref.ref(delta.tuned)], [], precision.noise_edge
+    monkeypatch.setattr(precision, "noise_edge", lambda *a: held.append([side() for side in sides]) or edge(*a))
+    found = rows.analyse(delta, rows.Settings(torch.device("cpu"), Options()))
+    assert found.row["noise_model"] == model
+    assert held == [[None, None]]
 
 
 def test_dead_zone_model_finds_the_norm_and_the_errors_it_states():
