@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_probe import metrics, svd
 from lowrank_probe.deltas import Delta
 from lowrank_probe.layers import place
-from lowrank_probe.precision import assess
+from lowrank_probe.precision import assess, look
 from lowrank_probe.rows import describe
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -37,7 +37,7 @@ def compare(name: str, base: Tensor, update: Tensor, storage: str = "BF16", seed
         row: dict[str, Any] = {"decidable_r50": False, "decidable_r90": False, "decidable_signal_rank": False}
     else:
         found = svd.full_spectrum(dense, delta.fro_norm)
-        noise = assess(delta, seed=seed)
+        noise = assess(delta, look(delta), seed)
         corrected = found.values if noise.corrected is None else svd.full_spectrum(noise.corrected).values
         row, _ = describe(delta, found, noise, corrected)
     row |= {

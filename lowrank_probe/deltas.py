@@ -33,7 +33,7 @@ Runs = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(eq=False)
 class Delta:
-    """One matrix of an update. Only `drop_entries` changes it.
+    """One matrix of an update. Who needs ΔW or the sides no more sets them to None, and they are freed.
 
     shape: (m, n) as (out, in). dense: (m, n) float32 or float64, or None for an adapter, which stays `factors` =
     (B (m, r), A (r, n), scaling). base, tuned: the stored values as (m, n), None for an adapter or an absent base.
@@ -63,10 +63,6 @@ class Delta:
     def relative_update(self) -> float:
         """‖ΔW‖_F / ‖W_base‖_F; NaN without a base or for a base of zeros."""
         return self.fro_norm / self.base_norm if self.base_norm > 0 else math.nan
-
-    def drop_entries(self) -> None:
-        """Let go of ΔW and both sides: whoever reads on holds what is needed, and the rest is freed."""
-        self.dense = self.base = self.tuned = None
 
 
 def read_pair(

@@ -5,7 +5,7 @@ import sys
 from typing import Final
 
 # Bytes from which a block is mapped by itself; by default up to 32 MiB, as glibc finds fit.
-MAPPED_FROM: Final = 10_000_000
+MAPPED_FROM: Final = 5_000_000
 # Free bytes at the top of a heap from which they go back to the system: glibc's default, and never.
 TRIMMED_FROM: Final = 1 << 17
 KEPT: Final = 1 << 30

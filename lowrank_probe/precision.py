@@ -90,38 +90,65 @@ def ulp(W: Tensor, storage: str) -> Tensor:
     return steps
 
 
-def assess(delta: Delta, *, base_rounded: bool = False, seed: int = 0) -> StorageNoise:
-    """Measure the storage noise of one `Delta`; where it has any, ΔW is overwritten and all its entries are dropped.
+@dataclass(frozen=True)
+class Stored:
+    """What of both sides the noise depends on: with it they can be freed.
+
+    storage: of the tuned side. steps: (m, n) bfloat16, the width of each error. square: mean square error of an entry.
+    n_moved: entries that moved; moved: (rows, columns) where anything did, of which all of this is; None: everywhere.
+    dead_zone: whether so much was swallowed that the errors are a known quantizer's.
+    """
+
+    storage: str
+    steps: Tensor
+    square: float
+    n_moved: int
+    moved: tuple[Tensor, Tensor] | None
+    dead_zone: bool
+
+
+def look(delta: Delta, *, base_rounded: bool = False) -> Stored | None:
+    """What `assess` needs of both sides of one `Delta`; None where it needs none (an adapter, a quantized side).
 
     base_rounded: training started from a wider base than the one stored, so that the base's own rounding counts too.
     """
+    if delta.quantized or delta.dense is None or delta.tuned is None or delta.base is None:
+        return None
+    moved, n_moved = _where_moved(delta.dense)
+    tuned, base = (side if moved is None else _taken(side, *moved) for side in (delta.tuned, delta.base))
+    storage = storage_of(tuned)
+    steps = ulp(tuned, storage)
+    square, entries = _mean_square(steps) / 12, steps.numel()
+    # Zeros that rounding cannot have made (a frozen half, in fp32) are part of the update.
+    hidden = (entries - n_moved) / entries
+    swallowed = hidden > DEAD_ZONE_FROM and entries * square > LEAST_NOISE * delta.fro_norm**2
+    if base_rounded:
+        for both, other in zip(row_chunks(steps), row_chunks(ulp(base, storage_of(base))), strict=True):
+            both.copy_(torch.hypot(both, other))
+        square = _mean_square(steps) / 12
+    dead_zone = swallowed and not base_rounded and on_grid(base, storage)
+    return Stored(storage, steps, square, n_moved, moved, dead_zone)
+
+
+def assess(delta: Delta, stored: Stored | None, seed: int = 0) -> StorageNoise:
+    """Measure the storage noise of one `Delta`. stored: what `look` gave. Where there is any, ΔW is overwritten, and
+    `delta.dense` is None afterwards."""
     nan = math.nan
     if delta.quantized:
         return StorageNoise(
             delta.tuned_dtype, "quantized", _unchanged(delta), nan, nan, nan, np.zeros(0), nan, 0.0, delta.shape
         )
-    if delta.dense is None or delta.tuned is None or delta.base is None:
+    if stored is None or delta.dense is None:
         return StorageNoise(
             "exact", "none", math.nan, 0.0, 0.0, math.nan, np.zeros(0), delta.fro_norm, 1.0, delta.shape
         )
-    dense, tuned, base, n_moved = _moved(delta.dense, delta.tuned, delta.base)
+    storage, steps, square = stored.storage, stored.steps, stored.square
+    dense = delta.dense if stored.moved is None else _taken(delta.dense, *stored.moved)
+    delta.dense = None
     m, n = dense.shape
-    storage = storage_of(tuned)
-    hidden = (m * n - n_moved) / (m * n)
-    entries = delta.shape[0] * delta.shape[1]
-    unchanged = (entries - n_moved) / entries
-    steps = ulp(tuned, storage)
-    square = _mean_square(steps) / 12
-    # Zeros that rounding cannot have made (a frozen half, in fp32) are part of the update.
-    swallowed = hidden > DEAD_ZONE_FROM and m * n * square > LEAST_NOISE * delta.fro_norm**2
-    known_quantizer = swallowed and not base_rounded and on_grid(base, storage)
-    if base_rounded:
-        for both, other in zip(row_chunks(steps), row_chunks(ulp(base, storage_of(base))), strict=True):
-            both.copy_(torch.hypot(both, other))
-        square = _mean_square(steps) / 12
-    del tuned, base  # as much as ΔW in float32, beside which the draws would be the most that is held
-    delta.drop_entries()
-    if known_quantizer:
+    entries = math.prod(delta.shape)
+    unchanged = (entries - stored.n_moved) / entries
+    if stored.dead_zone:
         found = deadzone.correct(dense, steps)
         if found is None:
             return StorageNoise(storage, "dead-zone", unchanged, nan, nan, nan, np.zeros(0), nan, nan, (m, n))
@@ -143,9 +170,9 @@ def _unchanged(delta: Delta) -> float:
     return math.nan if delta.dense is None else 1 - int(torch.count_nonzero(delta.dense)) / delta.dense.numel()
 
 
-def _moved(dense: Tensor, tuned: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The rows and columns where anything moved (an embedding trains the rows it saw), of all three, as they are where
-    everything did; and how many entries moved."""
+def _where_moved(dense: Tensor) -> tuple[tuple[Tensor, Tensor] | None, int]:
+    """((rows, columns) where anything moved (an embedding trains the rows it saw), or None where everything did; how
+    many entries moved)."""
     in_rows = []
     columns = torch.zeros(dense.shape[1], dtype=torch.bool, device=dense.device)
     for part in row_chunks(dense):
@@ -155,9 +182,7 @@ def _moved(dense: Tensor, tuned: Tensor, base: Tensor) -> tuple[Tensor, Tensor, 
             columns |= moved.any(dim=0)
     counts = torch.cat(in_rows)
     rows, n_moved = counts > 0, int(counts.sum())
-    if bool(rows.all()) and bool(columns.all()):
-        return dense, tuned, base, n_moved
-    return _taken(dense, rows, columns), _taken(tuned, rows, columns), _taken(base, rows, columns), n_moved
+    return (None if bool(rows.all()) and bool(columns.all()) else (rows, columns)), n_moved
 
 
 def _taken(A: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from lowrank_probe.marks import measure
 from lowrank_probe.matching import match
 from lowrank_probe.metrics import Values
 from lowrank_probe.options import Options
-from lowrank_probe.precision import StorageNoise, assess
+from lowrank_probe.precision import StorageNoise, assess, look
 
 # Share of ‖ΔW‖² that the stored entries must resolve for a number to be decidable, and how far the denoised energy
 # curve may be off: SLACK[0] + SLACK[1]·(1 − resolved)², as a share of ‖ΔW‖². Calibrated by benchmarks/calibration.py.
@@ -63,22 +63,25 @@ def analyse(delta: Delta, settings: Settings) -> Analysed:
     """Everything the table says of one matrix, whose entries are freed as soon as they are not needed any more."""
     options = settings.options
     begun = time.time()
+    marks = measure(delta)
+    # Values on a grid of their own were quantized, whatever their dtype: that step is not the dtype's.
+    delta.quantized |= marks.get("grid_bits", math.nan) > 0
+    stored = look(delta, base_rounded=options.base_rounded)
+    delta.base = delta.tuned = None
+    looked = time.time()
     with settings.turn:
         found = singular_values(delta, top=options.top, exact_tail=options.exact_tail)
     computed = time.time()
-    marks = measure(delta)
-    # Values on a grid of their own were quantized, whatever their dtype: that step is not the dtype's.
-    if marks.get("grid_bits", math.nan) > 0:
-        delta = replace(delta, quantized=True)
     # After the raw values: it overwrites ΔW, by the corrected update or by noise.
-    noise = assess(delta, base_rounded=options.base_rounded, seed=options.seed)
+    noise = assess(delta, stored, options.seed)
+    del stored
     corrected = found.values
     if noise.corrected is not None:
         with settings.turn:
             corrected = svd.full_spectrum(noise.corrected).values
     row, denoised = describe(delta, found, noise, corrected)
     stopped = time.time()
-    times = [("spectrum", begun, computed), ("noise", computed, stopped)]
+    times = [("noise", begun, looked), ("spectrum", looked, computed), ("noise", computed, stopped)]
     return Analysed(row | marks, found.values, denoised, times)
 
 

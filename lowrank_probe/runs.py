@@ -45,7 +45,8 @@ class Result:
     table: one row a matrix, columns as `columns.TABLE`. ledger: one row a tensor of either side (`columns.LEDGER`).
     singular_values[name]: (k,) float64, descending, of ΔW as stored. denoised_values[name]: (k,) with the storage
     noise taken out (absent where there is none to take). facts: what was compared, options, versions, device, seconds.
-    timeline: one row a matrix and phase (read, spectrum, noise) with its start and stop in seconds since work began.
+    timeline: one row a matrix and phase (read, spectrum, noise: before and after) with start and stop in seconds since
+    work began.
     """
 
     table: pd.DataFrame

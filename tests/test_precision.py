@@ -90,14 +90,15 @@ def test_what_moves_from_draw_to_draw_is_drawn_three_times(monkeypatch):
 
 
 @pytest.mark.parametrize(("relative", "model"), [(1e-2, "rounding"), (1.5e-3, "dead-zone")])
-def test_both_sides_are_freed_before_noise_is_drawn(tmp_path, relative, model, monkeypatch):
+def test_both_sides_are_freed_before_the_singular_values_are_computed(tmp_path, relative, model, monkeypatch):
     W = normal(200, 160)
     update = planted((200, 160), torch.arange(1, 161, dtype=torch.float64) ** -0.5)
     update *= relative * float(W.norm() / update.norm())
     base, tuned = (open_checkpoint(side) for side in stored_pair(tmp_path, W, update))
     delta = read_pair(match(base, tuned, Options()).pairs[0], base, tuned, torch.device("cpu"))
-    sides, held, edge = [weakref.ref(delta.base), weakref.ref(delta.tuned)], [], precision.noise_edge
-    monkeypatch.setattr(precision, "noise_edge", lambda *a: held.append([side() for side in sides]) or edge(*a))
+    sides, held, values = [weakref.ref(delta.base), weakref.ref(delta.tuned)], [], rows.singular_values
+    seen = lambda *a, **k: held.append([side() for side in sides]) or values(*a, **k)  # noqa: E731
+    monkeypatch.setattr(rows, "singular_values", seen)
     found = rows.analyse(delta, rows.Settings(torch.device("cpu"), Options()))
     assert found.row["noise_model"] == model
     assert held == [[None, None]]
