@@ -15,6 +15,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -51,8 +52,10 @@ FORMATS: Final = ("svg", "png")
 WIDTH: Final = 1100  # pixels of a written figure; a PNG has twice as many
 # Seconds in which a browser that works has drawn a figure; kaleido gives each 90.
 STALLED_S: Final = 120.0
-# Seconds in which what it leaves in its temporary directory is removed, once it was killed.
+# Seconds in which it closes, and in which what it leaves in its temporary directory is removed once it was killed.
 CLEANED_S: Final = 10.0
+# Seconds between two looks at what is drawn.
+LOOKED_S: Final = 0.5
 _PAPER: Final = {"paper_bgcolor": "#ffffff", "plot_bgcolor": "#ffffff"}
 
 
@@ -203,9 +206,11 @@ def _draw(jobs: Sequence[dict[str, Any]]) -> None:
     from kaleido import Kaleido
 
     opened: list[Any] = []
+    tasks: list[tuple[asyncio.AbstractEventLoop, Any]] = []
     raised: list[BaseException] = []
 
     async def draw() -> None:
+        tasks.append((asyncio.get_running_loop(), asyncio.current_task()))
         opened.append(Kaleido(mathjax=False))  # which comes from the network, and none of the figures needs it
         async with opened[0] as browser:
             await browser.write_fig_from_object(jobs, cancel_on_error=True)
@@ -218,25 +223,29 @@ def _draw(jobs: Sequence[dict[str, Any]]) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    n_drawn = 0
+    n_drawn, until = 0, time.monotonic() + STALLED_S
     try:
-        while True:
-            thread.join(STALLED_S)
-            if not thread.is_alive():
-                break
+        while thread.is_alive() and time.monotonic() < until:
+            thread.join(LOOKED_S)
             before, n_drawn = n_drawn, sum(_has_content(Path(job["path"])) for job in jobs)
-            if n_drawn == before:
-                raise TimeoutError(f"it has done nothing for {STALLED_S:.0f} s.")
+            if n_drawn > before:
+                until = time.monotonic() + (STALLED_S if n_drawn < len(jobs) else CLEANED_S)
+        stalled = thread.is_alive()
     finally:
         if thread.is_alive():
             for process in (browser.subprocess for browser in opened if hasattr(browser, "subprocess")):
-                if hasattr(os, "killpg"):  # a session of its own: the browser is started by a process between
-                    with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(OSError):
+                    if hasattr(os, "killpg"):  # a session of its own: the browser is started by a process between
                         os.killpg(process.pid, signal.SIGKILL)
-                else:
-                    process.kill()
+                    else:
+                        process.kill()
+            for loop, task in tasks:
+                with contextlib.suppress(RuntimeError):  # it has just ended
+                    loop.call_soon_threadsafe(task.cancel)
             thread.join(CLEANED_S)
-    if raised:
+    if stalled and n_drawn < len(jobs):
+        raise TimeoutError(f"it has done nothing for {STALLED_S:.0f} s.")
+    if raised and not stalled:
         raise raised[0]
 
 

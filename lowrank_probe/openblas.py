@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +23,7 @@ _COLUMNS: Final = 102
 _LOWER: Final = 122
 _PLAIN: Final = 111
 _TRANSPOSED: Final = 112
-# Rows from which the reduction by way of a band is the faster on one core or two, 1.6 × and 1.3 × at 4,096
+# Rows from which the reduction by way of a band is the faster on one core or two, 1.6 × and 1.4 × at 4,096
 # (docs/eigensolvers-cpu.md). Its second stage has one thread whatever there are: more of them ask for more rows.
 BAND_FROM: Final = 2304
 
@@ -37,22 +38,25 @@ class OpenBlas:
     threads: Callable[[], int]
     integer: Any
 
-    def add_square(self, G: NDArray[np.float64], X: NDArray[np.float64], *, keep: bool = True) -> None:
-        """G += X·Xᵀ on and above the diagonal; `keep` false: G = X·Xᵀ there.
+    def add_square(self, G: NDArray[np.float64], X: NDArray[np.float64]) -> None:
+        """G += X·Xᵀ on and above the diagonal.
 
-        G: (k, k) float64, C-contiguous, what is below its diagonal stays as it is. X: (k, n) float64, its rows or its
-        columns contiguous.
+        G: (k, k) float64, C-contiguous; what is below its diagonal stays as it is. X: (k, n) float64, its rows or its
+        columns contiguous each.
         """
+        assert G.flags.c_contiguous
         rows = X.strides[1] == X.itemsize
-        k, n = X.shape
+        assert rows or X.strides[0] == X.itemsize
+        (k, n), apart = X.shape, X.strides[0 if rows else 1] // X.itemsize
         self.dsyrk(
             _COLUMNS, _LOWER, _TRANSPOSED if rows else _PLAIN, k, n, 1.0, X.ctypes.data,
-            max(1, n if rows else k), float(keep), G.ctypes.data, max(1, k),
+            max(1, apart, n if rows else k), 1.0, G.ctypes.data, max(1, k),
         )  # fmt: skip
 
     def eigenvalues(self, G: NDArray[np.float64]) -> NDArray[np.float64]:
         """(k,) ascending, of a symmetric matrix (k, k) float64, C-contiguous, of which only what is on and above the
         diagonal is read; it is scratch memory afterwards. Raises `numpy.linalg.LinAlgError` as numpy does."""
+        assert G.flags.c_contiguous
         k = len(G)
         solve = self.dsyevd_2stage if self.by_band(k) else self.dsyevd
         values, needed, needed_whole = np.full(k, np.nan), np.zeros(1), np.zeros(1, np.int64)
@@ -85,17 +89,25 @@ class OpenBlas:
 
 @cache
 def openblas() -> OpenBlas | None:
-    """The library that numpy has loaded, if it is an OpenBLAS that works as it should."""
-    for found in threadpool_info():
-        if found["internal_api"] == "openblas":
-            try:
-                library = ctypes.CDLL(found["filepath"])
-            except OSError:
-                continue
-            for before, after, wide in _NAMES:
-                made = _bound(library, before, after, wide)
-                if made is not None and _works(made):
-                    return made
+    """numpy's own library, if it is an OpenBLAS that works as it should.
+
+    That which its wheel brings, or the only BLAS of the process: another one's threads would spin beside numpy's.
+    """
+    every = [found for found in threadpool_info() if found["user_api"] == "blas"]
+    root = Path(np.__file__).parent
+    brought = {root.parent / "numpy.libs", root / ".libs", root / ".dylibs"}
+    own = [found for found in every if Path(found["filepath"]).parent in brought] or (every if len(every) == 1 else [])
+    for found in own:
+        if found["internal_api"] != "openblas":
+            continue
+        try:
+            library = ctypes.CDLL(found["filepath"])
+        except OSError:
+            continue
+        for before, after, wide in _NAMES:
+            made = _bound(library, before, after, wide)
+            if made is not None and _works(made):
+                return made
     return None
 
 

@@ -26,10 +26,12 @@ DEAD_ZONE_FROM: Final = 0.25
 LEAST_NOISE: Final = 1e-4
 # Draws of the noise whose largest σ is its edge. Where one draw says that σ₁ moves by a share of at most STEADY, to
 # first order, that largest is RISE of it above the one, within 2 % (tests/test_precision.py): less than the first order
-# says, since u and v follow. Simulated: 0.2 to 0.35 for even and uneven noise, 0.5 (normal: 0.6) for one coarse row.
+# says, since u and v follow. Simulated: 0.2 to 0.35 for even and uneven noise, 0.4 (normal: 0.6) for one coarse row.
+# The coarsest entry counts as if u and v had COARSEST of their weight on it: its error may be small in this one draw.
 DRAWS: Final = 3
 STEADY: Final = 0.1
 RISE: Final = 0.33
+COARSEST: Final = 0.3
 _STD: Final = {"uniform": 12**-0.5, "normal": 1.0}
 _SEED: Final = 0x10_0A4B_E000
 # The lowest bit of each 16: without even numbers the steps lie evenly around 0.
@@ -229,7 +231,8 @@ def noise_edge(
     scratch: (m, n) float32, overwritten by the draws. scale: (m, n), the errors' width: ulp for the uniform law (errors
     in ±ulp/2), standard deviation for the normal one. Simulated with each entry's own scale, because rows and columns
     of real weights round unevenly and the textbook edge misses by up to 3 ×. One draw says how far it would move in
-    others; where that is much (a few coarse entries) the others are made. Seeded: a run repeats.
+    others; where that is much (a few coarse entries) the others are made. An error in ±ulp/2 is never more than half
+    of the largest step, so that the edge is at least that: no single entry's error is a signal. Seeded: a run repeats.
     """
     E = scratch
     # Away from the seeds people give their models: the very draws that made W would not be independent of its steps.
@@ -237,6 +240,7 @@ def noise_edge(
     unit = float(scale.max())
     if unit == 0.0:
         return 0.0, np.zeros(0)
+    least = unit / 2 if law == "uniform" else 0.0
     draw_values: list[NDArray[np.float64]] = []
     while len(draw_values) < DRAWS:
         # Relative to the largest scale: squares of the steps of tiny weights underflow in float32.
@@ -248,11 +252,11 @@ def noise_edge(
                 out.mul_(part.float() / unit)
         values, u, v = leading_triplet(E, generator)
         if not draw_values and values[0] > 0:
-            moves = _along(scale, unit, u, v) * _STD[law] / float(values[0])
-            if moves <= STEADY:
-                return float(values[0]) * unit * (1 + RISE * moves), values * unit
+            along, error = _along(scale, unit, u, v), _STD[law] / float(values[0])
+            if max(along, COARSEST) * error <= STEADY:
+                return max(least, float(values[0]) * unit * (1 + RISE * along * error)), values * unit
         draw_values.append(values * unit)
-    return max(float(values[0]) for values in draw_values), draw_values[0]
+    return max(least, *(float(values[0]) for values in draw_values)), draw_values[0]
 
 
 def _along(scale: Tensor, unit: float, u: Tensor, v: Tensor) -> float:

@@ -64,7 +64,8 @@ class Processes:
         try:
             with _held_back(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12 on
-                self._pool.submit(os.getpid).result()  # which forks them all
+                begun = self._pool.submit(os.getpid)  # which forks them all
+            begun.result()
         except BrokenProcessPool as error:
             self._end()
             raise self._died() from error

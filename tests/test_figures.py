@@ -1,8 +1,11 @@
 """Figures: what is drawn equals the table, the spectra and the metrics; undecidable is never a number."""
 
+import asyncio
 import base64
 import math
 import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -414,11 +417,28 @@ def test_a_browser_that_never_answers_is_ended(result, tmp_path, monkeypatch):
     asleep.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n", encoding="utf-8")
     asleep.chmod(0o755)
     monkeypatch.setenv("BROWSER_PATH", str(asleep))
-    monkeypatch.setattr(figures, "STALLED_S", 2.0)
-    with pytest.raises(ProbeError, match=r"did not draw the figures: it has done nothing for 2 s\. Is it a working"):
+    monkeypatch.setattr(figures, "STALLED_S", 5.0)
+    with pytest.raises(ProbeError, match=r"did not draw the figures: it has done nothing for 5 s\. Is it a working"):
         figures.write(result, tmp_path / "figures")
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    pid, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 20
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_browser_that_never_closes_keeps_what_it_drew(result, tmp_path, monkeypatch):
+    from choreographer import Browser
+
+    async def never(self):
+        await asyncio.sleep(600)
+
+    monkeypatch.setattr(Browser, "close", never)
+    monkeypatch.setattr(figures, "CLEANED_S", 1.0)
+    assert all(path.stat().st_size for path in figures.write(result, tmp_path / "figures"))
+    assert not [thread for thread in threading.enumerate() if "(run)" in thread.name]
 
 
 @needs_chromium
