@@ -2,10 +2,14 @@
 
 import shutil
 import sys
+from typing import Final
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+# Columns that a name takes at most: one of a stranger's module must not push the numbers out.
+LONGEST: Final = 32
 
 
 def console() -> Console:

@@ -47,5 +47,5 @@ class WorkerDiedError(ProbeError):
 
 
 def printable(text: object) -> str:
-    """The text without control characters: names come from strangers' files and must not drive a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text))
+    """The text, one line without control characters: names come from strangers' files and must not drive a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in str(text))

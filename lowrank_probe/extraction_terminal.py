@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lowrank_probe import words
 from lowrank_probe.check_tables import CheckTable, calibration_table, verification_table
-from lowrank_probe.console import console
+from lowrank_probe.console import LONGEST, console
 from lowrank_probe.errors import printable
 from lowrank_probe.extraction_summary import ALL, extraction_totals
 
@@ -24,7 +24,8 @@ def print_extraction(found: "Extraction") -> None:
     several = len(found.adapters) > 1
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     for head in (*(("adapter",) if several else ()), "type", "n", "rank", "kept", "error", "optimum", "parameters"):
-        table.add_column(head, justify="left" if head in ("adapter", "type") else "right", no_wrap=True)
+        left = head in ("adapter", "type")
+        table.add_column(head, justify="left" if left else "right", no_wrap=True, max_width=LONGEST)
     summary = found.summary
     totals = {row["adapter"]: row for row in extraction_totals(found.ledger).to_dict("records")}
     for label in found.adapters:

@@ -35,13 +35,15 @@ _WHOLE: Final = Part()
 class Matching:
     """What the headers say: the pairs to read, the ledger lines decided already, and what there is to tell.
 
-    excluded: the pairs that options leave out, each with its ledger line.
+    excluded: the pairs that options leave out, each with its ledger line. unequal: the note that names tensors of two
+    shapes, of which there is no ΔW ("": none); an adapter may still carry them whole.
     """
 
     pairs: list["Pair"] = field(default_factory=list)
     ledger: list[dict[str, Any]] = field(default_factory=list)
     excluded: list[tuple["Pair", dict[str, Any]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unequal: str = ""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def _match_models(base: Checkpoint, tuned: Checkpoint, result: Matching, split: 
     if differing:
         one = len(differing) == 1
         what = "1 tensor differs in shape and is" if one else f"{len(differing)} tensors differ in shape and are"
-        result.notes.append(f"{what} left out: {_some(differing)}")
+        result.unequal = f"{what} left out: {_some(differing)}"
     if differing and not result.pairs:
         raise MatchError(
             f"{base.path} and {tuned.path}: every tensor that both have differs in shape (such as {_some(differing)}); "

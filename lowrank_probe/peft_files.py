@@ -60,8 +60,8 @@ def write_adapter(
     modules = [(target, ranks[target.name]) for target in selection.chosen]
     if not modules:
         raise ProbeError(
-            "no matrix to adapt: every ΔW asked for is 0, or only norms and tied tables changed, and PEFT takes no "
-            "adapter without LoRA on a matrix (--tied-lora puts it on a tied table)"
+            "no matrix to adapt: every ΔW asked for is 0, or only norms and tables changed, and PEFT takes no adapter "
+            "without LoRA on a matrix (--targets everything puts it on a table, --tied-lora on one that is tied)"
         )
     whole = selection.whole
     keys = _keys([target for target, _ in modules], selection.modules.order)

@@ -137,7 +137,7 @@ def compare(
         "base": side_facts(base_side),
         "tuned": side_facts(tuned_side),
         "options": options.facts(),
-        "notes": [*matching.notes, *filter(None, [choice.note])],
+        "notes": [*matching.notes, *filter(None, [matching.unequal, choice.note])],
         **machine_facts(choice),
     }
     if store is not None and store.resumed:

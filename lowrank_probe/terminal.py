@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_probe import words
-from lowrank_probe.console import console
+from lowrank_probe.console import LONGEST, console
 from lowrank_probe.errors import printable
 from lowrank_probe.metrics import ENERGY_RANKS
 
@@ -29,7 +29,7 @@ def print_summary(result: "Result") -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     heads = ("type", "n", "‖ΔW‖/‖W‖", "stable", "signal", "r50", "null", "r90", "null")
     for head in heads:
-        table.add_column(head, justify="left" if head == "type" else "right", no_wrap=True)
+        table.add_column(head, justify="left" if head == "type" else "right", no_wrap=True, max_width=LONGEST)
     for r in ranks:
         table.add_column(f"E{r}%", justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
