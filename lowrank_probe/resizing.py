@@ -8,7 +8,8 @@ B̃ = U_r·√s_r, Ã = √s_r·Vh_r, with alpha = rank, so that the scaling is 
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lowrank_probe import allocation
@@ -101,7 +103,7 @@ def resize(
     units = _grouped(modules)
     whole_bytes = sum(side.tensors[name].n_bytes + allocation.TENSOR_OVERHEAD + len(name.encode()) for name in others)
     rule = _rule(rank, energy, budget, max_rank, rank_multiple, DTYPES[stored].itemsize, whole_bytes)
-    with whole_directory(Path(out)) as aside:
+    with whole_directory(Path(out)) as aside, _one_thread():
         chosen: Sequence[Allotment] | None = None
         if budget is not None:  # one budget for all: every spectrum first
             chosen = rule([_unit(unit, _cores(unit, side)) for unit in units])
@@ -136,6 +138,18 @@ def resize(
         "without_rank": [row["name"] for row in rows if row["rank"] == 0 and row["fro_norm"] > 0],
     }  # fmt: skip
     return Resized(Path(out), table, facts)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within it linear algebra has one thread: of factors so thin several mostly wait for each other, spinning."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _grouped(modules: Sequence[LoraModule]) -> list[list[LoraModule]]:
