@@ -119,7 +119,7 @@ def _amount(n: int, unit: str = "") -> str:
 
 def code(name: str) -> str:
     """A name as Markdown code, in a table too; one of other than plain characters as entities."""
-    name = _line(name)
+    name = printable(name)
     return f"`{name}`" if _PLAIN.fullmatch(name) and name.strip() == name else f"<code>{_entities(name)}</code>"
 
 
@@ -259,23 +259,19 @@ def _versions(facts: Mapping[str, Any]) -> str:
 
 
 def _fenced(language: str, content: str) -> str:
-    content = printable(content)
+    content = "\n".join(map(printable, content.split("\n")))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", content)), default=0))
     return f"{fence}{language}\n{content}\n{fence}"
 
 
 def _python(name: str) -> str:
     """A Python string of one line."""
-    return json.dumps(_line(name), ensure_ascii=False)
-
-
-def _line(text: str) -> str:
-    return printable(text).replace("\n", "\ufffd")
+    return json.dumps(printable(name), ensure_ascii=False)
 
 
 def _inline(text: str) -> str:
     """Text that Markdown and HTML leave as it is."""
-    return _entities(_line(text), keep=r"\w .,;+%()→–-")
+    return _entities(printable(text), keep=r"\w .,;+%()→–-")
 
 
 def _entities(text: str, keep: str = r"\w .-") -> str:
