@@ -162,7 +162,7 @@ def test_ctrl_c_keeps_finished_steps_and_the_same_command_resumes(tmp_path):
     seconds = whole.table.set_index("name")["seconds"]
     assert all(seconds[name] == facts["row"]["seconds"] for name, facts in second.items())
     assert whole.timeline.groupby("name")["phase"].agg(set).map(len).eq(3).all()
-    assert len(whole.timeline) == 90
+    assert len(whole.timeline) == 120  # noise before and after
     before = max(stop for facts in second.values() for _, _, stop in facts["times"])
     later = whole.timeline[~whole.timeline["name"].isin(second)]
     assert later["start_s"].min() >= before - 1e-6, "the clock goes on"
