@@ -23,7 +23,7 @@ _COLUMNS: Final = 102
 _LOWER: Final = 122
 _PLAIN: Final = 111
 _TRANSPOSED: Final = 112
-# Rows from which the reduction by way of a band is the faster on one core or two, 1.6 × and 1.4 × at 4,096
+# Rows from which the reduction by way of a band is the faster on one core or two, 1.5 × and 1.4 × at 4,096
 # (docs/eigensolvers-cpu.md). Its second stage has one thread whatever there are: more of them ask for more rows.
 BAND_FROM: Final = 2304
 
