@@ -12,6 +12,7 @@ docs/benchmarks-gpu.md.
 """
 
 import argparse
+import compileall
 import json
 import math
 import shutil
@@ -28,6 +29,7 @@ import torch
 from accuracy import publish
 from extract import RANK, judge, scaling
 from safetensors.torch import load_file
+from speed import as_installed
 
 import lowrank_probe as lp
 from lowrank_probe.checkpoints import open_checkpoint
@@ -106,7 +108,7 @@ def kernels_s(sides: tuple[Path, Path], device: torch.device) -> float:
 def whole_s(*command: str | Path) -> float:
     """Seconds of one whole process; its own words where it fails."""
     started = time.perf_counter()
-    done = subprocess.run([*map(str, command)], check=False, capture_output=True, text=True)
+    done = subprocess.run([*map(str, command)], check=False, capture_output=True, text=True, env=as_installed())
     if done.returncode:
         raise RuntimeError(f"{command[0]} {command[-1]}: exit {done.returncode}: {done.stderr.strip()[-2000:]}")
     return time.perf_counter() - started
@@ -115,6 +117,14 @@ def whole_s(*command: str | Path) -> float:
 def probe_s(command: str, *arguments: str | Path) -> float:
     """Seconds of one whole `probe COMMAND` process."""
     return whole_s(sys.executable, "-m", "lowrank_probe", command, *arguments, "--quiet")
+
+
+def prepare(device: torch.device, peer: str | None = None) -> None:
+    """Bytecode of all that is measured, for machines on which none is kept (`speed.as_installed`)."""
+    compileall.compile_dir(Path(lp.__file__).parent, quiet=1)
+    start_s(device)
+    if peer:
+        whole_s(peer, "--help")
 
 
 def start_s(device: torch.device) -> float:
@@ -219,6 +229,7 @@ def main() -> int:
         sides = make_pair(root, device, 16 if tiny else 1, options.layers)
         alone = kernels_s(sides, device)
         read_s(*sides)  # once unmeasured: the files lie in the page cache for every measurement alike
+        prepare(device, options.peer)
         rounds, peers = [], []
         for number in range(1 if tiny else options.rounds):
             for made in ("exact", "top", "adapter", "peer"):

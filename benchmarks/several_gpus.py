@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 from accuracy import publish
-from gpu import probe_s, start_s
+from gpu import prepare, probe_s, start_s
 
 from lowrank_probe.runs import load_result
 
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sides = make_pair(root, torch.device(one), width, n)
         if cards:
             torch.cuda.empty_cache()
+        prepare(torch.device(one))
         for i in range(options.rounds):
             outs = [root / f"{name}-{i}" for name in ("one", "all")]
             start = start_s(torch.device(one))

@@ -176,10 +176,18 @@ def install_peer(venv: Path, requirement: str = PEER, command: str = "modeldelta
     return venv / "bin" / command
 
 
+def as_installed() -> dict[str, str]:
+    """The environment of a process that keeps its modules' bytecode, as pip leaves it on every machine.
+
+    Containers often forbid that: each process then compiles all of torch again, half of the seconds of its start.
+    """
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def timed(command: Sequence[str]) -> Timing:
     """Run a command to its end; RuntimeError with its own words where it fails."""
     busy, used, started = _busy_s(), _children_s(), time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=as_installed())
     wall, cpu = time.perf_counter() - started, _children_s() - used
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}: {done.stderr.strip()[-2000:]}")
