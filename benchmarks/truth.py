@@ -37,7 +37,7 @@ def compare(name: str, base: Tensor, update: Tensor, storage: str = "BF16", seed
         row: dict[str, Any] = {"decidable_r50": False, "decidable_r90": False, "decidable_signal_rank": False}
     else:
         found = svd.full_spectrum(dense, delta.fro_norm)
-        noise = assess(delta, look(delta), seed)
+        noise = assess(delta, look(delta), found.values, seed)
         corrected = found.values if noise.corrected is None else svd.full_spectrum(noise.corrected).values
         row, _ = describe(delta, found, noise, corrected)
     row |= {

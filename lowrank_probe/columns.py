@@ -86,7 +86,8 @@ TABLE: Final[dict[str, Column]] = {
     "edge_ratio": Column("noise_edge / (noise_std·(√m + √n)): 1 for evenly rounded weights"),
     "resolved": Column("share of ‖ΔW‖² that the stored entries resolve; below 0.5 nothing is decided", source="ours"),
     "signal_rank": Column(
-        "#{σ > 1.05·noise_edge} (1.1· and of the corrected ΔW: dead-zone): directions that are no independent noise",
+        "#{σ > 1.05·noise_edge} (1.1· and of the corrected ΔW: dead-zone): directions that are no independent noise; "
+        "at most the rank r ≤ 8 of which a matrix, stored again, leaves nothing of ΔW but noise",
         source=_BBP,
     ),
     "denoised_fro_norm": Column("‖ΔW‖_F with the storage error taken out"),

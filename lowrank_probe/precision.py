@@ -14,7 +14,9 @@ from torch import Tensor
 
 from lowrank_probe import deadzone, spilling
 from lowrank_probe.deltas import Delta
+from lowrank_probe.explained_ranks import explained_rank
 from lowrank_probe.float64 import mm, row_chunks
+from lowrank_probe.metrics import Values
 from lowrank_probe.svd import leading_triplet
 
 # storage type → (bits of the significand after the leading one, exponent of the smallest step)
@@ -49,7 +51,8 @@ class StorageNoise:
     noise_std·(√m + √n); outliers: those of its ten largest σ that lie beyond that textbook edge. fro_norm: ‖ΔW‖_F
     without the error. resolved: the share of ‖ΔW‖² that the stored entries resolve. Both are NaN where the model does
     not apply. shape: (rows, columns that moved at all), the matrix that all of this is about: a row of zeros carries
-    neither update nor error.
+    neither update nor error. explained: the least rank that explains ΔW as it is stored (`explained_ranks`); None where
+    none was found, and for larger ones.
     """
 
     storage: str
@@ -63,6 +66,7 @@ class StorageNoise:
     resolved: float
     shape: tuple[int, int]
     corrected: Tensor | None = None
+    explained: int | None = None
 
 
 def storage_of(W: Tensor) -> str:
@@ -98,7 +102,8 @@ class Stored:
 
     storage: of the tuned side. steps: (m, n) bfloat16, the width of each error. square: mean square error of an entry.
     n_moved: entries that moved; moved: (rows, columns) where anything did, of which all of this is; None: everywhere.
-    dead_zone: whether so much was swallowed that the errors are a known quantizer's.
+    on_grid: whether training started from stored values, so that each entry of ΔW is known to half a step; not asked of
+    fp32 and wider. dead_zone: whether beside that so much was swallowed that the errors are a known quantizer's.
     """
 
     storage: str
@@ -106,6 +111,7 @@ class Stored:
     square: float
     n_moved: int
     moved: tuple[Tensor, Tensor] | None
+    on_grid: bool
     dead_zone: bool
 
 
@@ -128,13 +134,13 @@ def look(delta: Delta, *, base_rounded: bool = False) -> Stored | None:
         for both, other in zip(row_chunks(steps), row_chunks(ulp(base, storage_of(base))), strict=True):
             both.copy_(torch.hypot(both, other))
         square = _mean_square(steps) / 12
-    dead_zone = swallowed and not base_rounded and on_grid(base, storage)
-    return Stored(storage, steps, square, n_moved, moved, dead_zone)
+    known = not base_rounded and (swallowed or storage in ("BF16", "F16")) and on_grid(base, storage)
+    return Stored(storage, steps, square, n_moved, moved, known, known and swallowed)
 
 
-def assess(delta: Delta, stored: Stored | None, seed: int = 0) -> StorageNoise:
-    """Measure the storage noise of one `Delta`. stored: what `look` gave. Where there is any, ΔW is overwritten, and
-    `delta.dense` is None afterwards."""
+def assess(delta: Delta, stored: Stored | None, values: Values, seed: int = 0) -> StorageNoise:
+    """Measure the storage noise of one `Delta`. stored: what `look` gave; values: the singular values of ΔW as stored.
+    Where there is any, ΔW is overwritten, and `delta.dense` is None afterwards."""
     nan = math.nan
     if delta.quantized:
         return StorageNoise(
@@ -150,6 +156,7 @@ def assess(delta: Delta, stored: Stored | None, seed: int = 0) -> StorageNoise:
     m, n = dense.shape
     entries = math.prod(delta.shape)
     unchanged = (entries - stored.n_moved) / entries
+    explained = explained_rank(dense, steps, values, delta.fro_norm, square) if stored.on_grid else None
     if stored.dead_zone:
         found = deadzone.correct(dense, steps)
         if found is None:
@@ -158,14 +165,17 @@ def assess(delta: Delta, stored: Stored | None, seed: int = 0) -> StorageNoise:
         edge, outliers = noise_edge(scratch, found.error_std, "normal", seed)
         square = _mean_square(found.error_std)
         return _noise(
-            storage, "dead-zone", unchanged, square, edge, outliers, (m, n), found.fro_norm, found.resolved, found.Y
-        )
+            storage, "dead-zone", unchanged, square, edge, outliers, (m, n), found.fro_norm, found.resolved, found.Y,
+            explained,
+        )  # fmt: skip
     # ΔW itself is not needed any more: its memory serves for the draws.
     scratch = dense.view(torch.float32).reshape(-1)[: m * n].view(m, n)
     edge, outliers = noise_edge(scratch, steps, "uniform", seed)
     clean = max(0.0, delta.fro_norm**2 - m * n * square)
     share = clean / delta.fro_norm**2 if delta.fro_norm > 0 else 0.0
-    return _noise(storage, "rounding", unchanged, square, edge, outliers, (m, n), math.sqrt(clean), share)
+    return _noise(
+        storage, "rounding", unchanged, square, edge, outliers, (m, n), math.sqrt(clean), share, None, explained
+    )
 
 
 def _unchanged(delta: Delta) -> float:
@@ -207,14 +217,15 @@ def _count_by_rows(marked: Tensor) -> Tensor:
 
 def _noise(
     storage: str, model: str, unchanged: float, square: float, edge: float, outliers: NDArray[np.float64],
-    shape: tuple[int, int], fro_norm: float, resolved: float, corrected: Tensor | None = None,
+    shape: tuple[int, int], fro_norm: float, resolved: float, corrected: Tensor | None, explained: int | None,
 ) -> StorageNoise:  # fmt: skip
     std = math.sqrt(square)
     textbook = std * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
     ratio = edge / textbook if textbook > 0 else math.nan
     return StorageNoise(
-        storage, model, unchanged, std, edge, ratio, outliers[outliers > textbook], fro_norm, resolved, shape, corrected
-    )
+        storage, model, unchanged, std, edge, ratio, outliers[outliers > textbook], fro_norm, resolved, shape,
+        corrected, explained,
+    )  # fmt: skip
 
 
 def on_grid(W: Tensor, storage: str) -> bool:

@@ -73,7 +73,7 @@ def analyse(delta: Delta, settings: Settings) -> Analysed:
         found = singular_values(delta, top=options.top, exact_tail=options.exact_tail)
     computed = time.time()
     # After the raw values: it overwrites ΔW, by the corrected update or by noise.
-    noise = assess(delta, stored, options.seed)
+    noise = assess(delta, stored, found.values, options.seed)
     del stored
     corrected = found.values
     if noise.corrected is not None:
@@ -183,7 +183,10 @@ def _storage_columns(row: dict[str, Any], s: Any, shape: tuple[int, int], noise:
     # Below what the method itself may be wrong by nothing is a signal: of fp32 and fp64 pairs, storage hides less.
     limit = max(metrics.SIGNAL_FACTOR[noise.model] * noise.noise_edge, row["sigma_error"] * row["spectral_norm"])
     counted = whole or not float(s[-1]) > limit
-    row["signal_rank"] = float(np.count_nonzero(s > limit)) if counted else math.nan
+    count = int(np.count_nonzero(s > limit))
+    if noise.explained is not None:  # what lies beyond so few directions is what storing them leaves
+        count, counted = min(count, noise.explained), True
+    row["signal_rank"] = float(count) if counted else math.nan
     seen = s[:k] if whole else with_tail(s, row["fro_norm"], k)
     denoised = deconvolve(seen, noise.noise_std, shape, noise.fro_norm)
     # The same with every direction taken for an isolated one: better where few stand out of uneven noise.
