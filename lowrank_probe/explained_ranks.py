@@ -50,8 +50,11 @@ _SEED: Final = 0x10_0A4B_E001
 LEAST_STEP: Final = 1e-9
 
 
-def explained_rank(Q: Tensor, steps: Tensor, values: Values, fro_norm: float, square: float) -> int | None:
-    """The least rank r ≤ MOST of which a matrix, stored, leaves nothing of Q but noise; None where none is found.
+def explained_rank(
+    Q: Tensor, steps: Tensor, values: Values, fro_norm: float, square: float, *, counted_from: float = 0.0
+) -> int | None:
+    """The least rank r ≤ MOST of which a matrix, stored, leaves nothing of Q but noise; None where none is found, and
+    where no σ beyond the least possible r exceeds `counted_from`.
 
     Q: (m, n), ‖Q‖_F = fro_norm. steps: (m, n) bfloat16. values: the singular values of Q, descending; the first
     MOST + 1 are needed. square: mean square error of an entry. Where a rank is tried, one more float32 matrix is made.
@@ -61,7 +64,7 @@ def explained_rank(Q: Tensor, steps: Tensor, values: Values, fro_norm: float, sq
     left = fro_norm**2 - np.cumsum(values[:MOST] ** 2)
     most_left = min(ENERGY * Q.numel() * square, (1 - SHARE) * fro_norm**2)
     possible = np.flatnonzero((left <= most_left) & (values[:MOST] >= CLEAR * values[MOST]))[:TRIED] + 1
-    if not len(possible):
+    if not len(possible) or values[possible[0]] <= counted_from:
         return None
     scratch = spilling.empty(Q.shape, torch.float32, Q.device)
     if Q.dtype != torch.float32:  # steps of bf16 and fp16 in a wider type

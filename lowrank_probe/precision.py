@@ -156,7 +156,11 @@ def assess(delta: Delta, stored: Stored | None, values: Values, seed: int = 0) -
     m, n = dense.shape
     entries = math.prod(delta.shape)
     unchanged = (entries - stored.n_moved) / entries
-    explained = explained_rank(dense, steps, values, delta.fro_norm, square) if stored.on_grid else None
+    explained = None
+    if stored.on_grid:
+        # Of independent errors no edge is lower; those of a quantizer are corrected first, and known after only.
+        least = 0.0 if stored.dead_zone else math.sqrt(square) * (math.sqrt(m) + math.sqrt(n))
+        explained = explained_rank(dense, steps, values, delta.fro_norm, square, counted_from=least)
     if stored.dead_zone:
         found = deadzone.correct(dense, steps)
         if found is None:
