@@ -91,7 +91,10 @@ def synthetic(m: int, n: int, device: torch.device) -> Delta:
 
 
 def measured(m: int, n: int, device: torch.device, rounds: int) -> tuple[float, float, int]:
-    """(seconds of the exact spectrum with its noise, seconds of the factors, peak bytes on the card; 0 without one)."""
+    """(seconds of the exact spectrum with its noise, seconds of the factors, peak bytes on the card; 0 without one).
+
+    The peak holds both sides, which a run lets go of before the spectrum, in place of the next matrix's that it reads.
+    """
     delta = synthetic(m, n, device)
     dense = delta.dense
     assert dense is not None
