@@ -17,6 +17,7 @@ from lowrank_probe.cli_shared import (
     stored_word,
     tell,
     tell_problems,
+    wrong_usage,
 )
 from lowrank_probe.words import some
 
@@ -46,8 +47,11 @@ def resize(
     if energy is not None and not 0 < energy <= 1:
         raise typer.BadParameter(f"{energy:g}: expected above 0 and at most 1, such as 0.9", param_hint="--energy")
     with interrupts.ending_at_once():
-        from lowrank_probe import resizing
+        from lowrank_probe import allocation, resizing
         from lowrank_probe.adapter_terminal import print_resized
+    if budget is not None:
+        with wrong_usage("--budget"):
+            allocation.parse_budget(budget)
     with progress_bar(quiet) as on_progress:
         found = resizing.resize(
             adapter, out, rank=rank, energy=energy, budget=budget, max_rank=max_rank, rank_multiple=rank_multiple,

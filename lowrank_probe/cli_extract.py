@@ -28,6 +28,7 @@ from lowrank_probe.cli_shared import (
     tell,
     tell_problems,
     tell_resumed,
+    wrong_usage,
 )
 
 Rank = Annotated[str | None, typer.Option("--rank", "-r", help="A rank, several (4,8,16), or auto. Default: 16.")]
@@ -85,7 +86,7 @@ def extract(
         devices.start(
             "cpu" if ray else device, work="lowrank_probe.factorisation", then="lowrank_probe.extraction_reports"
         )
-        from lowrank_probe import allocation, extraction
+        from lowrank_probe import extraction
         from lowrank_probe.options import Options
         from lowrank_probe.rank_choice import RankChoice
     texts = read_data(data, verify)
@@ -93,10 +94,11 @@ def extract(
         from lowrank_probe.remote_files import refuse_addresses
 
         refuse_addresses(base, tuned)
-    choice = RankChoice(
-        ranks=ranks, energy=energy, auto=auto, budget=allocation.parse_budget(budget) if budget else None,
-        denoised=denoised, max_rank=max_rank, rank_multiple=rank_multiple,
-    )  # fmt: skip
+    with wrong_usage("--rank / --energy / --budget"):
+        choice = RankChoice(
+            ranks=ranks, energy=energy, auto=auto, budget=budget, denoised=denoised, max_rank=max_rank,
+            rank_multiple=rank_multiple,
+        )  # fmt: skip
     chosen = [one.strip() for text in targets or ["all-linear"] for one in text.split(",") if one.strip()]
     options = Options(
         include=include or (), exclude=exclude or (), layers=span, device=device, seed=seed, ray=ray,

@@ -12,7 +12,7 @@ import typer
 
 from lowrank_probe import interrupts
 from lowrank_probe.amounts import parse_amount
-from lowrank_probe.errors import printable
+from lowrank_probe.errors import ProbeError, printable
 from lowrank_probe.options import LEAST_MEMORY, STORED, Progress
 from lowrank_probe.words import count, file_size
 
@@ -68,6 +68,15 @@ CardMemory = Annotated[
     int | None,
     typer.Option("--gpu-memory", parser=_memory, metavar="20GB", help="Of each card: larger matrices go to the CPU."),
 ]
+
+
+@contextmanager
+def wrong_usage(option: str) -> Iterator[None]:
+    """Within it what the library finds wrong is wrong usage of an option."""
+    try:
+        yield
+    except ProbeError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def stored_word(text: str | None) -> str | None:

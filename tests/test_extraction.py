@@ -249,7 +249,10 @@ def test_the_command_prints_and_writes(decaying, tmp_path):
 @pytest.mark.slow
 def test_the_command_fails_in_one_line(decaying, tmp_path):
     fails("extract", decaying[0], decaying[0], "--out", tmp_path / "a", words=["identical"], code=3)
-    fails("extract", *decaying, "--rank", "0", "--out", tmp_path / "a", words=["rank is 0"])
+    assert "rank is 0" in probe("extract", *decaying, "--rank", "0", "--out", tmp_path / "a", code=2)[1]
+    two = "--rank", "4", "--energy", "0.9"
+    assert "give one" in probe("extract", *decaying, *two, "--out", tmp_path / "a", code=2)[1]
+    assert "not understood" in probe("extract", *decaying, "--budget", "much", "--out", tmp_path / "a", code=2)[1]
     fails("extract", *decaying, "--targets", "nowhere", "--out", tmp_path / "a", words=["nowhere", "q"])
     fails("extract", *decaying, "--budget", "10", "--out", tmp_path / "a", words=["too small"])
     assert "expected a rank" in probe("extract", *decaying, "--rank", "x", "--out", tmp_path / "a", code=2)[1]
