@@ -23,6 +23,7 @@ from typing import Final
 import torch
 from accuracy import publish
 from safetensors.torch import save_file
+from speed import as_installed
 
 from lowrank_probe.runs import load_result
 
@@ -74,7 +75,7 @@ def run(*arguments: str | Path) -> Ran:
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "lowrank_probe", *map(str, arguments), "--device", "cpu", "--quiet"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=as_installed(),
     )  # fmt: skip
     own = mapped = 0
     while process.poll() is None:

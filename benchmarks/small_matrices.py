@@ -24,7 +24,7 @@ from typing import Final
 import pandas as pd
 import torch
 from accuracy import publish
-from gpu import probe_s, start_s
+from gpu import prepare, probe_s, start_s
 from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits
 
@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         sides = make_pair(root, n)
+        prepare(torch.device("cpu"))
         started, alone = start_s(torch.device("cpu")), kernel_s()
         whole = probe_s("spectrum", *sides, "--device", "cpu", "--out", root / "out")
         times = pd.read_csv(root / "out" / "timeline.csv")

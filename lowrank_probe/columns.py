@@ -87,7 +87,7 @@ TABLE: Final[dict[str, Column]] = {
     "resolved": Column("share of ‖ΔW‖² that the stored entries resolve; below 0.5 nothing is decided", source="ours"),
     "signal_rank": Column(
         "#{σ > 1.05·noise_edge} (1.1· and of the corrected ΔW: dead-zone): directions that are no independent noise; "
-        "at most the rank r ≤ 8 of which a matrix, stored again, leaves nothing of ΔW but noise",
+        "capped at r ≤ 8 where a matrix of rank r, stored again, gives ΔW but for noise",
         source=_BBP,
     ),
     "denoised_fro_norm": Column("‖ΔW‖_F with the storage error taken out"),

@@ -29,25 +29,28 @@ from lowrank_probe.metrics import Values
 
 # Of larger ranks an entry is the sum of so many products that its error is as good as independent.
 MOST: Final = 8
-# A rank is tried that leaves no more than the errors' own energy, by a factor, keeps this share of ‖Q‖², and whose last
-# σ is this many times the (MOST + 1)-th; the least few of them.
+# What a rank leaves of Q is no more than the energy of the errors, by this factor. Where little is stored of an update,
+# any rank does: it also keeps this share of ‖Q‖² at least, and its last σ is this many times the noise.
 ENERGY: Final = 1.1
 SHARE: Final = 0.4
-CLEAR: Final = 1.5
+CLEAR: Final = 1.1
+# Only the least few of those ranks are tried.
 TRIED: Final = 3
 # Projections, and after how many the rank is judged.
 ROUNDS: Final = 24
 JUDGED: Final = (0, 4, 8, 16, ROUNDS)
 REFLECTED: Final = 1.9
-# σ₁(D) over the (MOST + 1)-th σ of Q; and over what it was when it was judged before, 0.6 to 0.8 where a rank explains
+# σ₁(D) over the noise; and over what it was when it was judged before, 0.6 to 0.8 where a rank explains Q.
 LEFT: Final = 0.75
 FALLING: Final = 0.9
 # Of a subspace iteration for the leading directions of Q.
-_WIDER: Final = 4
-_TURNS: Final = 4
-_SEED: Final = 0x10_0A4B_E001
+WIDER: Final = 4
+TURNS: Final = 4
 # No step is a smaller share of the noise: it shows ΔW as it is, and a division by it would overflow.
 LEAST_STEP: Final = 1e-9
+# Below this share of an entry's error a singular value is rounding of the arithmetic.
+DUST: Final = 1e-3
+_SEED: Final = 0x10_0A4B_E001
 
 
 def explained_rank(
@@ -59,21 +62,25 @@ def explained_rank(
     Q: (m, n), ‖Q‖_F = fro_norm. steps: (m, n) bfloat16. values: the singular values of Q, descending; the first
     MOST + 1 are needed. square: mean square error of an entry. Where a rank is tried, one more float32 matrix is made.
     """
-    if len(values) <= MOST or not values[MOST] > 0:
+    m, n = Q.shape
+    error = math.sqrt(square)
+    if min(m, n, len(values)) <= MOST or values[MOST] <= DUST * error:
         return None
+    # The next σ of Q may be a signal itself; the edge of independent errors is none.
+    noise = min(float(values[MOST]), error * (math.sqrt(m) + math.sqrt(n)))
+    r = np.arange(1, MOST + 1)
     left = fro_norm**2 - np.cumsum(values[:MOST] ** 2)
-    most_left = min(ENERGY * Q.numel() * square, (1 - SHARE) * fro_norm**2)
-    possible = np.flatnonzero((left <= most_left) & (values[:MOST] >= CLEAR * values[MOST]))[:TRIED] + 1
+    plausible = left <= np.minimum(ENERGY * (m - r) * (n - r) * square, (1 - SHARE) * fro_norm**2)
+    possible = r[plausible & (values[:MOST] >= CLEAR * noise)][:TRIED]
     if not len(possible) or values[possible[0]] <= counted_from:
         return None
     scratch = spilling.empty(Q.shape, torch.float32, Q.device)
-    if Q.dtype != torch.float32:  # steps of bf16 and fp16 in a wider type
+    if Q.dtype != torch.float32:  # no more digits of Q are needed than say in which cell P lies
         narrow = spilling.empty(Q.shape, torch.float32, Q.device)
         for out, part in zip(row_chunks(narrow), row_chunks(Q), strict=True):
             out.copy_(part)
         Q = narrow
     generator = torch.Generator(device=Q.device).manual_seed(_SEED)
-    noise = float(values[MOST])
     return next((r for r in possible.tolist() if _explains(r, Q, steps, noise, scratch, generator)), None)
 
 
@@ -101,9 +108,9 @@ def _explains(r: int, Q: Tensor, steps: Tensor, noise: float, scratch: Tensor, g
 
 def _leading(Q: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(B, V) of the best P of rank r, nearly."""
-    width = min(r + _WIDER, *Q.shape)
+    width = min(r + WIDER, *Q.shape)
     V = _orthonormal(torch.randn(Q.shape[1], width, generator=generator, device=Q.device))
-    for _ in range(_TURNS):
+    for _ in range(TURNS):
         V = _orthonormal(mm(Q.T, _orthonormal(mm(Q, V))))
     B = mm(Q, V)
     turn = small_svd(qr(B.double())[1])[2][:r].T.float()

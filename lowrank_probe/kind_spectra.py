@@ -28,8 +28,8 @@ TAIL_EXACT: Final = 1e-10
 GAP: Final = 1.2
 # Below this gap a further direction could hide just under the rounding: the rank is given as "≥ r".
 WHOLE_GAP: Final = 2.0
-# The rounding of a rank-1 update is not quite independent of it: one or two values then stand up to 1.15 × above the
-# others, and 50 × below the update. They are not counted.
+# The rounding of an update of a few directions is not independent of it: further values then stand up to 1.35 × above
+# the others, and well below the update. They are not counted here, where `explained_ranks` has not left them out.
 BULK: Final = 1.35
 CLEAR_GAP: Final = 3.0
 # Where weak directions are lost in rounding the counts differ, but not by much (53 to 64 of 64).

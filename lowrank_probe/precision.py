@@ -102,8 +102,8 @@ class Stored:
 
     storage: of the tuned side. steps: (m, n) bfloat16, the width of each error. square: mean square error of an entry.
     n_moved: entries that moved; moved: (rows, columns) where anything did, of which all of this is; None: everywhere.
-    on_grid: whether training started from stored values, so that each entry of ΔW is known to half a step; not asked of
-    fp32 and wider. dead_zone: whether beside that so much was swallowed that the errors are a known quantizer's.
+    on_grid: whether training started from stored values, so that each entry of ΔW is known to half a step; of fp32 and
+    wider asked only where much was swallowed. dead_zone: that and much swallowed: the errors are a known quantizer's.
     """
 
     storage: str

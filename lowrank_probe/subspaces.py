@@ -201,10 +201,12 @@ def _signal(row: Mapping[str, Any], s: Values, shape: tuple[int, int]) -> int:
         return int(metrics.numerical_rank(s, shape))
     if not row["decidable_r50"]:
         return 0
+    counted = row["signal_rank"]
     if row["noise_model"] == "rounding":
-        return int(np.count_nonzero(s > metrics.SIGNAL_FACTOR["rounding"] * row["noise_edge"]))
+        above = int(np.count_nonzero(s > metrics.SIGNAL_FACTOR["rounding"] * row["noise_edge"]))
+        return above if math.isnan(counted) else min(above, int(counted))
     # The dead-zone model's edge belongs to the corrected ΔW; its count is what holds for the stored one too.
-    return int(row["signal_rank"]) if math.isfinite(row["signal_rank"]) else 0
+    return 0 if math.isnan(counted) else int(counted)
 
 
 def _projected(W: Tensor, P: Tensor, Q: Tensor) -> Values:

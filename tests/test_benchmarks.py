@@ -1,4 +1,4 @@
-"""The benchmarks that have a small form still run: what they measure is tried nowhere else."""
+"""The benchmarks that have a small form still run with the library as it is: nothing else calls them."""
 
 import os
 import subprocess

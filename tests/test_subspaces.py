@@ -105,6 +105,22 @@ def test_storage_in_bf16_limits_phi_as_stated_and_takes_the_trust_away(tmp_path)
     assert not amplification[16].any()
 
 
+def test_what_rounding_leaves_of_one_direction_is_not_trusted(tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    W = (0.02 * torch.randn(768, 768, generator=generator)).bfloat16()
+    delta = torch.outer(torch.randn(768, generator=generator), torch.randn(768, generator=generator))
+    paths = [write(tmp_path / "base", {Q: W})]
+    for label, factor in (("a", 1.0), ("b", 1.3)):
+        update = delta.double() * (0.03 * factor * W.double().norm() / delta.norm())
+        paths.append(write(tmp_path / label, {Q: (W.double() + update).bfloat16()}))
+    found = lp.trajectory(paths[0], paths[1:])
+    (row,) = found.results["a"].table.to_dict("records")
+    assert (row["noise_model"], row["signal_rank"]) == ("rounding", 1)
+    assert np.count_nonzero(found.results["a"].singular_values[Q] > 1.05 * row["noise_edge"]) > 3
+    table = found.similarity[found.similarity["i"] == found.similarity["j"]].set_index("i")
+    assert table["trusted"].to_dict() == {i: i == 1 for i in table.index}
+
+
 def test_swallowed_updates_are_not_trusted(tmp_path):
     base = llama_tensors(1, dtype=torch.bfloat16)
     steps = [write(tmp_path / f"s{i}", add_update(base, relative=2e-4, seed=i)) for i in (1, 2)]
