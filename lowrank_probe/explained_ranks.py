@@ -29,12 +29,13 @@ from lowrank_probe.metrics import Values
 
 # Of larger ranks an entry is the sum of so many products that its error is as good as independent.
 MOST: Final = 8
-# What a rank leaves of Q is no more than the energy of the errors, by this factor. Where little is stored of an update,
-# any rank does: it also keeps this share of ‖Q‖² at least, and its last σ is this many times the noise.
-ENERGY: Final = 1.1
+# What a rank leaves of Q is no more than the energy of the errors: none exceeds half a step, whose square is this many
+# times the mean of those that are spread evenly. Where little is stored of an update, any rank does: it also keeps this
+# share of ‖Q‖² at least, and its last σ is this many times the noise.
+ENERGY: Final = 3.0
 SHARE: Final = 0.4
 CLEAR: Final = 1.1
-# Only the least few of those ranks are tried.
+# Of those ranks the few are tried after which σ falls most.
 TRIED: Final = 3
 # Projections, and after how many the rank is judged.
 ROUNDS: Final = 24
@@ -70,8 +71,9 @@ def explained_rank(
     noise = min(float(values[MOST]), error * (math.sqrt(m) + math.sqrt(n)))
     r = np.arange(1, MOST + 1)
     left = fro_norm**2 - np.cumsum(values[:MOST] ** 2)
-    plausible = left <= np.minimum(ENERGY * (m - r) * (n - r) * square, (1 - SHARE) * fro_norm**2)
-    possible = r[plausible & (values[:MOST] >= CLEAR * noise)][:TRIED]
+    plausible = left <= np.minimum(ENERGY * m * n * square, (1 - SHARE) * fro_norm**2)
+    possible = r[plausible & (values[:MOST] >= CLEAR * noise)]
+    possible = np.sort(possible[np.argsort(values[possible] / values[possible - 1])][:TRIED])
     if not len(possible) or values[possible[0]] <= counted_from:
         return None
     scratch = spilling.empty(Q.shape, torch.float32, Q.device)

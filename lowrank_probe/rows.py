@@ -20,6 +20,7 @@ from lowrank_probe.checkpoints import open_checkpoint
 from lowrank_probe.columns import TABLE
 from lowrank_probe.deconvolution import deconvolve, with_tail
 from lowrank_probe.deltas import Delta, read_pair
+from lowrank_probe.explained_ranks import MOST
 from lowrank_probe.marks import measure
 from lowrank_probe.matching import match
 from lowrank_probe.metrics import Values
@@ -70,10 +71,12 @@ def analyse(delta: Delta, settings: Settings) -> Analysed:
     delta.base = delta.tuned = None
     looked = time.time()
     with settings.turn:
-        found = singular_values(delta, top=options.top, exact_tail=options.exact_tail)
+        found = singular_values(delta, top=options.top and max(options.top, MOST + 1), exact_tail=options.exact_tail)
     computed = time.time()
     # After the raw values: it overwrites ΔW, by the corrected update or by noise.
     noise = assess(delta, stored, found.values, options.seed)
+    if found.method == "krylov":
+        found = replace(found, values=found.values[: options.top], error=found.error[: options.top])
     del stored
     corrected = found.values
     if noise.corrected is not None:

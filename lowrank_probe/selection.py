@@ -201,6 +201,8 @@ def _reason(members: Sequence[_Stored]) -> str:
 
 def _why_not_whole(module: str, members: Sequence[_Stored], result: Selection) -> str:
     """Why `modules_to_save` cannot carry a module: it wraps it with all it holds, and finds it by a raw `endswith`."""
+    if any(one.pair is None and one.base_name and place(one.tuned_name).layer is not None for one in members):
+        return "of another shape than in the base, which no vocabulary or head explains: PEFT could not load it"
     known = result.modules.names
     if any(name.startswith(f"{module}.") for name in known) or not module:
         return f"a parameter of {module or 'the model itself'}, which holds other modules"

@@ -151,11 +151,23 @@ def test_rows_that_did_not_move_are_left_out(tmp_path):
     assert row_of(tmp_path, W, (W.double() + D).bfloat16())["signal_rank"] == 2
 
 
-def test_the_largest_values_are_enough(tmp_path):
-    W, D = product(1, 3e-2)
-    row = row_of(tmp_path, W, (W.double() + D).bfloat16(), top=MOST + 1)
+@pytest.mark.parametrize("top", [2, 8, 9, 20])
+def test_the_largest_values_are_enough(tmp_path, top):
+    W, D = product(1, 1e-2, (768, 512))
+    row = row_of(tmp_path, W, (W.double() + D).bfloat16(), top=top)
     assert row["method"] == "krylov"
-    assert (row["n_kept"], row["signal_rank"], row["decidable_signal_rank"]) == (MOST + 1, 1, True)
+    assert (row["n_kept"], row["signal_rank"], row["decidable_signal_rank"]) == (top, 1, True)
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-2])
+@pytest.mark.parametrize(("kind", "r"), [("constant", 1), ("signs", 1), ("signs", 5)])
+def test_factors_of_one_magnitude_whose_errors_are_not_spread_evenly(kind, r, size):
+    shape = (256, 256)
+    generator = torch.Generator().manual_seed(9)
+    W = (0.02 * torch.randn(shape, generator=generator)).bfloat16()
+    B, A = (torch.randn(256, r, generator=generator).double() for _ in range(2))
+    B, A = (B.sign(), A.sign()) if kind == "signs" else (torch.ones_like(B), torch.ones_like(A))
+    assert explained_rank(*stored(W, sized(B @ A.T, W, size))) == r
 
 
 def test_short_and_unmoved_matrices_are_not_asked():

@@ -320,7 +320,11 @@ def test_a_tensor_of_another_shape_is_told_with_its_norm(tmp_path, swapped):
     assert line["note"].startswith("not in --targets; of another shape than in the base")
     assert line["fro_norm"] == pytest.approx(float(torch.linalg.norm(other[name].double())))
     whole = extract(*paths, tmp_path / "b", ranks=2, targets=["everything"]).ledger.set_index("name")
-    assert whole.loc[name.removesuffix(".weight"), "status"] == "carried whole"
+    # A model is built by the base's config: what is saved in another shape could not be loaded into it.
+    assert whole.loc[name, "status"] == "not carried"
+    assert "of another shape than in the base" in whole.loc[name, "note"]
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert not any("q_proj" in module for module in config.get("modules_to_save") or ())
 
 
 def test_tensors_of_one_side_only_are_told(decaying, tmp_path):
