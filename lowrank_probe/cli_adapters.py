@@ -1,6 +1,7 @@
 """The commands `probe resize` and `probe merge`: parse, one library call, print. Registered by `cli`."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,6 +95,8 @@ def merge(
 
     Several adapters: first how their updates overlap, in directions and in signs.
     """
+    if weight and not all(map(math.isfinite, weight)):
+        raise typer.BadParameter(f"{weight}: expected finite numbers", param_hint="--weight")
     if weight and len(weight) != len(adapters):
         raise typer.BadParameter(f"{len(weight)} for {len(adapters)} adapters; one each", param_hint="--weight")
     if device != "auto" and not verify:

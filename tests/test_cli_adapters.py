@@ -43,7 +43,11 @@ def test_the_commands(tmp_path):
         ("resize", adapter, "--rank", 2),
         ("resize", adapter, "--rank", 2, "--out", free, "--dtype", "int8"),
         ("extract", base, base, "--dtype", "int8", "--out", free),
+        ("extract", base, base, "--rank", 0, "--out", free),
+        ("extract", base, base, "--rank", 4, "--energy", 0.5, "--out", free),
+        ("resize", adapter, "--out", free, "--budget", "much"),
         ("merge", base, adapter, "--out", free, "--device", "cpu"),
+        ("merge", base, adapter, "--out", free, "--weight", "nan"),
         ("merge", base, adapter, "--out", free, "--weight", 1, "--weight", 2),
         ("merge", base, "--out", free),
     ):
