@@ -61,8 +61,8 @@ def explained_rank(
     where no σ beyond the least possible r exceeds `counted_from`.
 
     Q: (m, n), ‖Q‖_F = fro_norm. steps: (m, n) bfloat16. values: the singular values of Q, descending; the first
-    MOST + 1 are needed. square: mean square error of an entry. Where a rank is tried, one more float32 matrix is made, of a
-    wider Q two.
+    MOST + 1 are needed. square: mean square error of an entry. Where a rank is tried, one more float32 matrix is made,
+    and two of a wider Q.
     """
     m, n = Q.shape
     error = math.sqrt(square)
