@@ -334,8 +334,9 @@ def test_dora_a_taken_directory_and_weights_that_do_not_fit(tmp_path):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 import lowrank_probe as lp
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 def step(name, done, total):
     if done == 6:
         print("half", flush=True)
