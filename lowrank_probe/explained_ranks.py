@@ -37,9 +37,8 @@ SHARE: Final = 0.4
 CLEAR: Final = 1.1
 # Of those ranks the few are tried after which σ falls most.
 TRIED: Final = 3
-# Projections, and after how many the rank is judged.
-ROUNDS: Final = 24
-JUDGED: Final = (0, 4, 8, 16, ROUNDS)
+# Projections before each time that the rank is judged.
+ROUNDS: Final = (0, 4, 4, 8, 8)
 REFLECTED: Final = 1.9
 # σ₁(D) over the noise; and over what it was when it was judged before, 0.6 to 0.8 where a rank explains Q.
 LEFT: Final = 0.75
@@ -91,21 +90,21 @@ def _explains(r: int, Q: Tensor, steps: Tensor, noise: float, scratch: Tensor, g
     """Whether rank r leaves nothing of Q but noise, whose largest σ is `noise`. scratch: (m, n) float32."""
     B, V = _leading(Q, r, generator)
     before = math.inf
-    for done in range(ROUNDS + 1):
-        if done in JUDGED:
-            for D, q, u, P in _parts(scratch, Q, steps, B, V, noise):
-                # Over the noise: squares of very small updates would underflow.
-                torch.sub(q, P, out=D).div_(u).round_().mul_(u.div_(noise))
-            left = float(leading_singular_values(scratch, generator)[0])
-            if left <= LEFT or not left < FALLING * before:
-                return left <= LEFT
-            before = left
-        for X, q, u, P in _parts(scratch, Q, steps, B, V, noise):
-            half = u.div_(2)
-            torch.minimum(torch.maximum(P, q - half), q + half, out=X)
-            X.sub_(P).mul_(REFLECTED).add_(P)
-        V = _orthonormal(mm(scratch.T, _orthonormal(mm(scratch, V))))
-        B = mm(scratch, V)
+    for rounds in ROUNDS:
+        for _ in range(rounds):
+            for X, q, u, P in _parts(scratch, Q, steps, B, V, noise):
+                half = u.div_(2)
+                torch.minimum(torch.maximum(P, q - half), q + half, out=X)
+                X.sub_(P).mul_(REFLECTED).add_(P)
+            V = _orthonormal(mm(scratch.T, _orthonormal(mm(scratch, V))))
+            B = mm(scratch, V)
+        for D, q, u, P in _parts(scratch, Q, steps, B, V, noise):
+            # Over the noise: squares of very small updates would underflow.
+            torch.sub(q, P, out=D).div_(u).round_().mul_(u.div_(noise))
+        left = float(leading_singular_values(scratch, generator)[0])
+        if left <= LEFT or not left < FALLING * before:
+            return left <= LEFT
+        before = left
     return False
 
 
